@@ -476,3 +476,698 @@ class WXBizMsgCrypt:
     def EncryptMsg(self, sReplyMsg, sNonce, timestamp=None):
         """`encrypt_message` 的官方形式:``(0, 信封)`` 或 ``(返回码, None)``。"""
         return self.encrypt_message(sReplyMsg, sNonce, timestamp)
+
+
+# ---- 配置 Configuration -----------------------------------------------------------------------
+# config.ini:每个应用一节,[system] 放其余的;文件里没写的由环境变量 EASYWECHAT_<大写的键> 补上,
+# 关键字参数优先于两者。首尾的空白和引号去掉;'%' 不是特殊字符。
+
+_APP_KEYS = ('corpid', 'secret', 'appid', 'agentid', 'token', 'encoding_aes_key', 'touser',
+             'robot', 'api_base')
+_SYSTEM_KEYS = 'route_name', 'log_path', 'log_name'
+
+_BLANKS = ' \t\r\n\u00a0\u200b\u3000\ufeff'
+
+#: --init 写出的文件;config.ini.example 就是它,空着两个密钥。
+_CONFIG_TEMPLATE = """\
+# EasyWeChat 的配置。一节是一个应用,节名就是 WeChatServer('demo') 里的名字。
+# 管理后台:https://work.weixin.qq.com/wework_admin/
+# 这个文件里有密钥:chmod 600 config.ini
+
+[demo]
+# 企业ID:「我的企业 → 企业信息」最下面,ww 开头,18 个字符
+corpid = {corpid}
+# Token 和 EncodingAESKey:「应用管理 → 自建 → 你的应用 → 接收消息 → 设置API接收」。
+# 两边要一样:把这里的抄到后台,或把后台随机生成的抄到这里(EncodingAESKey 恰好 43 个字符)
+token = {token}
+encoding_aes_key = {encoding_aes_key}
+
+[system]
+# 回调 URL 的路径:http://你的地址:端口/weixin
+route_name = weixin
+# 日志文件的目录和文件名;不写目录就只输出到 stderr
+log_path =
+log_name = easywechat.log
+"""
+
+
+class _Settings(dict):
+    """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。"""
+
+    def __repr__(self):
+        return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
+
+
+def _config_paths(ini_name):
+    """依次要找的配置文件。"""
+    if ini_name or os.environ.get('EASYWECHAT_CONFIG'):
+        return [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])]
+    script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
+    folders = os.path.dirname(script), os.getcwd(), os.path.dirname(__file__)
+    return list(collections.OrderedDict.fromkeys(
+        os.path.join(os.path.abspath(folder), 'config.ini') for folder in folders))
+
+
+def _check_mode(path):
+    """里面有密钥的文件:别人能改就不读,别人能读就提醒。"""
+    mode = os.stat(path).st_mode if os.name == 'posix' else 0
+    if mode & 0o002:
+        raise ConfigError('%s can be changed by anybody, not read: chmod 600 it' % path)
+    if mode & 0o004:
+        logger.warning('%s can be read by anybody: chmod 600 it', path)
+
+
+def _read_ini(path):
+    """ini 文件 → `configparser.ConfigParser`。UTF-8(可有 BOM),否则当作 GB18030。"""
+    _check_mode(path)
+    with open(path, 'rb') as f:
+        data = f.read(1 << 20)
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
+    try:
+        try:
+            text = data.decode('utf-8-sig')
+        except UnicodeDecodeError:
+            text = data.decode('gb18030')
+        parser.read_string(text)
+    except (UnicodeDecodeError, LookupError):
+        raise ConfigError('%s is neither UTF-8 nor GB18030' % path) from None
+    except configparser.Error as e:         # 它的文字里有出错的那一行,可能是密钥
+        line = getattr(e, 'lineno', None) or (getattr(e, 'errors', None) or [['?']])[0][0]
+        raise ConfigError('%s, line %s: %s' % (path, line, type(e).__name__)) from None
+    return parser
+
+
+def _clean(value):
+    """去掉首尾的空白(包括全角的和看不见的)和一对引号。"""
+    value = value.strip(_BLANKS)
+    if len(value) > 1 and value[0] == value[-1] and value[0] in '\'"':
+        value = value[1:-1].strip(_BLANKS)
+    return value
+
+
+def get_config(appname, ini_name=None, **settings):
+    """应用 ``appname`` 的设置,一个 dict;没写的键是 ``''``,``agentid`` 与 ``appid`` 相同。
+
+    依次找 ``ini_name``,否则环境变量 ``EASYWECHAT_CONFIG``,否则脚本的目录、当前目录、本文件的目录里的
+    config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的。
+    找不到、读不懂、没有这一节,抛 `ConfigError`,其中有试过的每个路径。
+    """
+    unknown = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)
+    if unknown:
+        raise TypeError('no such setting: %s' % ', '.join(sorted(unknown)))
+    paths = _config_paths(ini_name)
+    path = next((p for p in paths if os.path.isfile(p)), None)
+    values = _Settings.fromkeys(_APP_KEYS + _SYSTEM_KEYS, '')
+    if path:
+        ini = _read_ini(path)
+        if not ini.has_section(appname) and not settings:
+            raise ConfigError('no [%s] in %s; it has: %s' % (
+                appname, path, ', '.join('[%s]' % _show(s) for s in ini.sections())))
+        for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
+            if ini.has_section(section):
+                values.update((k, _clean(ini.get(section, k, fallback=''))) for k in keys)
+    for key in values:
+        values[key] = values[key] or _clean(os.environ.get('EASYWECHAT_' + key.upper(), ''))
+    values.update((k, _clean(str(v))) for k, v in settings.items())
+    if not path and (ini_name or not any(values[k] for k in _APP_KEYS)):
+        raise ConfigError('no configuration found; tried: %s' % ', '.join(paths))
+    values['agentid'] = values['appid'] = values['agentid'] or values['appid']
+    return values
+
+
+# ---- 存储 Store -------------------------------------------------------------------------------
+# 认领过的消息放在这里,接口是 redis-py 的三个方法:get、set(ex=, nx=)、delete。
+
+class MemoryStore:
+    """进程内的存储,按条数和字节数封顶,最旧的先出去。任何线程都可以用。"""
+
+    #: 最多多少条。
+    max_entries = 10000
+    #: 名字和值一共最多多少字节。
+    max_bytes = 4 << 20
+
+    _clock = staticmethod(time.monotonic)
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._entries = collections.OrderedDict()       # 名字 → (到期的时刻, 值)
+        self._bytes = 0
+
+    def _drop(self, name):
+        self._bytes -= len(name) + len(self._entries.pop(name)[1])
+
+    def _find(self, name, now):
+        if name in self._entries and self._entries[name][0] <= now:
+            self._drop(name)
+        return self._entries.get(name)
+
+    def get(self, name):
+        """``name`` (str) 的值 (bytes);没有或到期了是 None。"""
+        with self._lock:
+            entry = self._find(name, self._clock())
+            return entry and entry[1]
+
+    def set(self, name, value, ex=None, nx=False):
+        """记下 ``value`` (bytes),``ex`` 秒后到期;``nx`` 为真时只在没有的时候记。记了返回 True,否则 None。"""
+        now = self._clock()
+        with self._lock:
+            if self._find(name, now):
+                if nx:
+                    return None
+                self._drop(name)
+            self._entries[name] = (now + ex if ex else float('inf'), value)
+            self._bytes += len(name) + len(value)
+            while len(self._entries) > self.max_entries or self._bytes > self.max_bytes:
+                self._drop(next(iter(self._entries)))
+            return True
+
+    def delete(self, name):
+        """删掉 ``name``;返回删了几条 (int)。"""
+        with self._lock:
+            if not self._find(name, self._clock()):
+                return 0
+            self._drop(name)
+            return 1
+
+
+# ---- 消息 Messages ----------------------------------------------------------------------------
+# 回调返回的东西 → 被动回复的字段(path/90241「被动回复消息格式」)。
+
+#: MsgType → 它自己的字段;别的字段(比如原样返回的 MsgId)不发出去。
+_REPLY_FIELDS = {
+    'text': ('Content',), 'image': ('Image',), 'voice': ('Voice',), 'video': ('Video',),
+    'news': ('ArticleCount', 'Articles'), 'update_button': ('Button',),
+    'update_template_card': ('TemplateCard',), 'update_taskcard': ('TaskCard',),
+}
+_TEXT_BYTES = 2048
+
+
+def _cut_text(text):
+    """企业微信的文本最多 2048 字节,多的不显示:在字与字之间截断,并且说出来。"""
+    data = text.encode('utf-8', 'ignore')
+    if len(data) <= _TEXT_BYTES:
+        return text
+    logger.warning('a text of %d bytes was cut to the %d that WeCom shows', len(data), _TEXT_BYTES)
+    return data[:_TEXT_BYTES].decode('utf-8', 'ignore')
+
+
+def _reply_fields(msg_type, result):
+    """``result`` 里属于 ``msg_type`` 的字段;平放的 MediaId 包好,Articles 可以是 list。"""
+    fields = {name: result[name] for name in _REPLY_FIELDS[msg_type] if name in result}
+    name = _REPLY_FIELDS[msg_type][-1]
+    if name not in fields and 'MediaId' in result and msg_type in ('image', 'voice', 'video'):
+        fields[name] = {k: result[k] for k in ('MediaId', 'Title', 'Description') if k in result}
+    if name not in fields:
+        raise TypeError('a reply of type %s needs %s' % (msg_type, name))
+    if msg_type == 'text':
+        fields['Content'] = _cut_text(str(fields['Content']))
+    if msg_type == 'news':
+        articles = fields['Articles']
+        items = articles.get('item') if isinstance(articles, dict) else articles
+        items = [items] if isinstance(items, dict) else items
+        if not isinstance(items, (list, tuple)) or not 1 <= len(items) <= 8:
+            raise TypeError('Articles must be a list of 1 to 8 dicts')
+        fields = {'ArticleCount': len(items), 'Articles': {'item': items}}
+    return fields
+
+
+def _build_reply(result, msg_type, user, corp, now):
+    """回调的返回值 → 完整的回复 dict;None → None。别的类型抛 `TypeError`。"""
+    if result is None:
+        return None
+    if isinstance(result, str):
+        result = {'MsgType': 'text', 'Content': result}
+    if not isinstance(result, dict):
+        raise TypeError('a callback returns str, dict or None, got %s' % type(result).__name__)
+    by_field = (kind for kind, names in _REPLY_FIELDS.items() if names[-1] in result)
+    msg_type = result.get('MsgType') or next(by_field, msg_type)
+    if msg_type not in _REPLY_FIELDS:
+        raise TypeError('%s is no type of passive reply; these are: %s' % (
+            _show(repr(msg_type)), ', '.join(_REPLY_FIELDS)))
+    reply = {'ToUserName': user, 'FromUserName': corp, 'CreateTime': int(now), 'MsgType': msg_type}
+    reply.update(_reply_fields(msg_type, result))
+    return reply
+
+
+# ---- 回调模式 Dispatcher ----------------------------------------------------------------------
+# 字节进来,完整的回答 (status, headers, body) 出去;这里没有套接字。
+# 顺序:限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML → 认领 → 回调。
+# 一条消息只跑一次回调:先认领(存储里的一条记录),再跑;重复投递得到存下的答复,或等同一次还没跑完的回调。
+
+class _Threads:
+    """一些留着的线程:有空闲的就用最近用过的那条,没有才开新的,最多 ``limit`` 条。"""
+
+    #: 每条线程的栈,字节。musl 的默认值 128 KiB 太小,几层嵌套就能让进程崩溃。
+    stack_size = 1 << 20
+    #: 空闲这么多秒的线程结束。
+    idle = 10
+
+    _starting = threading.Lock()        # threading.stack_size 是整个进程的
+
+    def __init__(self, limit):
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._free = threading.Semaphore(limit)
+        self._waiting = []              # 空闲线程的座位 [叫醒它的锁, 它的活],后进先出
+
+    def submit(self, wait, job, *args):
+        """交出一件活,最多等 ``wait`` 秒有线程空出来;没有返回 False。"""
+        if not self._free.acquire(timeout=wait):
+            return False
+        with self._lock:
+            seat = self._waiting.pop() if self._waiting else None
+        if seat:
+            seat[1] = job, args
+            seat[0].release()
+            return True
+        return self._start((job, args))
+
+    def _start(self, work):
+        with self._starting:
+            before = threading.stack_size(self.stack_size)
+            try:
+                threading.Thread(target=self._run, args=(work,), daemon=True).start()
+                return True
+            except RuntimeError:        # can't start new thread
+                self._free.release()
+                return False
+            finally:
+                threading.stack_size(before)
+
+    def _run(self, work):
+        seat = [threading.Lock(), None]
+        seat[0].acquire()
+        while work:
+            job, args = work
+            job(*args)
+            work = job = args = seat[1] = None
+            with self._lock:
+                self._waiting.append(seat)
+            self._free.release()
+            if not seat[0].acquire(timeout=self.idle):
+                with self._lock:
+                    if seat in self._waiting:
+                        self._waiting.remove(seat)
+                        return
+                seat[0].acquire()       # 活正在路上
+            work = seat[1]
+
+    def close(self, deadline):
+        """不再接活,等手里的做完,至多到 ``deadline`` (monotonic 秒);都做完了返回 True。"""
+        done = all(self._free.acquire(timeout=max(0, deadline - time.monotonic()))
+                   for _ in range(self._limit))
+        with self._lock:
+            seats, self._waiting = self._waiting, []
+        for seat in seats:
+            seat[0].release()
+        return done
+
+
+class _RefusalLog:
+    """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
+
+    #: 每个地址每分钟几行;最多记多少个地址,再多的合在一起。
+    lines, addresses = 10, 1000
+
+    _clock = staticmethod(time.monotonic)
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._since = self._clock()
+        self._count = {}
+
+    def _summary(self):
+        """一分钟过去了:返回没写出来的数目,重新计数。"""
+        count, self._count, self._since = self._count, {}, self._clock()
+        return [(who, n - self.lines) for who, n in count.items() if n > self.lines]
+
+    def write(self, client, error):
+        """记一次拒绝。"""
+        with self._lock:
+            more = self._summary() if self._clock() - self._since >= 60 else ()
+            if client not in self._count and len(self._count) >= self.addresses:
+                client = 'other addresses'
+            n = self._count[client] = self._count.get(client, 0) + 1
+        for who, suppressed in more:
+            logger.warning('refused %d more from %s', suppressed, _show(who))
+        if n <= self.lines:
+            logger.warning('refused %s with %d: %s%s', _show(client) or 'a request', error.status,
+                           _show(error.errmsg, 400), ' (more are counted)' * (n == self.lines))
+
+
+#: wecom 文档里的消息类型和事件,用来提醒写错的名字;新的类型照样可以登记。
+_TYPES = frozenset('text image voice video shortvideo location link file event *'.split())
+_EVENTS = frozenset(
+    'subscribe unsubscribe enter_agent LOCATION batch_job_result change_contact click view '
+    'view_miniprogram scancode_push scancode_waitmsg pic_sysphoto pic_photo_or_album pic_weixin '
+    'location_select template_card_event template_card_menu_event taskcard_click '
+    'open_approval_change sys_approval_change share_agent_change share_chain_change '
+    'inactive_alert low_active_alert close_inactive_agent reopen_inactive_agent low_active '
+    'active_restored upload_media_job_finish kf_msg_or_event kf_account_auth_change '
+    'change_external_contact change_external_chat change_external_tag change_chain security '
+    'living_status_change msgaudit_notify unlicensed_notify delete_calendar modify_calendar '
+    'modify_schedule delete_schedule respond_schedule doc_change smart_sheet_change '
+    'meeting_change meeting_statistics app_email_change public_email_change '
+    'customer_acquisition'.split())
+_TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
+
+#: 没有 MsgId 的(事件)靠这些字段认出来,找遍根和它的 BatchJob、ApprovalInfo。
+_EVENT_KEY = ('FromUserName', 'CreateTime', 'MsgType', 'Event', 'EventKey', 'ChangeType', 'AgentID',
+              'UserID', 'Id', 'TagId', 'TaskId', 'JobId', 'ChatId', 'ExternalUserID', 'CalId',
+              'ScheduleId', 'LivingId', 'Token', 'SpNo', 'ThirdNo', 'SpStatus', 'OpenSpStatus',
+              'StatuChangeEvent')
+
+_PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
+
+_RELEASED = 1795392000      # 2026-11-23:比这还早的时钟是没有校过的
+
+
+def _parse_query(query):
+    """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8。"""
+    found = {}
+    try:
+        if query.count('&') >= 16:
+            raise ValueError('more than 16 parameters in the query')
+        for name, value in urllib.parse.parse_qsl(query, True, errors='strict'):
+            if name in found:
+                raise ValueError('%s stands twice in the query' % name)
+            if name in _PARAMETERS:
+                found[name] = value
+    except ValueError as e:
+        raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, str(e)) from None
+    return found
+
+
+def _body_length(fields, limit):
+    """POST 的正文长度 (int);``fields`` 是小写名字的头部。规则见 RFC 9112 §6,从严。"""
+    length = fields.get('content-length')
+    if 'transfer-encoding' in fields or length is None:
+        raise WeChatError(400 if length is not None else 411)
+    if 'content-encoding' in fields:
+        raise WeChatError(400, 'Content-Encoding is not supported')
+    if not re.fullmatch('[0-9]{1,9}', length):
+        raise WeChatError(400, 'malformed Content-Length')
+    if int(length) > limit:
+        raise WeChatError(413, 'body of %s bytes, max_body is %d' % (length, limit))
+    return int(length)
+
+
+class _Run:
+    """一次正在跑的回调;重复投递在这里等同一个结果。"""
+
+    __slots__ = 'done', 'reply', 'waiting'
+
+    def __init__(self):
+        self.done = threading.Event()
+        self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
+        self.waiting = 0
+
+    def finish(self, reply):
+        self.reply = reply
+        self.done.set()
+
+
+class Dispatcher:
+    """一个应用的回调:登记函数,把 HTTP 请求变成回答。
+
+    ``appname``、``ini_name`` 和设置同 `get_config`;缺少 corpid、token 或 encoding_aes_key,抛 `ConfigError`。
+    本身是 WSGI 可调用对象(PEP 3333);别的框架用 `handle`。类属性都可以在子类里改。
+    """
+
+    #: 请求正文的上限,字节。
+    max_body = 1 << 20
+    #: 请求里的时间与本机最多差多少秒;0 是不检查。
+    max_skew = 300
+    #: 等回调的秒数:企业微信等 5 秒。
+    answer_within = 4.5
+    #: 同时最多跑多少个回调;再多的不答,由企业微信重新投递。
+    max_callbacks = 32
+
+    _now = staticmethod(time.time)
+
+    def __init__(self, appname='demo', ini_name=None, **settings):
+        self.appname = appname
+        self.settings = get_config(appname, ini_name, **settings)
+        for key in 'corpid', 'token', 'encoding_aes_key':
+            if not self.settings[key]:
+                raise ConfigError('%s is missing: set it in [%s] of config.ini, or EASYWECHAT_%s'
+                                  % (key, appname, key.upper()))
+        self.route = (self.settings['route_name'] or 'weixin').strip('/')
+        if not re.fullmatch('[A-Za-z0-9_.~/-]+', self.route):
+            raise ConfigError('route_name takes A-Z a-z 0-9 _ . ~ - and /')
+        #: 加解密,`WXBizMsgCrypt`。
+        self.wxcpt = WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'],
+                                   self.settings['corpid'])
+        #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
+        self.debug = False
+        self.store = MemoryStore()
+        self._callbacks = {}
+        self._patterns = []
+        self._running = {}
+        self._threads = _Threads(self.max_callbacks)
+        self._refusals = _RefusalLog()
+        self._clock_warned = False
+
+    def __repr__(self):
+        return '<%s %s, corpid %s>' % (type(self).__name__, self.appname,
+                                       _mask(self.settings['corpid']))
+
+    @property
+    def app(self):
+        """自己:WSGI 可调用对象,例如 ``gunicorn bot:server.app``。"""
+        return self
+
+    # 登记
+
+    def register_callback(self, msg_type, func=None, pattern=None):
+        """登记回调;不给 ``func`` 就是装饰器。
+
+        ``msg_type``:消息类型 ``'text'``、``'image'``…,``'event'``,某个事件 ``'event:click'``
+        (事件名与收到的 Event 一字不差),或其余的一切 ``'*'``;最具体的优先。
+        ``pattern`` (str 或编译过的正则,只用于 text) 要匹配整条文本,各个组接在消息后面作为参数;
+        先登记的先试,都不匹配才轮到 ``text`` 的普通回调。
+
+            @server.register_callback('text', pattern=r'温度\\s*(\\w+)')
+            def temperature(msg, room):
+                return room + ' 21°C'
+        """
+        if func is None:
+            return functools.partial(self._register, msg_type, pattern)
+        return self._register(msg_type, pattern, func)
+
+    def _register(self, msg_type, pattern, func):
+        if not callable(func):
+            raise TypeError('a callback must be callable, got %s: did you mean one of its methods?'
+                            % type(func).__name__)
+        if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
+            raise ValueError('no message type: %r' % (msg_type,))
+        known = _EVENTS if msg_type.startswith('event:') else _TYPES
+        name = msg_type.partition(':')[2] or msg_type
+        if name not in known:
+            import difflib
+            close = difflib.get_close_matches(name, known)
+            logger.warning('%s is not among the types that this version knows%s', msg_type,
+                           '; close: ' + ', '.join(close) if close else '')
+        if pattern is None:
+            self._callbacks[msg_type] = func
+        elif msg_type == 'text':
+            self._patterns.append((re.compile(pattern), func))
+        else:
+            raise ValueError('pattern goes with text only, not with %s' % msg_type)
+        return func
+
+    def _find_callback(self, msg):
+        """(函数, 附加的参数);没有登记是 (None, ())。"""
+        kind = str(msg.get('MsgType', ''))
+        if kind == 'text':
+            for pattern, func in self._patterns:
+                match = pattern.fullmatch(str(msg.get('Content', '')))
+                if match:
+                    return func, match.groups()
+        names = ['event:%s' % msg.get('Event', '')] if kind == 'event' else []
+        for name in names + [kind, '*']:
+            if name in self._callbacks:
+                return self._callbacks[name], ()
+        return None, ()
+
+    # 认领、运行
+
+    def _claim_name(self, msg):
+        """存储里的名字:同一条消息的每次投递都一样。"""
+        if msg.get('MsgId'):
+            parts = ['MsgId', str(msg['MsgId'])]
+        else:
+            places = [msg] + [v for v in (msg.get('BatchJob'), msg.get('ApprovalInfo'))
+                              if isinstance(v, dict)]
+            parts = [str(place.get(name, '')) for place in places for name in _EVENT_KEY]
+        parts = [self.settings['corpid'], self.settings['agentid']] + parts
+        digest = hashlib.sha1('\0'.join(parts).encode('utf-8', 'replace')).hexdigest()
+        return 'easywechat:message:' + digest
+
+    def _keep(self):
+        """答复留多少秒:时间窗口的两倍,重放的旧请求就总会遇到它。"""
+        return max(2 * self.max_skew, 600)
+
+    def _work(self, name, run, msg):
+        """在留着的线程上:跑回调,存下答复,叫醒等着的投递。"""
+        reply = b''
+        try:
+            head = [str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName')]
+            fields = self._call(msg, head)
+            if fields:
+                reply = dict_to_xml(fields).encode('utf-8')
+        except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
+            logger.error('internal error after the callback%s', _traceback())
+        finally:
+            self.store.set(name, b'+' + reply, ex=self._keep())
+            run.finish(reply)
+            del self._running[name]
+
+    def _call(self, msg, head):
+        """用户的回调,和它返回的东西。出错记日志;企业微信得到空的 200,否则它会再投递。"""
+        func, args = self._find_callback(msg)
+        if func is None:
+            logger.debug('no callback for %s', _show(head[0]))
+            return None
+        try:
+            return self._checked(func(msg, *args), head)
+        except BaseException as e:      # 用户的代码,连 sys.exit() 也在内
+            logger.error('callback %s failed on %s from %s%s',
+                         getattr(func, '__qualname__', repr(func)), _show(head[0]),
+                         _show(head[1]), _traceback())
+            text = '%s: %s' % (type(e).__name__, e)
+            return self._checked(text, head) if self.debug else None
+
+    def _checked(self, result, head):
+        """返回值 → 回复的 dict;写不成 XML 的在这里就报出来,算作回调的错。"""
+        fields = _build_reply(result, *head, now=self._now())
+        if fields:
+            dict_to_xml(fields)
+        return fields
+
+    def _begin(self, name, run, msg):
+        """认领到了就跑;已经答过的,把存下的答复交出去。"""
+        if self.store.set(name, b'-', ex=self._keep(), nx=True):
+            if self._threads.submit(0, self._work, name, run, msg):
+                return
+            self.store.delete(name)
+            logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
+        stored = self.store.get(name) or b'-'
+        del self._running[name]
+        run.finish(stored[1:] if stored[:1] == b'+' else None)
+
+    def _deliver(self, msg):
+        """一次投递:跑回调,或等同一条消息正在跑的那次。返回回复的 XML (bytes),空的是没有回复。"""
+        name = self._claim_name(msg)
+        mine = _Run()
+        run = self._running.setdefault(name, mine)
+        if run is mine:
+            self._begin(name, run, msg)
+        run.waiting += 1
+        try:
+            if run.waiting > 3 or not run.done.wait(self.answer_within) or run.reply is None:
+                raise WeChatError(503, 'no answer yet; the next delivery joins the callback')
+            return run.reply
+        finally:
+            run.waiting -= 1
+
+    # 请求 → 回答
+
+    def _check_fresh(self, timestamp):
+        now = self._now()
+        if now < _RELEASED:
+            if not self._clock_warned:
+                self._clock_warned = True
+                logger.warning('the clock says %s, before this release: not set? check NTP',
+                               time.strftime('%Y-%m-%d', time.gmtime(now)))
+        elif self.max_skew and abs(now - int(timestamp)) > self.max_skew:
+            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, 'timestamp %s, clock '
+                              'here %d: more than %d s apart, check NTP'
+                              % (timestamp, now, self.max_skew))
+
+    def _receive(self, query, body):
+        """POST 的信封 → 回复的信封 (bytes)。"""
+        encrypt = _cut_encrypt(body)
+        self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'),
+                          encrypt)
+        self._check_fresh(query['timestamp'])
+        text = self.wxcpt.open(encrypt)
+        try:
+            msg = xml_to_dict(text)
+        except FormatException as e:
+            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, e.errmsg) from None
+        logger.debug('message %s', msg)
+        reply = self._deliver(msg)
+        if not reply:
+            return b''
+        return self.wxcpt.encrypt_message(reply, query['nonce'], int(self._now())).encode('utf-8')
+
+    def _answer(self, method, target, body):
+        """(Content-Type, 正文 bytes);拒绝抛 `WeChatError`。"""
+        path, _, query = target.partition('?')
+        if not (path.rstrip('/') if path[-2:] != '//' else path).endswith('/' + self.route):
+            raise WeChatError(404, 'path %s, expected /%s' % (_show(path), self.route))
+        if method not in ('GET', 'HEAD', 'POST'):
+            raise WeChatError(405)
+        if method == 'POST':
+            if len(body) > self.max_body:
+                raise WeChatError(413)
+            return 'text/xml; charset=utf-8', self._receive(_parse_query(query), body)
+        if not query:
+            return 'text/plain; charset=utf-8', b'' if method == 'HEAD' else \
+                b'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
+        query = _parse_query(query)
+        echo = self.wxcpt.verify_url(query.get('msg_signature'), query.get('timestamp'),
+                                     query.get('nonce'), query.get('echostr'))
+        self._check_fresh(query['timestamp'])
+        return 'text/plain; charset=utf-8', b'' if method == 'HEAD' else echo.encode('utf-8')
+
+    def refuse(self, error, client=''):
+        """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""
+        if error.status != 503:
+            self._refusals.write(client, error)
+        headers = [('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', '0'),
+                   ('X-Content-Type-Options', 'nosniff')]
+        if error.status == 405:
+            headers.append(('Allow', 'GET, HEAD, POST'))
+        return error.status, headers, b''
+
+    def handle(self, method, target, body=b'', client=''):
+        """一个请求 → ``(status, headers, body)``,不抛异常。任何线程都可以用。
+
+        ``method`` 和 ``target``(路径和查询串,没有解码过)是 str,``body`` 是 bytes,``client`` 是对方的
+        地址,只用于日志。``status`` (int) 503 是现在没有答案:能断开连接的外壳断开,企业微信就会再投递。
+        """
+        try:
+            content_type, answer = self._answer(method, target, body)
+        except WeChatError as e:
+            return self.refuse(e, client)
+        except Exception:               # 最后一道:不许有请求让服务器停下
+            logger.error('internal error%s', _traceback())
+            return self.refuse(WeChatError(500), client)
+        return 200, [('Content-Type', content_type), ('Content-Length', str(len(answer))),
+                     ('X-Content-Type-Options', 'nosniff')], answer
+
+    def __call__(self, environ, start_response):
+        """WSGI (PEP 3333)。"""
+        client = environ.get('REMOTE_ADDR', '')
+        method = environ['REQUEST_METHOD']
+        path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
+        target = urllib.parse.quote(path, safe="/%:@!$&'()*+,;=~", encoding='latin-1')
+        if environ.get('QUERY_STRING'):
+            target += '?' + environ['QUERY_STRING']
+        fields = {name: environ[key] for name, key in (
+            ('content-length', 'CONTENT_LENGTH'), ('content-encoding', 'HTTP_CONTENT_ENCODING'),
+            ('transfer-encoding', 'HTTP_TRANSFER_ENCODING')) if environ.get(key)}
+        try:
+            body = b''
+            if method == 'POST':
+                length = _body_length(fields, self.max_body)
+                body = environ['wsgi.input'].read(length)
+                if len(body) < length:
+                    raise WeChatError(400, 'body shorter than its Content-Length')
+            status, headers, body = self.handle(method, target, body, client)
+        except WeChatError as e:
+            status, headers, body = self.refuse(e, client)
+        start_response('%d %s' % (status, http.client.responses[status]), headers)
+        return [body]
