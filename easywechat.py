@@ -1171,3 +1171,519 @@ class Dispatcher:
             status, headers, body = self.refuse(e, client)
         start_response('%d %s' % (status, http.client.responses[status]), headers)
         return [body]
+
+
+# ---- 服务器 Server ----------------------------------------------------------------------------
+# http.server 的外壳:一个连接一个请求,一个严格的读法,一次 sendall,关闭。它什么也不决定,只抄 handle 的回答。
+# 时限都是总数,走一个字节不会重新计时;连接满了,关掉读得最久的那个,正在等回调的从不关。
+
+#: 请求行和头部 (RFC 9112 §3、§5):大写的方法,以一个 / 开头的可见 ASCII,名字是 token,没有折行。
+_HEAD = re.compile(rb'([A-Z]{1,16}) (/(?!/)[!-~]*) HTTP/1\.[01]\r\n'
+                   rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)")
+#: 半个请求行至少要像的样子;TLS、SSH、杂音在头几个字节就露馅。
+_HEAD_START = re.compile(rb'[A-Z]{1,16}(?:\Z| (?:\Z|/(?!/)))')
+_ONCE = frozenset(['host', 'content-length', 'transfer-encoding', 'content-encoding', 'expect'])
+
+
+def _parse_head(head):
+    """空行以前的 bytes → ``(方法, 目标, 头部)``;头部是 dict,名字小写。不合规矩抛 `WeChatError`。"""
+    match = _HEAD.fullmatch(head)
+    if not match:
+        raise WeChatError(400)
+    lines = match.group(3).decode('latin-1').split('\r\n')[:-1]
+    if len(lines) > 64:
+        raise WeChatError(431)
+    fields = {}
+    for line in lines:
+        name, _, value = line.partition(':')
+        name = name.lower()
+        if name in fields and name in _ONCE:
+            raise WeChatError(400, '%s stands twice in the head' % name)
+        fields[name] = value.strip(' \t')
+    return match.group(1).decode(), match.group(2).decode(), fields
+
+
+class _Gone(Exception):
+    """对方走了,或在时限内没有说完:关闭,什么也不答。"""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """一个连接。`BaseHTTPRequestHandler` 逐行读、分几次写;这里都在套接字上做。"""
+
+    def setup(self):
+        self._rest = b''            # 读进来、还没用掉的
+        self._refused = False
+
+    def finish(self):
+        """基类在这里收拾 rfile 和 wfile;这里没有。"""
+
+    def handle(self):
+        app = self.server.dispatcher
+        client = self.client_address[0]
+        try:
+            try:
+                method, target, body = self._read_request(app)
+            except WeChatError as e:
+                self._refused = True
+                answer = app.refuse(e, client)
+            else:
+                self.server.done_reading(self.request)
+                answer = app.handle(method, target, body, client)
+            if answer[0] != 503:    # 503:断开,企业微信就会再投递;答了 503 却未必
+                self._write(*answer)
+        except (_Gone, OSError) as e:
+            logger.debug('%s is gone: %s', client, _show(e))
+
+    def _receive(self, deadline):
+        """再读一些,至多到 ``deadline`` (monotonic 秒)。"""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise _Gone('out of time')
+        self.request.settimeout(left)
+        try:
+            data = self.request.recv(1 << 16)
+        except socket.timeout:
+            raise _Gone('out of time') from None
+        if not data:
+            raise _Gone('closed early')
+        return data
+
+    def _read_head(self, deadline):
+        """读到空行为止,返回空行以前的 bytes;多读的留在 ``_rest``。"""
+        server, data = self.server.dispatcher, b''
+        while True:
+            data += self._receive(deadline)
+            end = data.find(b'\r\n\r\n')
+            line = data.find(b'\r\n')
+            if not _HEAD_START.match(data):
+                hint = ': TLS on a plain port? let a reverse proxy do TLS' * (data[0] == 22)
+                raise WeChatError(400, _ERRORS[400][1] + hint)
+            if line > server.max_line or (line < 0 and len(data) > server.max_line):
+                raise WeChatError(414)
+            if end > server.max_head or (end < 0 and len(data) > server.max_head):
+                raise WeChatError(431)
+            if end >= 0:
+                self._rest = data[end + 4:]
+                return data[:end + 2]
+
+    def _read_request(self, app):
+        """``(方法, 目标, 正文)``。"""
+        begin = time.monotonic()
+        method, target, fields = _parse_head(self._read_head(begin + app.head_within))
+        if method != 'POST':
+            return method, target, b''
+        length = _body_length(fields, app.max_body)
+        parts, missing = [self._rest[:length]], length - len(self._rest)
+        self._rest = self._rest[length:]
+        if missing > 0 and fields.get('expect', '').lower() == '100-continue':
+            self.request.settimeout(app.write_within)
+            self.request.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
+        while missing > 0:
+            data = self._receive(begin + app.request_within)
+            parts.append(data[:missing])
+            self._rest = data[missing:]
+            missing -= len(data)
+        return method, target, b''.join(parts)
+
+    def _write(self, status, headers, body):
+        head = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
+        for name, value in headers:
+            if _UNPRINTABLE.search(value):
+                raise ValueError('control character in header %s' % name)
+            head.append('%s: %s' % (name, value))
+        head.append('Connection: close\r\n\r\n')
+        self.request.settimeout(self.server.dispatcher.write_within)
+        self.request.sendall('\r\n'.join(head).encode('latin-1') + body)
+        if self._refused or self._rest:
+            self._linger()
+
+    def _linger(self):
+        """对方还在发:读掉一些再关,不然内核发 RST,刚写的回答到不了。"""
+        deadline, left = time.monotonic() + 0.3, 1 << 19
+        self.request.shutdown(socket.SHUT_WR)
+        while left > 0:
+            left -= len(self._receive(deadline))
+
+
+class _HTTPServer(http.server.HTTPServer):
+    """`HTTPServer` 加上:不查 DNS、留着的线程、连接的上限。"""
+
+    request_queue_size = 1024               # 默认的 5 让一千个连接排 24 秒
+    allow_reuse_address = os.name == 'posix'
+    allow_reuse_port = False
+
+    def __init__(self, dispatcher, host, port):
+        self.dispatcher = dispatcher
+        self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        self._lock = threading.Lock()
+        self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前
+        self._most = self._limit(dispatcher.max_connections)
+        self._threads = _Threads(self._most + 2 * dispatcher.max_callbacks)
+        super().__init__((host, port), _Handler)
+
+    @staticmethod
+    def _limit(wanted):
+        """描述符少的系统上,连接也要少。"""
+        try:
+            import resource
+        except ImportError:                 # Windows
+            return wanted
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return wanted if soft < 0 else max(1, min(wanted, soft // 4))
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)        # HTTPServer 的会反查 DNS
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                self._evict(8)
+                time.sleep(0.05)            # serve_forever 会马上再来
+            raise
+
+    def _evict(self, count):
+        """不再读最旧的几个。只关读的方向:已经到了的请求照样读完、回答。"""
+        with self._lock:
+            for _ in range(min(count, len(self._reading))):
+                oldest, _ = self._reading.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RD)
+
+    def done_reading(self, request):
+        """请求读完了:这个连接不再占读的名额。"""
+        with self._lock:
+            self._reading.pop(request, None)
+
+    def process_request(self, request, client_address):
+        if len(self._reading) >= self._most:
+            self._evict(1)
+        with self._lock:
+            self._reading[request] = True
+        if not self._threads.submit(1, self._serve, request, client_address):
+            self._drop(request)
+
+    def _serve(self, request, client_address):
+        try:
+            self.finish_request(request, client_address)
+        except Exception:                   # 本文件的错;线程还要接着用
+            logger.error('internal error in the server%s', _traceback())
+        finally:
+            self._drop(request)
+
+    def _drop(self, request):
+        self.done_reading(request)
+        request.close()
+
+    def close(self, deadline):
+        """不再接受连接,关掉还在读的,等正在回答的;都完了返回 True。"""
+        self.shutdown()
+        self.server_close()
+        self._evict(len(self._reading))
+        return self._threads.close(deadline)
+
+
+class WeChatServer(Dispatcher):
+    """自带 HTTP 服务器的 `Dispatcher`:``run()``,或 ``start()`` 和 ``stop()``。
+
+        server = WeChatServer('demo')
+        server.register_callback('text', lambda msg: msg)
+        server.run(port=8000)
+
+    没有 TLS:那是反向代理的事。
+    """
+
+    #: 同时最多多少个还在读的连接(描述符上限的四分之一以内);满了就关最旧的。
+    max_connections = 64
+    #: 请求行、整个头部的上限,字节。
+    max_line, max_head = 8 << 10, 16 << 10
+    #: 读完头部、读完请求、写完回答的时限,秒;都是总数。
+    head_within, request_within, write_within = 5, 10, 5
+    #: 停下时等正在回答的,最多多少秒。
+    stop_within = 5
+
+    def __init__(self, appname='demo', ini_name=None, **settings):
+        super().__init__(appname, ini_name, **settings)
+        self._http = None
+        self._thread = None
+
+    def start(self, host='0.0.0.0', port=8000):
+        """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
+
+        ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。地址用不了抛 `OSError`,已经在服务抛 `RuntimeError`。
+        """
+        if self._http:
+            raise RuntimeError('already started')
+        self._http = _HTTPServer(self, host, port)
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.2,), daemon=True)
+        self._thread.start()
+        return self._http.server_address[:2]
+
+    def stop(self):
+        """停止服务:不再接受,等正在回答的,最多 ``stop_within`` 秒。没在服务就什么也不做。"""
+        server, self._http = self._http, None
+        if server is None:
+            return
+        deadline = time.monotonic() + self.stop_within
+        threads, self._threads = self._threads, _Threads(self.max_callbacks)
+        if not (server.close(deadline) & threads.close(deadline)):
+            logger.warning('stopped while callbacks were still running')
+        self._thread.join(1)
+
+    def run(self, host='0.0.0.0', port=8000, debug=False, threaded=True):
+        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
+
+        ``debug`` 见 `debug` 属性;``threaded`` 只为旧程序保留,总是多线程。
+        """
+        self.debug = bool(debug)
+        _log_to_file(self.settings)
+        host, port = self.start(host, port)
+        print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
+            '[%s]' % host if ':' in host else host, port, self.route, port, self.route),
+            file=sys.stderr, flush=True)
+        self._wait()
+
+    def _wait(self):
+        """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.SIGTERM, signal.SIGINT:
+                before[number] = signal.signal(number, signal.default_int_handler)
+        try:
+            while self._http and self._thread.is_alive():
+                self._thread.join(1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _log_to_file(settings):
+    """``[system] log_path``:日志写进那里,1 MiB 一个,一共三个。没写就不管日志。"""
+    if not settings['log_path'] or logging is None or logger.handlers:
+        return
+    import logging.handlers
+    path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
+    try:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2,
+                                                       encoding='utf-8', delay=False)
+    except OSError as e:
+        raise ConfigError('cannot write log_path %s: %s' % (path, e.strerror)) from None
+    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    logger.addHandler(handler)
+
+
+# ---- 命令行 Command line ----------------------------------------------------------------------
+# stdout 只有结果;出错是 stderr 上的一行 `easywechat: …`。
+# 退出码:0 成了,1 被拒绝,2 用法或配置,3 网络,130 被打断。
+
+#: 公开的演示凭据:没有 config.ini 时 --echo 和 --probe 用它,只在本机。
+_DEMO = {'corpid': 'wwEasyWeChatDemo00', 'token': 'EasyWeChatDemo', 'agentid': '1000002',
+         'encoding_aes_key': 'EasyWeChatDemoKeyIsPublicDoNotUseItAnywhere'}
+
+
+class _CommandError(Exception):
+    """命令行的一次失败:``args`` 是 (退出码, 一句话)。"""
+
+
+def _echo(msg):
+    """--echo 的回调:能原样返回的原样返回,别的列出字段。"""
+    if msg.get('MsgType') in ('text', 'image', 'voice', 'video'):
+        return msg
+    return '\n'.join('%s: %s' % item for item in msg.items())
+
+
+def _ask(url, query, body=None):
+    """像企业微信那样发一个请求,等 5 秒 → ``(状态, 正文 bytes)``。直连,不走代理,不跟随重定向。"""
+    parts = urllib.parse.urlsplit(url)
+    connect = {'http': http.client.HTTPConnection,
+               'https': getattr(http.client, 'HTTPSConnection', None)}.get(parts.scheme)
+    if not connect or not parts.hostname:
+        raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)' % url)
+    try:
+        connection = connect(parts.hostname, parts.port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request('GET' if body is None else 'POST', '%s?%s' % (
+                parts.path or '/', urllib.parse.urlencode(query)), body,
+                {'Content-Type': 'text/xml'} if body else {})
+            response = connection.getresponse()
+            return response.status, response.read(2 << 20)
+    except socket.timeout:
+        raise _CommandError(3, 'no answer from %s within 5 s' % parts.netloc) from None
+    except LookupError as e:        # unknown encoding: idna
+        raise _CommandError(3, '%s; install python3-codecs' % e) from None
+    except http.client.HTTPException as e:
+        raise _CommandError(3, '%s hung up: %r; is the callback slow?' % (parts.netloc, e)) from None
+    except (OSError, ValueError) as e:
+        raise _CommandError(3, 'cannot reach %s: %s' % (parts.netloc, e)) from None
+
+
+def _signed(crypt, text):
+    """→ (查询参数, 密文 str):像企业微信那样加密、签名。"""
+    encrypt, timestamp = crypt.seal(text), str(int(time.time()))
+    nonce = str(struct.unpack('>I', os.urandom(4))[0])
+    return {'msg_signature': crypt.sign(timestamp, nonce, encrypt),
+            'timestamp': timestamp, 'nonce': nonce}, encrypt.decode()
+
+
+def _asked(url, query, body=None):
+    status, answer = _ask(url, query, body)
+    if status != 200:
+        raise _CommandError(1, '%s answered %d%s' % (url, status, {
+            403: ': Token, EncodingAESKey, corpid or the clock differ; its log says which',
+            404: ': the path differs, see route_name'}.get(status, '')))
+    return answer
+
+
+def _probe(url, settings, text):
+    """扮演企业微信:先 GET 校验,再投递一条文本 → (收到的消息 XML, 回复的 dict,没有回复是 {})。"""
+    crypt = WXBizMsgCrypt(settings['token'], settings['encoding_aes_key'], settings['corpid'])
+    echo = str(struct.unpack('>Q', os.urandom(8))[0])
+    query, encrypt = _signed(crypt, echo)
+    if _asked(url, dict(query, echostr=encrypt)) != echo.encode():
+        raise _CommandError(1, '%s does not answer the echostr; is it EasyWeChat?' % url)
+    message = dict_to_xml({
+        'ToUserName': settings['corpid'], 'FromUserName': 'probe', 'CreateTime': int(time.time()),
+        'MsgType': 'text', 'Content': text, 'AgentID': settings['agentid'],
+        'MsgId': struct.unpack('>Q', os.urandom(8))[0] >> 1})
+    query, encrypt = _signed(crypt, message)
+    body = dict_to_xml({'ToUserName': settings['corpid'], 'Encrypt': encrypt,
+                        'AgentID': settings['agentid']})
+    answer = _asked(url, query, body.encode('utf-8'))
+    if not answer:
+        return message, {}
+    envelope = xml_to_dict(answer)
+    reply = crypt.decrypt_message(answer, envelope.get('MsgSignature'), envelope.get('TimeStamp'),
+                                  envelope.get('Nonce'))
+    return message, xml_to_dict(reply)
+
+
+def _settings_or_demo(args):
+    """→ (关键字参数, 是不是演示):什么配置都没有,就用演示凭据。"""
+    if not args.config and not os.environ.get('EASYWECHAT_CONFIG'):
+        given = any(os.environ.get('EASYWECHAT_' + key.upper()) for key in _APP_KEYS)
+        if not given and not any(os.path.isfile(p) for p in _config_paths(None)):
+            return _DEMO, True
+    return {}, False
+
+
+def _loopback(host):
+    return host == 'localhost' or host == '::1' or bool(re.fullmatch(r'127(\.[0-9]{1,3}){3}', host))
+
+
+def _run_echo(args):
+    settings, demo = _settings_or_demo(args)
+    host = args.host or ('127.0.0.1' if demo else '0.0.0.0')
+    if demo and not _loopback(host):
+        raise _CommandError(2, 'without config.ini only this machine can be served; '
+                            'python easywechat.py --init writes one')
+    server = WeChatServer(args.app, args.config, **settings)
+    server.register_callback('*', _echo)
+    server.debug = args.debug
+    _log_to_file(server.settings)
+    try:
+        host, port = server.start(host, args.port)
+    except OSError as e:
+        raise _CommandError(3, 'cannot listen on %s port %d: %s; --port takes another' % (
+            host, args.port, e.strerror)) from None
+    url = 'http://%s:%d/%s' % ('[%s]' % host if ':' in host else host, port, server.route)
+    if demo:
+        print('没有 config.ini:用公开的演示凭据 (easywechat._DEMO),只在本机。')
+        message, reply = _probe(url, server.settings, '你好,EasyWeChat')
+        print('▶ 发去 (加密前):%s\n◀ 收到 (解密后):%s' % (message, dict_to_xml(reply)))
+        print("在另一个终端试试:python easywechat.py --probe '你好'%s" % (
+            ' --url ' + url if port != 8000 else ''))
+    else:
+        print('后台「接收消息 → 设置API接收」的 URL:http://<公网地址>:%d/%s' % (port, server.route))
+    print('在监听 %s ,按 Ctrl-C 停止。' % url, flush=True)
+    server._wait()
+
+
+def _run_probe(args):
+    settings, demo = _settings_or_demo(args)
+    settings = get_config(args.app, args.config, **settings)
+    url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, settings['route_name'] or 'weixin')
+    if demo and not _loopback(urllib.parse.urlsplit(url).hostname or ''):
+        raise _CommandError(2, 'without config.ini only this machine can be probed')
+    text = args.probe
+    if re.search('[\udc80-\udcff]', text):      # LANG=C:参数没有按 UTF-8 解码
+        text = os.fsencode(text).decode('utf-8', 'replace')
+    reply = _probe(url, settings, text)[1]
+    if not reply:
+        print('easywechat: (empty reply)', file=sys.stderr)
+    elif reply.get('MsgType') == 'text':
+        print(reply.get('Content', ''))
+    else:
+        print(dict_to_xml(reply))
+
+
+def _run_init(args):
+    import random
+    choose = random.SystemRandom().choice
+    letters = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
+    path = os.path.abspath(args.config or 'config.ini')
+    text = _CONFIG_TEMPLATE.format(corpid='', token=''.join(choose(letters) for _ in range(32)),
+                                   encoding_aes_key=''.join(choose(letters) for _ in range(43)))
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
+            f.write(text.encode('utf-8'))
+    except FileExistsError:
+        raise _CommandError(2, '%s exists already, left as it is' % path) from None
+    except OSError as e:
+        raise _CommandError(2, 'cannot write %s: %s' % (path, e.strerror)) from None
+    print(path)
+    print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台。', file=sys.stderr)
+
+
+def _parser():
+    import argparse
+    parser = argparse.ArgumentParser(prog='easywechat.py', add_help=False,
+                                     description='企业微信机器人,一个 Python 文件。')
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--echo', action='store_true', help='启动一个原样回话的机器人')
+    what.add_argument('--probe', metavar='TEXT', help='扮演企业微信:校验、投递 TEXT、打印回复')
+    what.add_argument('--init', action='store_true',
+                      help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
+    what.add_argument('--version', action='version', version=__version__, help='打印版本')
+    what.add_argument('-h', '--help', action='help', help='打印这段说明')
+    parser.add_argument('--host', help='监听的地址(默认 0.0.0.0;没有 config.ini 时 127.0.0.1)')
+    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    parser.add_argument('--app', default='demo', help='config.ini 里的节名(默认 demo)')
+    parser.add_argument('--config', metavar='FILE', help='config.ini 的路径')
+    parser.add_argument('--url', help='--probe 的目标(默认本机)')
+    parser.add_argument('--debug', action='store_true', help='回调出错时把原因回给用户')
+    return parser
+
+
+def main(argv=None):
+    """命令行;返回退出码 (int)。"""
+    args = _parser().parse_args(argv)
+    try:
+        if not 0 <= args.port <= 65535:
+            raise _CommandError(2, 'no port: %d' % args.port)
+        (_run_echo if args.echo else _run_init if args.init else _run_probe)(args)
+        return 0
+    except _CommandError as e:
+        code, text = e.args
+    except (WeChatError, ImportError) as e:
+        code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
+    except KeyboardInterrupt:
+        code, text = 130, 'interrupted'
+    print('easywechat: %s' % text, file=sys.stderr)
+    return code
+
+
+if __name__ == '__main__':
+    sys.modules.setdefault('easywechat', sys.modules[__name__])
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
+    else:                           # Python 3.6
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
+    sys.exit(main())
