@@ -29,7 +29,7 @@ def grow(parts):
 def raw_of(case):
     if 'noise' in case:
         return bytes(random.Random(70).getrandbits(8) for _ in range(case['noise']))
-    parts = case['parts']
+    parts = case.get('parts', [])
     if 'parameters' in case:
         query = '&'.join('a%d=1' % i for i in range(case['parameters']))
         parts = [parts[0], [query, 1]] + parts[1:]
@@ -58,7 +58,7 @@ def send(sock, raw, how, stop):
         pass                                    # the server had heard enough
 
 
-def receive(sock, limit, patient):
+def receive(sock, limit):
     """All that comes until the end; (bytes, whether the server closed)."""
     data, begin = b'', time.monotonic()
     sock.settimeout(0.5)
@@ -66,8 +66,6 @@ def receive(sock, limit, patient):
         try:
             more = sock.recv(1 << 16)
         except socket.timeout:
-            if data and not patient:
-                return data, False
             continue
         except OSError:
             return data, True
@@ -106,7 +104,7 @@ def play(case):
         sender.join(5)
         faults = []
     else:
-        faults = list(judge(case, *receive(sock, case['within_s'], True)))
+        faults = list(judge(case, *receive(sock, case['within_s'])))
         stop.set()
     sock.close()
     return faults + ([] if alive() else ['the server is dead'])
