@@ -26,6 +26,7 @@ MIT License, EasyWeChat contributors.
 """
 
 import binascii
+import codecs
 import collections
 import configparser
 import contextlib
@@ -58,6 +59,10 @@ except ImportError:             # OpenWrt 没装 python3-logging:警告以上写
         warning = error = staticmethod(lambda msg, *args: print(
             'easywechat: ' + (msg % args if args else msg), file=sys.stderr))
     logging = None
+
+# OpenWrt 没装 python3-codecs 时没有 idna,连 IP 地址都查不了;这个排在标准的后面,有它就轮不到。
+codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
+    codecs.ascii_encode, codecs.ascii_decode, name='idna'))
 
 __version__ = '0.1.0'
 
@@ -1387,6 +1392,21 @@ class _HTTPServer(http.server.HTTPServer):
         return self._threads.close(deadline)
 
 
+def _log_to_file(settings):
+    """``[system] log_path``:日志写进那里,1 MiB 一个,一共三个。没写就不管日志。"""
+    if not settings['log_path'] or logging is None or logger.handlers:
+        return
+    import logging.handlers
+    path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
+    try:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2,
+                                                       encoding='utf-8', delay=False)
+    except OSError as e:
+        raise ConfigError('cannot write log_path %s: %s' % (path, e.strerror)) from None
+    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    logger.addHandler(handler)
+
+
 class WeChatServer(Dispatcher):
     """自带 HTTP 服务器的 `Dispatcher`:``run()``,或 ``start()`` 和 ``stop()``。
 
@@ -1464,21 +1484,6 @@ class WeChatServer(Dispatcher):
                 signal.signal(number, handler)
 
 
-def _log_to_file(settings):
-    """``[system] log_path``:日志写进那里,1 MiB 一个,一共三个。没写就不管日志。"""
-    if not settings['log_path'] or logging is None or logger.handlers:
-        return
-    import logging.handlers
-    path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
-    try:
-        handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2,
-                                                       encoding='utf-8', delay=False)
-    except OSError as e:
-        raise ConfigError('cannot write log_path %s: %s' % (path, e.strerror)) from None
-    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    logger.addHandler(handler)
-
-
 # ---- 命令行 Command line ----------------------------------------------------------------------
 # stdout 只有结果;出错是 stderr 上的一行 `easywechat: …`。
 # 退出码:0 成了,1 被拒绝,2 用法或配置,3 网络,130 被打断。
@@ -1516,8 +1521,6 @@ def _ask(url, query, body=None):
             return response.status, response.read(2 << 20)
     except socket.timeout:
         raise _CommandError(3, 'no answer from %s within 5 s' % parts.netloc) from None
-    except LookupError as e:        # unknown encoding: idna
-        raise _CommandError(3, '%s; install python3-codecs' % e) from None
     except http.client.HTTPException as e:
         raise _CommandError(3, '%s hung up: %r; is the callback slow?' % (parts.netloc, e)) from None
     except (OSError, ValueError) as e:

@@ -583,11 +583,14 @@ def ask_wsgi(server, method, target, body=b'', headers=None):
         if value is None:
             del environ[key]
     got = []
-    result = wsgiref.validate.validator(server)(environ, lambda *args: got.append(args[:2]))
-    try:
-        return (int(got[0][0][:3]), {k.lower(): v.lower() for k, v in got[0][1]}, b''.join(result))
-    finally:
-        result.close()
+    if re.fullmatch('[0-9]*', environ.get('CONTENT_LENGTH', '')):   # 不然 validate 自己先拒绝了
+        app = wsgiref.validate.validator(server)
+    else:
+        app = server
+    result = app(environ, lambda *args: got.append(args[:2]))
+    answer = b''.join(result)
+    getattr(result, 'close', int)()
+    return int(got[0][0][:3]), {k.lower(): v.lower() for k, v in got[0][1]}, answer
 
 
 class DispatcherTests(unittest.TestCase):
@@ -596,7 +599,6 @@ class DispatcherTests(unittest.TestCase):
     def setUpClass(cls):
         cls.server = make_server(lambda msg: msg)
         cls.address = cls.server.start('127.0.0.1', 0)
-        cls.addClassCleanup = None
 
     @classmethod
     def tearDownClass(cls):
@@ -633,7 +635,7 @@ class DispatcherTests(unittest.TestCase):
             ('GET', '/weixin?%s&nonce=1' % good, b'', None, 403),
             ('GET', '/weixin?' + '&a=1' * 20, b'', None, 403),
             ('POST', '/weixin', b'', None, 400), ('POST', '/weixin', body, None, 403),
-            ('POST', target, b'<xml></xml>', None, 400), ('POST', target, body[:-40], None, 400),
+            ('POST', target, b'<xml></xml>', None, 400), ('POST', target, body[:-80], None, 400),
             ('POST', target.replace('nonce=1', 'nonce=2'), body, None, 403),
             stale[:1] + stale[1:2] + stale[2:] + (None, 403),
             ('POST', target, b'x' * ((1 << 20) + 1), None, 413),
@@ -1005,8 +1007,11 @@ class CommandTests(unittest.TestCase):
             try:
                 yield process, re.search(r':(\d+)/', lines[-1]).group(1), ''.join(lines)
             finally:
-                process.kill()
-                process.communicate()
+                if process.poll() is None:
+                    process.kill()
+                    process.communicate()
+                process.stdout.close()
+                process.stderr.close()
 
     def test_echo_shows_the_exchange_and_probe_talks_to_it(self):
         with self.echo() as (process, port, output):
@@ -1079,7 +1084,7 @@ class PromiseTests(unittest.TestCase):
         self.assertEqual(forward, set())
 
     def test_only_the_standard_library_and_aes_are_imported(self):
-        code = ("import sys; before = set(sys.modules); import easywechat; "
+        code = ("import sys, http.server; before = set(sys.modules); import easywechat; "
                 "print(' '.join(set(sys.modules) - before))")
         out = subprocess.run([sys.executable, '-c', code], cwd=HERE, stdout=subprocess.PIPE,
                              check=True).stdout.decode().split()
@@ -1102,8 +1107,7 @@ class PromiseTests(unittest.TestCase):
         done = subprocess.run([sys.executable, '-c', code], cwd=HERE, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE)
         self.assertEqual((done.stdout.decode().strip(), done.returncode), ('ok', 0), done.stderr)
-        self.assertIn(b'wrong path' if b'wrong path' in done.stderr else b'expected /weixin',
-                      done.stderr)
+        self.assertIn(b'expected /weixin', done.stderr)
 
     def test_without_aes_the_error_says_how_to_get_it(self):
         code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; "
