@@ -1396,11 +1396,10 @@ def _log_to_file(settings):
     """``[system] log_path``:日志写进那里,1 MiB 一个,一共三个。没写就不管日志。"""
     if not settings['log_path'] or logging is None or logger.handlers:
         return
-    import logging.handlers
+    from logging.handlers import RotatingFileHandler
     path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
     try:
-        handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2,
-                                                       encoding='utf-8', delay=False)
+        handler = RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2, encoding='utf-8')
     except OSError as e:
         raise ConfigError('cannot write log_path %s: %s' % (path, e.strerror)) from None
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
@@ -1434,7 +1433,8 @@ class WeChatServer(Dispatcher):
     def start(self, host='0.0.0.0', port=8000):
         """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
 
-        ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。地址用不了抛 `OSError`,已经在服务抛 `RuntimeError`。
+        ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。
+        地址用不了抛 `OSError`,已经在服务抛 `RuntimeError`。
         """
         if self._http:
             raise RuntimeError('already started')

@@ -272,7 +272,7 @@ class CryptoTests(unittest.TestCase):
                 result = crypt.DecryptMsg(v.data, *v.query)
                 encrypt = easywechat._cut_encrypt(v.data.encode()).decode()
             self.assertEqual(result, (0, v.plaintext))
-            with swapped(os, 'urandom', lambda n: bytes.fromhex(v.random16)):
+            with swapped(os, 'urandom', lambda n, v=v: bytes.fromhex(v.random16)):
                 self.assertEqual(crypt.seal(v.plaintext).decode(), encrypt)
 
     def test_a_round_trip_through_the_official_methods(self):
@@ -766,7 +766,8 @@ class DispatcherTests(unittest.TestCase):
             encrypt = CRYPT.seal(message(Content='x' * n))
             q = signed(encrypt, nonce)
             body = b'<xml><Encrypt>' + encrypt + b'</Encrypt></xml>'
-            again = [dict(q), dict(q), dict(q, timestamp=q['timestamp'][:9], nonce=q['timestamp'][9:] + nonce),
+            again = [dict(q), dict(q),
+                     dict(q, timestamp=q['timestamp'][:9], nonce=q['timestamp'][9:] + nonce),
                      dict(q, timestamp=q['timestamp'] + nonce[:1], nonce=nonce[1:])]
             for query in [q] + again:
                 status = server.handle('POST', '/weixin?' + urllib.parse.urlencode(query), body)[0]
@@ -974,6 +975,22 @@ class ServerTests(unittest.TestCase):
             server.stop()
             thread.join(5)
         self.assertFalse(thread.is_alive())
+
+    def test_the_log_goes_where_the_config_says(self):
+        logger = logging.getLogger('easywechat')
+        before, logger.handlers = logger.handlers, []
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                easywechat._log_to_file({'log_path': folder, 'log_name': 'x.log'})
+                make_server().handle('GET', '/nosuch')
+                logger.handlers[0].close()
+                with open(os.path.join(folder, 'x.log'), encoding='utf-8') as f:
+                    self.assertIn('expected /weixin', f.read())
+                logger.handlers = []
+                self.assertRaises(ConfigError, easywechat._log_to_file,
+                                  {'log_path': os.path.join(folder, 'no'), 'log_name': ''})
+            finally:
+                logger.handlers = before
 
     def test_threads_return_to_rest(self):
         server, address = self.start()

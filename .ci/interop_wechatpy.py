@@ -48,8 +48,8 @@ def main():
     for n in range(300):
         text = ''.join(random.choice('a 中<>&😀]07') for _ in range(n % 97 + 1)).strip() or 'x'
         differences += exchange(text) != text
-        query = [field(THEIRS.encrypt_message(text, '1', '1700000000'), name)
-                 for name in ('MsgSignature', 'TimeStamp', 'Nonce', 'Encrypt')]
+        theirs = THEIRS.encrypt_message(text, '1', '1700000000')
+        query = [field(theirs, name) for name in ('MsgSignature', 'TimeStamp', 'Nonce', 'Encrypt')]
         differences += OURS.VerifyURL(*query) != (0, text)
         ours = OURS.EncryptMsg(text, '1')[1]
         differences += THEIRS.decrypt_message(ours, field(ours, 'MsgSignature'), field(ours, 'TimeStamp'),
