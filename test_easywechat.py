@@ -611,7 +611,7 @@ class DispatcherTests(unittest.TestCase):
         if not headers:
             status, sent, answer = self.server.handle(method, target, body)
             answers.append((status, {k.lower(): v.lower() for k, v in sent}, answer))
-        for status, sent, answer in answers:
+        for _, sent, answer in answers:
             sent.pop('connection', None)
             self.assertEqual(sent['content-length'], str(len(answer)))
             self.assertEqual(sent['x-content-type-options'], 'nosniff')

@@ -21,7 +21,8 @@ SERVER = easywechat.WeChatServer('fuzz', **easywechat._DEMO)
 SERVER.register_callback('*', lambda msg: msg)
 CRYPT = SERVER.wxcpt
 TOKENS = [b'<', b'>', b'</', b'/>', b'<![CDATA[', b']]>', b'<!DOCTYPE', b'<?xml', b'&lt;', b'&#0;', b'&x;', b'\0',
-          b'\xff', b'\xed\xa0\x80', b'Encrypt', b'{', b'[', b'"', b'\\u', b'%', b'&', b'=', b'+', b'\r\n', b' ', b'9' * 30]
+          b'\xff', b'\xed\xa0\x80', b'Encrypt', b'{', b'[', b'"', b'\\u', b'%', b'&', b'=',
+          b'+', b'\r\n', b' ', b'9' * 30]
 
 
 def mutate(data):
@@ -54,8 +55,11 @@ def envelope(encrypt):
     return b'<xml><ToUserName><![CDATA[ww]]></ToUserName><Encrypt><![CDATA[' + encrypt + b']]></Encrypt></xml>'
 
 
-def fuzz_xml(n, text=message(1).encode()):
-    easywechat.xml_to_dict(mutate(text))
+MESSAGE = message(1).encode()
+
+
+def fuzz_xml(n):
+    easywechat.xml_to_dict(mutate(MESSAGE))
 
 
 def fuzz_decrypt(n):

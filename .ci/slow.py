@@ -1,7 +1,7 @@
-"""Real messages while slow connections are held: slow.py [CONNECTIONS [SECONDS]], 1,000 of each kind for 60 s by default.
+"""Real messages while slow connections are held: slow.py [CONNECTIONS [SECONDS]], 1,000 and 60 by default.
 
-The server is --echo in a process of its own with 1,024 descriptors. Kinds: silent, a header byte every half second,
-a body byte every half second; whoever is closed connects again. Printed: lost, p50, p99, slowest, RSS.
+The server is --echo in a process of its own with 1,024 descriptors. Kinds: silent, a header byte
+every half second, a body byte every half second; whoever is closed connects again. Printed: lost, p50, p99, slowest, RSS.
 """
 import os
 import re
@@ -47,13 +47,14 @@ def hold(address, kind, stop):
             if gone:
                 poll.unregister(key.fileobj)
                 socks.discard(key.fileobj)
+                hold.begun.discard(key.fileobj)
                 key.fileobj.close()
         if time.monotonic() - tick > 0.5:
             tick = time.monotonic()
             for sock in socks:
                 try:
-                    sock.send(first + more if id(sock) not in hold.begun else more)
-                    hold.begun.add(id(sock))
+                    sock.send(first + more if sock not in hold.begun else more)
+                    hold.begun.add(sock)
                 except OSError:
                     pass
     for sock in socks:
