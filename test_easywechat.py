@@ -86,8 +86,9 @@ def run_cli(*args, **kwargs):
         for name in list(env):
             if name.startswith('EASYWECHAT_') and name not in kwargs:
                 del env[name]
-        done = subprocess.run([sys.executable, SOURCE] + list(args), cwd=folder, env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+        done = subprocess.run([sys.executable, SOURCE] + [a.encode() for a in args],
+                              cwd=folder, env=env, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=20)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 

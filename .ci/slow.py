@@ -1,7 +1,8 @@
 """Real messages while slow connections are held: slow.py [CONNECTIONS [SECONDS]], 1,000 and 60 by default.
 
 The server is --echo in a process of its own with 1,024 descriptors. Kinds: silent, a header byte
-every half second, a body byte every half second; whoever is closed connects again. Printed: lost, p50, p99, slowest, RSS.
+every half second, a body byte every half second; whoever is closed connects again.
+Printed: lost, p50, p99, slowest, RSS.
 """
 import os
 import re
