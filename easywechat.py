@@ -346,7 +346,8 @@ def _json_encrypt(body):
     """``{"encrypt": "…"}`` → 密文。括号和逗号先数过,数字不转换:多大的垃圾都花不了多少时间。"""
     if body.count(b'{') + body.count(b'[') + body.count(b',') > 64:
         raise ValueError('too many parts')
-    data = json.loads(body.decode('utf-8'), parse_int=len, parse_float=len, parse_constant=len)
+    data = json.loads(body.decode('utf-8'), parse_int=len, parse_float=len,
+                      parse_constant=int)       # NaN、Infinity:ValueError
     return (data.get('encrypt') or data.get('Encrypt')).encode('ascii')
 
 

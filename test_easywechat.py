@@ -345,7 +345,7 @@ class CryptoTests(unittest.TestCase):
                      b'<xml><Encrypt> <![CDATA[QUJD]]>\n</Encrypt></xml>', b'{"Encrypt": "QUJD"}'):
             self.assertEqual(cut(body), b'QUJD')
         for body in (b'', b'x', b'<Encrypt>a</Encrypt><Encrypt>b</Encrypt>', b'</Encrypt><Encrypt>',
-                     b'{', b'{}', b'{"encrypt": 1}', b'[]', b'{"encrypt": NaN}', b'{"encrypt":"\xff"}',
+                     b'{', b'{}', b'{"encrypt": 1}', b'[]', b'{"a": NaN, "encrypt": "QUJD"}', b'{"encrypt":"\xff"}',
                      b'{"encrypt":"\\ud800"}', b'{"a":' + b'[' * 60000, b'{"encrypt":{"a":[]}}'):
             with self.assertRaises(FormatException, msg=body[:30]):
                 cut(body)
@@ -1063,6 +1063,36 @@ class CommandTests(unittest.TestCase):
                                      EASYWECHAT_TOKEN='t', EASYWECHAT_ENCODING_AES_KEY='k' * 43)
             self.assertEqual((code, out), (1, ''))
             self.assertIn('403', err)
+
+    def test_the_program_of_the_readme_runs_as_it_stands(self):
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            program = re.search(r'```python\n(.*?)```', f.read(), re.S).group(1)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (('bot.py', program.replace('port=6000', 'port=0')),
+                               ('config.ini', easywechat._CONFIG_TEMPLATE.format(**SETTINGS))):
+                with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+                    f.write(text)
+                os.chmod(os.path.join(folder, name), 0o600)
+            bot = subprocess.Popen([sys.executable, os.path.join(folder, 'bot.py')], cwd=HERE,
+                                   env=dict(os.environ, PYTHONPATH=HERE, PYTHONIOENCODING='utf-8'),
+                                   stderr=subprocess.PIPE)
+            port = int(re.search(r'0\.0\.0\.0:(\d+)', bot.stderr.readline().decode()).group(1))
+            reply = opened(ask_socket(('127.0.0.1', port), *delivery(message(Content='在')))[2])
+            bot.send_signal(signal.SIGINT)
+            self.assertEqual(bot.communicate(timeout=10)[1], b'')
+        self.assertEqual((reply['Content'], bot.returncode), ('在', 0))
+
+    def test_the_demo_example_echoes_and_counts(self):
+        space = {'__name__': 'demo', '__file__': os.path.join(HERE, 'examples', 'demo.py')}
+        with open(space['__file__'], encoding='utf-8') as f:
+            exec(compile(f.read(), 'demo.py', 'exec'), space)
+        server = make_server(space['reply_func'])
+        server.register_callback('text', space['Counter']().reply)
+        for n in 1, 2:
+            reply = opened(server.handle(*delivery(message(Content='嗨')))[2])
+            self.assertEqual(reply['Content'], '嗨(第 %d 句)' % n)
+        reply = opened(server.handle(*delivery(message(MsgType='image', MediaId='M')))[2])
+        self.assertEqual(reply['Image'], {'MediaId': 'M'})
 
     def test_init_writes_once_and_prints_no_secret(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -27,10 +27,10 @@ TOKENS = [b'<', b'>', b'</', b'/>', b'<![CDATA[', b']]>', b'<!DOCTYPE', b'<?xml'
 
 def mutate(data):
     data = bytearray(data)
-    for _ in range(RNG.randint(1, 6)):
+    for _ in range(RNG.randint(1, 3)):
         at, kind = RNG.randint(0, len(data)), RNG.random()
         if kind < .4:
-            data[at:at + 1] = bytes([RNG.getrandbits(8)])
+            data[at:at + 1] = bytes([RNG.randrange(32, 127) if RNG.random() < .8 else RNG.getrandbits(8)])
         elif kind < .7:
             data[at:at] = RNG.choice(TOKENS) * RNG.choice([1, 1, 1, 50])
         elif kind < .9:
