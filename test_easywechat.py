@@ -1175,8 +1175,9 @@ class PromiseTests(unittest.TestCase):
         self.assertIn(b'expected /weixin', done.stderr)
 
     def test_without_aes_the_error_says_how_to_get_it(self):
-        code = ("import sys, types; sys.modules['Crypto'] = types.ModuleType('Crypto'); "
-                "sys.modules['Crypto'].version_info = (2, 6, 1); "      # PyCrypto
+        code = ("import sys, types; pycrypto = types.ModuleType('Crypto'); "
+                "sys.modules['Crypto'] = sys.modules['Crypto.Cipher.AES'] = pycrypto; "
+                "pycrypto.version_info = (2, 6, 1); "
                 "sys.modules['Cryptodome'] = None; "
                 "import easywechat; sys.exit(easywechat.main(['--echo']))")
         with tempfile.TemporaryDirectory() as folder:
