@@ -152,7 +152,7 @@ class CryptoError(WeChatError):
 
 
 class FormatException(WeChatError):
-    """读不懂的 XML / JSON(-40002),或写不成 XML 的内容(-40011)。"""
+    """读不懂的 XML / JSON(-40002),写不成 XML 的内容(-40011),不像样的 EncodingAESKey(-40004)。"""
 
 
 class ConfigError(WeChatError):
@@ -325,7 +325,7 @@ def _aes():
         try:
             if importlib.import_module(package).version_info >= (3, 4):
                 return importlib.import_module(package + '.Cipher.AES')
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, OSError):     # OSError:别的机器上编译的
             continue
     raise ImportError(_AES_INSTALL)
 
@@ -365,6 +365,11 @@ def _cut_encrypt(body):
         raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error) from None
 
 
+def _echostr(value):
+    """查询串里的 echostr → 密文 (bytes);有的代理把 ``+`` 变成了空格。"""
+    return str(value or '').replace(' ', '+').encode('ascii', 'replace')
+
+
 def _official(method):
     """官方方法的约定:返回 ``(返回码, 值)``,不抛异常。"""
     @functools.wraps(method)
@@ -373,6 +378,8 @@ def _official(method):
             return ierror.WXBizMsgCrypt_OK, method(*args, **kwargs)
         except WeChatError as e:
             return e.errcode, None
+        except (TypeError, AttributeError):     # None、int:不是它要的 str
+            return ierror.WXBizMsgCrypt_ComputeSignature_Error, None
     return code_and_value
 
 
@@ -381,13 +388,15 @@ class WXBizMsgCrypt:
 
     ``sToken`` 和 ``sEncodingAESKey``(恰好 43 个字符)在「应用管理 → 应用 → 接收消息 → 设置API接收」;
     ``sCorpId`` 是企业ID,第三方套件用 SuiteID,智能机器人用空字符串。
-    密钥不对抛 `CryptoError` (-40004),没有 AES 抛 `ImportError`,其中写着怎么装。
+    密钥不对抛 `FormatException` (-40004),没有 AES 抛 `ImportError`,其中写着怎么装。
     """
 
     def __init__(self, sToken, sEncodingAESKey, sCorpId):
         if not re.fullmatch('[A-Za-z0-9+/]{43}', sEncodingAESKey):
-            raise CryptoError(ierror.WXBizMsgCrypt_IllegalAesKey, 'EncodingAESKey must be 43 '
-                              'characters of A-Z a-z 0-9, got %d' % len(sEncodingAESKey))
+            others = len(re.findall('[^A-Za-z0-9+/]', sEncodingAESKey))
+            raise FormatException(ierror.WXBizMsgCrypt_IllegalAesKey, 'EncodingAESKey must be 43 '
+                                  'characters of A-Z a-z 0-9, got %d%s' % (
+                                      len(sEncodingAESKey) - others, ' and %d others' % others * bool(others)))
         self._key = binascii.a2b_base64(sEncodingAESKey + '=')
         self._token = sToken.encode('utf-8')
         self._receive_id = sCorpId.encode('utf-8')
@@ -450,7 +459,7 @@ class WXBizMsgCrypt:
 
     def verify_url(self, msg_signature, timestamp, nonce, echostr):
         """「保存」时的 GET 校验 (path/90930):返回要原样答出去的明文 (str)。"""
-        encrypt = str(echostr or '').replace(' ', '+').encode('ascii', 'replace')
+        encrypt = _echostr(echostr)
         self.verify(msg_signature, timestamp, nonce, encrypt)
         return self.open(encrypt)
 
@@ -545,9 +554,12 @@ def _check_mode(path):
 
 def _read_ini(path):
     """ini 文件 → `configparser.ConfigParser`。UTF-8(可有 BOM),否则当作 GB18030。"""
-    _check_mode(path)
-    with open(path, 'rb') as f:
-        data = f.read(1 << 20)
+    try:
+        _check_mode(path)
+        with open(path, 'rb') as f:
+            data = f.read(1 << 20)
+    except OSError as e:
+        raise ConfigError('cannot read %s: %s' % (path, e.strerror)) from None
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
     try:
         try:
@@ -837,11 +849,9 @@ _EVENTS = frozenset(
     'customer_acquisition'.split())
 _TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
 
-#: 没有 MsgId 的(事件)靠这些字段认出来,找遍根和它的 BatchJob、ApprovalInfo。
-_EVENT_KEY = ('FromUserName', 'CreateTime', 'MsgType', 'Event', 'EventKey', 'ChangeType', 'AgentID',
-              'UserID', 'Id', 'TagId', 'TaskId', 'JobId', 'ChatId', 'ExternalUserID', 'CalId',
-              'ScheduleId', 'LivingId', 'Token', 'SpNo', 'ThirdNo', 'SpStatus', 'OpenSpStatus',
-              'StatuChangeEvent')
+#: 没有 MsgId 的(事件)靠这些字段认出来,找遍根和它的 BatchJob、ApprovalInfo:谁、何时、什么事、哪一个。
+_EVENT_KEY = re.compile('FromUserName|CreateTime|MsgType|ChangeType|Token'
+                        '|[A-Za-z]*(?:Event|Key|I[dD]s?|No|Status)')
 
 _PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
 
@@ -904,9 +914,9 @@ class Dispatcher:
     max_body = 1 << 20
     #: 请求里的时间与本机最多差多少秒;0 是不检查。
     max_skew = 300
-    #: 等回调的秒数:企业微信等 5 秒。
-    answer_within = 4.5
-    #: 同时最多跑多少个回调;再多的不答,由企业微信重新投递。
+    #: 一次投递等回调的秒数。企业微信等 5 秒就断开、再投递:多等一点,断开的就总是它,隔着代理也一样。
+    answer_within = 6
+    #: 同时最多跑多少个回调;再多的等前面的,等不到的由企业微信重新投递。
     max_callbacks = 32
 
     _now = staticmethod(time.time)
@@ -957,6 +967,9 @@ class Dispatcher:
             def temperature(msg, room):
                 return room + ' 21°C'
         """
+        if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
+            raise ValueError("no message type: %r; write @server.register_callback('text')"
+                             % (msg_type,))
         if func is None:
             return functools.partial(self._register, msg_type, pattern)
         return self._register(msg_type, pattern, func)
@@ -965,8 +978,6 @@ class Dispatcher:
         if not callable(func):
             raise TypeError('a callback must be callable, got %s: did you mean one of its methods?'
                             % type(func).__name__)
-        if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
-            raise ValueError('no message type: %r' % (msg_type,))
         known = _EVENTS if msg_type.startswith('event:') else _TYPES
         name = msg_type.partition(':')[2] or msg_type
         if name not in known:
@@ -1005,7 +1016,8 @@ class Dispatcher:
         else:
             places = [msg] + [v for v in (msg.get('BatchJob'), msg.get('ApprovalInfo'))
                               if isinstance(v, dict)]
-            parts = [str(place.get(name, '')) for place in places for name in _EVENT_KEY]
+            parts = ['%s=%s' % item for place in places for item in sorted(place.items())
+                     if _EVENT_KEY.fullmatch(item[0])]
         parts = [self.settings['corpid'], self.settings['agentid']] + parts
         digest = hashlib.sha1('\0'.join(parts).encode('utf-8', 'replace')).hexdigest()
         return 'easywechat:message:' + digest
@@ -1016,7 +1028,7 @@ class Dispatcher:
 
     def _work(self, name, run, msg):
         """在留着的线程上:跑回调,存下答复,叫醒等着的投递。"""
-        reply = b''
+        reply, begin = b'', time.monotonic()
         try:
             head = [str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName')]
             fields = self._call(msg, head)
@@ -1026,6 +1038,9 @@ class Dispatcher:
             logger.error('internal error after the callback%s', _traceback())
         finally:
             self.store.set(name, b'+' + reply, ex=self._keep())
+            if reply and not run.waiting and time.monotonic() - begin > self.answer_within:
+                logger.warning('the answer to %s came after %.0f s, when nobody waited for it',
+                               _show(msg.get('FromUserName')), time.monotonic() - begin)
             run.finish(reply)
             del self._running[name]
 
@@ -1054,7 +1069,7 @@ class Dispatcher:
     def _begin(self, name, run, msg):
         """认领到了就跑;已经答过的,把存下的答复交出去。"""
         if self.store.set(name, b'-', ex=self._keep(), nx=True):
-            if self._threads.submit(0, self._work, name, run, msg):
+            if self._threads.submit(self.answer_within, self._work, name, run, msg):
                 return
             self.store.delete(name)
             logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
@@ -1079,6 +1094,13 @@ class Dispatcher:
 
     # 请求 → 回答
 
+    def _open(self, query, encrypt):
+        """验签、看时间、解密 → 明文 (str)。"""
+        self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'),
+                          encrypt)
+        self._check_fresh(query['timestamp'])
+        return self.wxcpt.open(encrypt)
+
     def _check_fresh(self, timestamp):
         now = self._now()
         if now < _RELEASED:
@@ -1093,20 +1115,17 @@ class Dispatcher:
 
     def _receive(self, query, body):
         """POST 的信封 → 回复的信封 (bytes)。"""
-        encrypt = _cut_encrypt(body)
-        self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'),
-                          encrypt)
-        self._check_fresh(query['timestamp'])
-        text = self.wxcpt.open(encrypt)
+        text = self._open(query, _cut_encrypt(body))
         try:
             msg = xml_to_dict(text)
         except FormatException as e:
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, e.errmsg) from None
-        logger.debug('message %s', msg)
+        logger.debug('message %.2000s', msg)
         reply = self._deliver(msg)
         if not reply:
             return b''
-        return self.wxcpt.encrypt_message(reply, query['nonce'], int(self._now())).encode('utf-8')
+        # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
+        return self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
 
     def _answer(self, method, target, body):
         """(Content-Type, 正文 bytes);拒绝抛 `WeChatError`。"""
@@ -1123,9 +1142,7 @@ class Dispatcher:
             return 'text/plain; charset=utf-8', b'' if method == 'HEAD' else \
                 b'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
         query = _parse_query(query)
-        echo = self.wxcpt.verify_url(query.get('msg_signature'), query.get('timestamp'),
-                                     query.get('nonce'), query.get('echostr'))
-        self._check_fresh(query['timestamp'])
+        echo = self._open(query, _echostr(query.get('echostr')))
         return 'text/plain; charset=utf-8', b'' if method == 'HEAD' else echo.encode('utf-8')
 
     def refuse(self, error, client=''):
@@ -1285,6 +1302,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.request.settimeout(app.write_within)
             self.request.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
         while missing > 0:
+            self.server.has_read(self.request, len(parts[-1]))
             data = self._receive(begin + app.request_within)
             parts.append(data[:missing])
             self._rest = data[missing:]
@@ -1322,7 +1340,7 @@ class _HTTPServer(http.server.HTTPServer):
         self.dispatcher = dispatcher
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._lock = threading.Lock()
-        self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前
+        self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前 → 读了多少字节正文
         self._most = self._limit(dispatcher.max_connections)
         self._threads = _Threads(self._most + 2 * dispatcher.max_callbacks)
         super().__init__((host, port), _Handler)
@@ -1360,6 +1378,15 @@ class _HTTPServer(http.server.HTTPServer):
                 with contextlib.suppress(OSError):
                     oldest.shutdown(socket.SHUT_RD)
 
+    def has_read(self, request, count):
+        """又读了 ``count`` 字节正文;所有连接加起来太多,最旧的就不再读。"""
+        with self._lock:
+            if request in self._reading:
+                self._reading[request] += count
+            full = sum(self._reading.values()) > self.dispatcher.max_reading
+        if full:
+            self._evict(1)
+
     def done_reading(self, request):
         """请求读完了:这个连接不再占读的名额。"""
         with self._lock:
@@ -1369,7 +1396,7 @@ class _HTTPServer(http.server.HTTPServer):
         if len(self._reading) >= self._most:
             self._evict(1)
         with self._lock:
-            self._reading[request] = True
+            self._reading[request] = 0
         if not self._threads.submit(1, self._serve, request, client_address):
             self._drop(request)
 
@@ -1419,6 +1446,8 @@ class WeChatServer(Dispatcher):
 
     #: 同时最多多少个还在读的连接(描述符上限的四分之一以内);满了就关最旧的。
     max_connections = 64
+    #: 所有还没读完的正文,加起来最多多少字节。
+    max_reading = 8 << 20
     #: 请求行、整个头部的上限,字节。
     max_line, max_head = 8 << 10, 16 << 10
     #: 读完头部、读完请求、写完回答的时限,秒;都是总数。
@@ -1439,6 +1468,7 @@ class WeChatServer(Dispatcher):
         """
         if self._http:
             raise RuntimeError('already started')
+        _log_to_file(self.settings)
         self._http = _HTTPServer(self, host, port)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.2,), daemon=True)
         self._thread.start()
@@ -1461,7 +1491,6 @@ class WeChatServer(Dispatcher):
         ``debug`` 见 `debug` 属性;``threaded`` 只为旧程序保留,总是多线程。
         """
         self.debug = bool(debug)
-        _log_to_file(self.settings)
         host, port = self.start(host, port)
         print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
             '[%s]' % host if ':' in host else host, port, self.route, port, self.route),
@@ -1471,15 +1500,17 @@ class WeChatServer(Dispatcher):
     def _wait(self):
         """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
         before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in signal.SIGTERM, signal.SIGINT:
-                before[number] = signal.signal(number, signal.default_int_handler)
         try:
+            if threading.current_thread() is threading.main_thread():
+                for number in signal.SIGTERM, signal.SIGINT:
+                    before[number] = signal.signal(number, signal.default_int_handler)
             while self._http and self._thread.is_alive():
                 self._thread.join(1)
         except KeyboardInterrupt:
             pass
         finally:
+            for number in before:           # 再来一个也不打断:停下本来就有时限
+                signal.signal(number, signal.SIG_IGN)
             self.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -1505,14 +1536,24 @@ def _echo(msg):
     return '\n'.join('%s: %s' % item for item in msg.items())
 
 
+def _split_url(url):
+    """→ `urlsplit` 的结果;不是 http(s) 的网址抛 `_CommandError`。"""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
+                and re.fullmatch('[!-~]+', url)):
+            return parts
+    except ValueError:          # 端口、方括号
+        pass
+    raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)'
+                        % _show(url))
+
+
 def _ask(url, query, body=None):
     """像企业微信那样发一个请求,等 5 秒 → ``(状态, 正文 bytes)``。直连,不走代理,不跟随重定向。"""
-    parts = urllib.parse.urlsplit(url)
-    connect = {'http': http.client.HTTPConnection,
-               'https': getattr(http.client, 'HTTPSConnection', None)}.get(parts.scheme)
-    if not connect or not parts.hostname:
-        raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)' % url)
+    parts = _split_url(url)
     try:
+        connect = getattr(http.client, parts.scheme.upper() + 'Connection')
         connection = connect(parts.hostname, parts.port, timeout=5)
         with contextlib.closing(connection):
             connection.request('GET' if body is None else 'POST', '%s?%s' % (
@@ -1524,6 +1565,8 @@ def _ask(url, query, body=None):
         raise _CommandError(3, 'no answer from %s within 5 s' % parts.netloc) from None
     except http.client.HTTPException as e:
         raise _CommandError(3, '%s hung up: %r; is the callback slow?' % (parts.netloc, e)) from None
+    except AttributeError:      # 没有 ssl 的 Python
+        raise _CommandError(2, 'this Python has no ssl: install python3-openssl') from None
     except (OSError, ValueError) as e:
         raise _CommandError(3, 'cannot reach %s: %s' % (parts.netloc, e)) from None
 
@@ -1560,12 +1603,15 @@ def _probe(url, settings, text):
     body = dict_to_xml({'ToUserName': settings['corpid'], 'Encrypt': encrypt,
                         'AgentID': settings['agentid']})
     answer = _asked(url, query, body.encode('utf-8'))
-    if not answer:
+    if answer in (b'', b'success'):
         return message, {}
-    envelope = xml_to_dict(answer)
-    reply = crypt.decrypt_message(answer, envelope.get('MsgSignature'), envelope.get('TimeStamp'),
-                                  envelope.get('Nonce'))
-    return message, xml_to_dict(reply)
+    try:
+        envelope = xml_to_dict(answer)
+        reply = crypt.decrypt_message(answer, envelope.get('MsgSignature'),
+                                      envelope.get('TimeStamp'), envelope.get('Nonce'))
+        return message, xml_to_dict(reply)
+    except WeChatError as e:
+        raise _CommandError(1, '%s answered what is no reply: %s' % (url, e.errmsg)) from None
 
 
 def _settings_or_demo(args):
@@ -1590,7 +1636,6 @@ def _run_echo(args):
     server = WeChatServer(args.app, args.config, **settings)
     server.register_callback('*', _echo)
     server.debug = args.debug
-    _log_to_file(server.settings)
     try:
         host, port = server.start(host, args.port)
     except OSError as e:
@@ -1611,14 +1656,14 @@ def _run_echo(args):
 
 def _run_probe(args):
     settings, demo = _settings_or_demo(args)
-    settings = get_config(args.app, args.config, **settings)
-    url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, settings['route_name'] or 'weixin')
-    if demo and not _loopback(urllib.parse.urlsplit(url).hostname or ''):
+    app = Dispatcher(args.app, args.config, **settings)
+    url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, app.route)
+    if demo and not _loopback(_split_url(url).hostname):
         raise _CommandError(2, 'without config.ini only this machine can be probed')
     text = args.probe
     if re.search('[\udc80-\udcff]', text):      # LANG=C:参数没有按 UTF-8 解码
         text = os.fsencode(text).decode('utf-8', 'replace')
-    reply = _probe(url, settings, text)[1]
+    reply = _probe(url, app.settings, text)[1]
     if not reply:
         print('easywechat: (empty reply)', file=sys.stderr)
     elif reply.get('MsgType') == 'text':

@@ -288,7 +288,7 @@ class CryptoTests(unittest.TestCase):
 
     def test_the_key_has_exactly_43_characters(self):
         for key in ('', 'a' * 42, 'a' * 44, 'a' * 42 + '=', 'a' * 42 + '中', 'a' * 43 + '\n'):
-            with self.assertRaises(CryptoError) as caught:
+            with self.assertRaises(FormatException) as caught:      # 官方示例抛的就是它
                 WXBizMsgCrypt('t', key, 'c')
             self.assertEqual(caught.exception.errcode, -40004)
 
@@ -331,6 +331,8 @@ class CryptoTests(unittest.TestCase):
         self.assertEqual(CRYPT.DecryptMsg('<xml></xml>', *query)[0], -40002)
         self.assertEqual(CRYPT.EncryptMsg('x', '', 1700000000)[0], -40003)
         self.assertEqual(CRYPT.EncryptMsg('x', 'n', 17)[0], -40003)
+        self.assertEqual(CRYPT.EncryptMsg('x', 1372623149)[0], -40003)
+        self.assertEqual(CRYPT.DecryptMsg(None, *query)[0], -40003)
         self.assertEqual(other.DecryptMsg(body, *query)[0], -40005)
         self.assertEqual(CRYPT.EncryptMsg(None, 'n')[0], -40006)
         self.assertEqual(CRYPT.EncryptMsg('\ud800', 'n')[0], -40006)
@@ -449,6 +451,8 @@ class ConfigTests(unittest.TestCase):
         with self.assertRaises(ConfigError) as caught:
             get_config('demo', self.path + '.no')
         self.assertIn(self.path + '.no', str(caught.exception))
+        with self.assertRaises(ConfigError):        # 读不了的:权限不够,或者是目录
+            easywechat._read_ini(os.path.dirname(self.path))
         with self.assertRaises(TypeError):
             get_config('demo', self.path, tokne='x')
 
@@ -715,8 +719,9 @@ class DispatcherTests(unittest.TestCase):
     def test_registration_refuses_what_cannot_be(self):
         server = make_server()
         self.assertRaises(TypeError, server.register_callback, 'text', object())
-        for kind in ('', 'te xt', 'event:', 7, None, 'text:x', '中'):
+        for kind in ('', 'te xt', 'event:', 7, None, 'text:x', '中', print):
             self.assertRaises(ValueError, server.register_callback, kind, print)
+            self.assertRaises(ValueError, server.register_callback, kind)
         self.assertRaises(ValueError, server.register_callback, 'image', print, 'x')
         for kind, close in ('txt', 'text'), ('event:CLICK_', 'type'), ('event:location', 'location_'):
             with self.assertLogs('easywechat', 'WARNING') as logs:
@@ -767,6 +772,8 @@ class DispatcherTests(unittest.TestCase):
                   dict(event, ChangeType='delete_user', UserID='a'),
                   dict(event, Event='batch_job_result', BatchJob={'JobId': '1'}),
                   dict(event, Event='batch_job_result', BatchJob={'JobId': '2'}),
+                  dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '2']}),
+                  dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '3']}),
                   dict(event, CreateTime=1700000001)]
         for fields in events * 3:
             self.assertEqual(server.handle(*delivery(message(**fields)))[0], 200)
@@ -815,6 +822,16 @@ class DispatcherTests(unittest.TestCase):
         self.assertEqual(len(runs), 1)
         server.stop()
 
+    def test_an_answer_that_nobody_waits_for_is_in_the_log(self):
+        class Impatient(WeChatServer):
+            answer_within = 0.01
+        server = make_server(lambda msg: time.sleep(0.2) or '晚了', Impatient)
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertEqual(server.handle(*delivery(message()))[0], 503)
+            server.stop()
+            server._threads.close(time.monotonic() + 5)
+        self.assertIn('nobody waited', logs.output[0])
+
     def test_when_all_callbacks_are_busy_nothing_is_lost(self):
         class Small(WeChatServer):
             max_callbacks, answer_within = 1, 0.05
@@ -831,7 +848,7 @@ class DispatcherTests(unittest.TestCase):
 
     def test_an_unset_clock_is_believed_once_with_a_warning(self):
         server = make_server(lambda msg: 'x')
-        server._now = lambda: 1000000000.0
+        server._now = lambda: 0
         with self.assertLogs('easywechat', 'WARNING') as logs:
             for _ in range(3):
                 self.assertEqual(server.handle(*delivery(message()))[0], 200)
@@ -913,6 +930,19 @@ class ServerTests(unittest.TestCase):
                          '还在')
         held[0].settimeout(2)           # 头部的时限是 5 秒:关它的不是时限
         self.assertEqual(held[0].recv(1), b'')
+        for sock in held:
+            sock.close()
+
+    def test_bodies_that_never_end_take_no_memory(self):
+        server, address = self.start(max_reading=100000)
+        head = b'POST /weixin HTTP/1.1\r\nContent-Length: 60000\r\n\r\n' + b'x' * 50000
+        held = [socket.create_connection(address, 10) for _ in range(6)]
+        for sock in held:
+            sock.sendall(head)
+            sock.settimeout(2)          # 读完整个请求的时限是 10 秒
+        self.assertEqual(held[0].recv(1), b'')
+        self.assertEqual(opened(ask_socket(address, *delivery(message(Content='还在')))[2])['Content'],
+                         '还在')
         for sock in held:
             sock.close()
 
@@ -1073,9 +1103,15 @@ class CommandTests(unittest.TestCase):
         self.assertEqual((code, out), (3, ''))
         self.assertEqual(run_cli()[0], 2)
         self.assertEqual(run_cli('--probe', 'x', '--config', 'no.ini')[0], 2)
+        for url in ('http://[::1/x', 'ftp://x/', 'http://127.0.0.1:99999/', 'http://127.0.0.1/微信', 'x'):
+            self.assertEqual(run_cli('--probe', 'x', '--url', url)[0], 2, url)
         self.assertEqual(run_cli('--version')[:2], (0, easywechat.__version__ + '\n'))
         with self.echo() as (process, port, output):
             self.assertEqual(run_cli('--echo', '--port', port)[0], 3)
+            code, out, err = run_cli('--echo', EASYWECHAT_CORPID='ww1', EASYWECHAT_TOKEN='t',
+                                     EASYWECHAT_ENCODING_AES_KEY='k' * 42 + '_')
+            self.assertEqual((code, out), (2, ''))
+            self.assertIn('42 and 1 others', err)
             code, out, err = run_cli('--probe', 'x', '--port', port, EASYWECHAT_CORPID='ww1',
                                      EASYWECHAT_TOKEN='t', EASYWECHAT_ENCODING_AES_KEY='k' * 43)
             self.assertEqual((code, out), (1, ''))
