@@ -12,13 +12,17 @@
     server.register_callback('text', reply_func)
     server.run(host='0.0.0.0', port=8000)
 
+发一条消息更短,命令行上也行:``df -h | python easywechat.py --send -`` ::
+
+    easywechat.WeChatClient('demo').send('磁盘 91%')
+
 只用标准库;收消息另需 pycryptodome 里的 AES。没有账号也能先看一眼:``python easywechat.py --echo``。
 
 从上往下读,每一节只用上面讲过的东西::
 
-    错误 → XML → 加解密 → 配置 → 存储 → 消息 → 回调模式 Dispatcher → 服务器 → 命令行
+    错误 → XML → 加解密 → 配置 → 存储 → 消息 → 主动模式 → 回调模式 → 服务器 → 命令行
 
-    企业微信 ──HTTP──▶ http.server 外壳 ┐                    ┌▶ 你的函数(dict) ─▶ str | dict | None
+    企业微信 ──HTTP──▶ http.server 外壳 ┐                    ┌▶ 你的函数(dict) ─▶ str | dict | Path | …
     gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher.handle ┤
     Flask 视图、测试 ───────────────────┘  验签 → 解密 → XML      XML → 加密 → 签名
 
@@ -37,12 +41,14 @@ import hmac
 import http.client
 import http.server
 import importlib
+import itertools
 import json
 import os
 import re
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
@@ -66,9 +72,10 @@ codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
 
 __version__ = '0.1.0'
 
-__all__ = ['WeChatServer', 'Dispatcher', 'WXBizMsgCrypt', 'MemoryStore', 'xml_to_dict',
-           'dict_to_xml', 'get_config', 'ierror', 'WeChatError', 'CryptoError',
-           'FormatException', 'ConfigError']
+__all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt',
+           'MemoryStore', 'FileStore', 'xml_to_dict', 'dict_to_xml', 'get_config', 'ierror',
+           'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
+           'NetworkError']
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -162,6 +169,110 @@ class ConfigError(WeChatError):
         super().__init__(2, errmsg)
 
 
+_CARDS = '卡片的字段照 README 的「主动模式」和 path/90236 改;errmsg 说是哪一个'
+
+#: (错误码, 原因, 怎么办),管理后台的说法。README「出错了?」的表由它生成。
+_CATALOGUE = (
+    ((-1,), '企业微信系统繁忙', '已经试过几次;过一会儿再发'),
+    ((40001,), 'Secret 不对', '到「应用管理 → 自建 → 应用」重新查看 Secret;要和 corpid 是同一个企业,应用没有停用'),
+    ((40003,), 'UserID 不对', '用「通讯录 → 成员」里的「账号」,不是姓名'),
+    ((40004, 40005), '媒体类型或文件类型不对', '图片 JPG、PNG,语音 AMR,视频 MP4,别的当作 file 发'),
+    ((40006, 40009, 40011), '文件大小不对', '大于 5 字节;图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
+    ((40007,), 'media_id 不对或过期', '三天有效,只在上传它的企业里能用:再上传一次'),
+    ((40008,), 'msgtype 不对', '类型见 README 的「主动模式」;markdown_v2 只有群机器人能发'),
+    ((40013,), '企业ID 不对', '「我的企业 → 企业信息」最下面,ww 开头,18 个字符'),
+    ((40014, 42001), 'access_token 不对或过期', '已经换过一次新的;看 secret 和 agentid 是不是同一个应用的'),
+    (range(40016, 40028), '菜单不对', '一级 1–3 个,二级 1–5 个;名字 16 / 40 字节,key 128 字节,url 1024 字节以内'),
+    ((40029, 42003, 42022), '授权码用过或过期了', '一个 code 只能用一次,五分钟有效:重新授权'),
+    ((40031, 40032), '成员名单不对或太长', '用 | 隔开,一次最多 1000 个'),
+    ((40033,), '含有不允许的字符', '正文要是 UTF-8,不要 \\uXXXX 的转义'),
+    ((40035, 40058, 40063), '参数不对', 'errmsg 里有字段的名字;照 path/90236 改'),
+    ((40039, 40094, 45034), '网址太长,或没有 http://', '1024 字节以内,写全 http:// 或 https://'),
+    ((40050, 86001, 86003, 86008), '群不对', 'chatid 要由这个应用用 appchat/create 建'),
+    ((40054, 40055), '菜单的网址不对', '要有 http://,域名在应用的可信域名里'),
+    ((40056,), 'AgentId 不对', '「应用管理 → 自建 → 应用」最上面的数字'),
+    ((40057,), '回调 URL 不通', '先让程序跑起来再按「保存」;python easywechat.py --probe 能从外面试'),
+    ((40066, 40068, 40070, 60003, 60123), '部门或标签不对', '用「通讯录」里的部门 ID、标签 ID(数字)'),
+    ((40074,), '图文不能保密', '去掉 safe,或用 mpnews'),
+    ((40091,), 'Secret 是别的企业的', 'corpid 和 secret 要从同一个企业的后台抄'),
+    ((40123,), '图片坏了', '重新生成 JPG 或 PNG'),
+    ((40201, 82004), '内容被拦下了', '换一种写法'),
+    ((41001,), '没有 access_token', '中转 (api_base) 丢了查询串:让它原样转发'),
+    ((41002, 41004), '没有 corpid 或 secret', '写进 config.ini;若已写了,是中转 (api_base) 丢了查询串'),
+    ((41006, 41009, 41011, 41016, 41033), '少了字段', 'errmsg 里有名字;agentid 在 config.ini 里写'),
+    ((*range(42014, 42022), *range(42023, 42052)), '模板卡片不对', _CARDS),
+    ((43004,), '成员没有绑定微信插件', '「我的企业 → 微信插件」扫码'),
+    ((43009,), '企业没有认证', '「我的企业 → 企业信息」里认证'),
+    ((43012,), '应用没有回调 URL', '按钮、投票的卡片要先「设置API接收」'),
+    ((44001, 44004), '文件或正文是空的', '至少要有 5 个字节的文件、一个字的正文'),
+    ((45001,), '文件太大', '图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
+    ((45002,), '正文太长', 'text 和 markdown 2048 字节以内(群机器人的 markdown 4096)'),
+    ((45007, 45008, 45032), '语音、图文或作者超长', '语音 60 秒,图文 8 条,作者 64 字节以内'),
+    ((45009, 45033), '发得太多、太快', '按分钟的限制等 60 秒,按小时的等一小时,按天的等到次日零点;群机器人每分钟 20 条'),
+    ((45024, 45029), '超过账号数,或回答太大', '缩小范围,分几次'),
+    ((45031,), 'Secret 不够安全', '「应用管理 → 自建 → 应用」里重置 Secret'),
+    ((46003,), '还没有菜单', '先用 menu/create 建'),
+    ((46004, 60111), '没有这个成员', '用「通讯录 → 成员」里的「账号」'),
+    ((48001, 48002, 48004, 48005), '没有权限用这个 API', '看这个 API 的「权限说明」:应用的类型、可见范围'),
+    ((48006,), '应用太久没用,权限收回了', '管理员到「应用管理 → 自建 → 应用」重新启用'),
+    ((48009,), '通讯录同步不让新 IP 读', '改用自建应用的 Secret'),
+    ((49008,), '群解散了', '另建一个群'),
+    ((50001, 80001, 85004, 85005, 85008, 85111), '可信域名不对', '「应用 → 网页授权及JS-SDK」里一字不差,已备案'),
+    ((50002, 60011, 60021), '不在可见范围里', '「应用管理 → 自建 → 应用 → 可见范围」里加上'),
+    ((50003,), '应用停用了', '「应用管理 → 自建 → 应用」里启用'),
+    ((60020,), '出口 IP 不可信',
+     '把 {ip} 加到「应用管理 → 自建 → 应用 → 企业可信IP」,约一分钟生效;没有固定 IP 就用中转 (api_base) 或群机器人'),
+    ((60140,), 'response_code 用过或过期了', '一个只能用一次:等下一次点击'),
+    ((81012, 82001), '没有写收件人', '给 to、party 或 tag,或在 config.ini 里写 touser'),
+    ((81013,), '收件人都不对,或都不在可见范围里', '「账号」写对;「应用管理 → 自建 → 应用 → 可见范围」里加上他'),
+    ((82002, 82003), '部门或标签太多', '一次最多 100 个'),
+    ((86004, 86005, 86006, 86007, 86215, 86220), '建群的参数不对', '2 到 2000 个成员,群主在内,chatid 没有用过'),
+    (range(90200, 90209), '小程序通知不对', '小程序要绑定到应用;字段的长度见 path/90236'),
+    ((93000,), '群机器人的 key 不对,或机器人已移除', '在群里重新添加,抄新的 Webhook 地址'),
+    ((93004, 93005, 93008), '群机器人停用了,或不在群里', '在群里重新启用、添加'),
+    ((301002,), 'agentid 和 secret 不是同一个应用的', '「应用管理 → 自建 → 应用」里两样一起抄'),
+    ((301019,), '图片的 md5 不对', '让 WeChatRobot 来算:send(Path(...))'),
+    ((830001, 830002, 830003), '从网址上传失败', '对方的服务器要支持 Range,200 MB 以内'),
+)
+
+
+def _advice(errcode, errmsg=''):
+    """(原因, 怎么办);目录里没有的是两个空的 str。"""
+    for codes, cause, advice in _CATALOGUE:
+        if errcode in codes:
+            ip = re.search('from ip: ?([0-9a-fA-F.:]+)', errmsg)
+            return cause, '%s:%s' % (cause, advice.replace('{ip}', ip.group(1) if ip else '出口 IP'))
+    return '', ''
+
+
+class APIError(WeChatError):
+    """企业微信拒绝了一次调用。
+
+    ``errcode`` 和 ``errmsg`` 是它的原话(path/90313),``path`` (str) 是 API,例如 'message/send',
+    ``hint`` (str) 是该怎么办。``str()`` 是英文的原话,一个破折号,怎么办。
+    """
+
+    def __init__(self, errcode, errmsg, path='', hint=None):
+        super().__init__(errcode, errmsg)
+        self.path = path
+        self.hint = _advice(errcode, errmsg)[1] if hint is None else hint
+
+    def __str__(self):
+        text = '%s: %s (%d)' % (self.path, self.errmsg, self.errcode)
+        return text + ' — ' + self.hint if self.hint else text
+
+
+class NetworkError(APIError):
+    """没有得到企业微信的回答。``errcode``:503 没有连上,504 没有完整的回答,502 回答的不是企业微信。
+
+    ``maybe_sent`` 为真时请求可能已经到了,重发可能成了两条。
+    """
+
+    def __init__(self, errcode, errmsg, path='', hint='', maybe_sent=False):
+        super().__init__(errcode, errmsg + '; it may have been delivered' * maybe_sent, path, hint)
+        self.maybe_sent = maybe_sent
+
+
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]')
 
 
@@ -177,6 +288,17 @@ def _traceback():
     """当前异常的 traceback,每行缩进、转义:里面可能有用户发来的字。"""
     import traceback
     return ''.join('\n    ' + _show(line, None) for line in traceback.format_exc().splitlines())
+
+
+_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+')
+
+
+def _redact(text, *secrets):
+    """去掉网址里的密钥,和 ``secrets`` 里的每一个。"""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, '***')
+    return _SECRET.sub(r'\1***', text)
 
 
 def _mask(text):
@@ -498,7 +620,7 @@ class WXBizMsgCrypt:
 # 关键字参数优先于两者。首尾的空白和引号去掉;'%' 不是特殊字符。
 
 _APP_KEYS = ('corpid', 'secret', 'appid', 'agentid', 'token', 'encoding_aes_key', 'touser',
-             'robot', 'api_base')
+             'robot', 'api_base', 'ca_file')
 _SYSTEM_KEYS = 'route_name', 'log_path', 'log_name'
 
 _BLANKS = ' \t\r\n\u00a0\u200b\u3000\ufeff'
@@ -512,6 +634,15 @@ _CONFIG_TEMPLATE = """\
 [demo]
 # 企业ID:「我的企业 → 企业信息」最下面,ww 开头,18 个字符
 corpid = {corpid}
+# AgentId 和 Secret,主动发送才要:「应用管理 → 自建 → 你的应用」最上面
+agentid =
+secret =
+# 不写收件人时发给谁:「通讯录 → 成员」里的「账号」,几个用 | 隔开,@all 是可见范围里的所有人
+touser =
+# 群机器人 Webhook 地址里 key= 后面的,--robot 才要:「群 → 消息推送 → 添加」
+robot =
+# 家里没有固定 IP 时的中转,例如 https://vps.example.com;不写就直连
+api_base =
 # Token 和 EncodingAESKey:「应用管理 → 自建 → 你的应用 → 接收消息 → 设置API接收」。
 # 两边要一样:把这里的抄到后台,或把后台随机生成的抄到这里(EncodingAESKey 恰好 43 个字符)
 token = {token}
@@ -527,7 +658,7 @@ log_name = easywechat.log
 
 
 class _Settings(dict):
-    """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。"""
+    """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来。"""
 
     def __repr__(self):
         return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
@@ -588,14 +719,16 @@ def get_config(appname, ini_name=None, **settings):
 
     依次找 ``ini_name``,否则环境变量 ``EASYWECHAT_CONFIG``,否则脚本的目录、当前目录、本文件的目录里的
     config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的。
-    找不到、读不懂、没有这一节,抛 `ConfigError`,其中有试过的每个路径。
+    找不到、读不懂、没有这一节,抛 `ConfigError`,其中有试过的每个路径。``appname`` 是上一次的结果,就照用。
     """
+    if isinstance(appname, _Settings):
+        return appname
     unknown = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)
     if unknown:
         raise TypeError('no such setting: %s' % ', '.join(sorted(unknown)))
     paths = _config_paths(ini_name)
     path = next((p for p in paths if os.path.isfile(p)), None)
-    values = _Settings.fromkeys(_APP_KEYS + _SYSTEM_KEYS, '')
+    sources = []                # (从哪里来, {键: 值}),前面的优先
     if path:
         ini = _read_ini(path)
         if not ini.has_section(appname) and not settings:
@@ -603,18 +736,26 @@ def get_config(appname, ini_name=None, **settings):
                 appname, path, ', '.join('[%s]' % _show(s) for s in ini.sections())))
         for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
             if ini.has_section(section):
-                values.update((k, _clean(ini.get(section, k, fallback=''))) for k in keys)
-    for key in values:
-        values[key] = values[key] or _clean(os.environ.get('EASYWECHAT_' + key.upper(), ''))
-    values.update((k, _clean(str(v))) for k, v in settings.items())
+                sources.append(('%s [%s]' % (path, section),
+                                {k: ini.get(section, k, fallback='') for k in keys}))
+    sources.append(('environment', {k: os.environ.get('EASYWECHAT_' + k.upper(), '')
+                                    for k in _APP_KEYS + _SYSTEM_KEYS}))
+    values = _Settings.fromkeys(_APP_KEYS + _SYSTEM_KEYS, '')
+    values.sources = {}
+    for source, found in sources + [('keyword', {k: str(v) for k, v in settings.items()})]:
+        for key, value in found.items():
+            if source == 'keyword' or not values[key]:
+                values[key], values.sources[key] = _clean(value), source
     if not path and (ini_name or not any(values[k] for k in _APP_KEYS)):
         raise ConfigError('no configuration found; tried: %s' % ', '.join(paths))
-    values['agentid'] = values['appid'] = values['agentid'] or values['appid']
+    for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
+        if not values[key]:
+            values[key], values.sources[key] = values[other], values.sources.get(other)
     return values
 
 
 # ---- 存储 Store -------------------------------------------------------------------------------
-# 认领过的消息放在这里,接口是 redis-py 的三个方法:get、set(ex=, nx=)、delete。
+# 认领过的消息和 access_token 放在这里,接口是 redis-py 的三个方法:get、set(ex=, nx=)、delete。
 
 class MemoryStore:
     """进程内的存储,按条数和字节数封顶,最旧的先出去。任何线程都可以用。"""
@@ -668,8 +809,175 @@ class MemoryStore:
             return 1
 
 
+def _cache_folders():
+    """放 token 的目录,依次试。"""
+    home = os.path.expanduser('~')
+    cache = os.environ.get('XDG_CACHE_HOME') or (home != '~' and os.path.join(home, '.cache'))
+    if cache:
+        yield os.path.join(cache, 'easywechat')
+    import tempfile
+    user = str(os.getuid()) if os.name == 'posix' else os.environ.get('USERNAME', '')
+    yield os.path.join(tempfile.gettempdir(), 'easywechat-' + user)
+
+
+class FileStore:
+    """磁盘上的存储,这台机器的各个进程共用:目录 0700,文件 0600,一条一个文件,写是原子的。
+
+    ``folder`` 默认是 ``$XDG_CACHE_HOME/easywechat``、``~/.cache/easywechat`` 或 ``<tmp>/easywechat-<uid>``。
+    文件名是名字的散列。不是自己的、别人能读的文件当作没有;写不了磁盘就放在内存里,警告一次。
+    """
+
+    _now = staticmethod(time.time)
+
+    def __init__(self, folder=None):
+        self._folders = [folder] if folder else None
+        self._folder = None             # 第一次用到才建
+        self._memory = None             # 写不了磁盘时的 MemoryStore
+        self._swept = 0
+        self._threads = threading.Lock()
+
+    def _path(self, name, prefix=''):
+        """``name`` 的文件,有 ``prefix`` 的是它的锁(最多十六个,从不删除);没有可用的目录返回 None。"""
+        if self._folder is None and self._memory is None:
+            reason = 'no folder'
+            for folder in self._folders or _cache_folders():
+                try:
+                    os.makedirs(folder, 0o700, exist_ok=True)
+                    self._check_folder(folder)
+                    self._folder = folder
+                    break
+                except OSError as e:
+                    reason = '%s: %s' % (folder, e.strerror)
+            else:
+                self._give_up(reason)
+        if self._memory is not None:
+            return None
+        digest = hashlib.sha1(name.encode('utf-8')).hexdigest()
+        return os.path.join(self._folder, prefix + digest[0] if prefix else digest)
+
+    @staticmethod
+    def _check_folder(folder):
+        """自己的、别人进不来的、写得进去的目录;不然抛 `OSError`。"""
+        found = os.lstat(folder)
+        if os.name == 'posix':
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise OSError(errno.EPERM, 'not a folder of our own')
+            if found.st_mode & 0o077:
+                os.chmod(folder, 0o700)
+        if not os.access(folder, os.W_OK):
+            raise OSError(errno.EACCES, 'not writable')
+
+    def _give_up(self, reason):
+        logger.warning('keeping tokens in memory, cannot write %s', reason)
+        self._memory = MemoryStore()
+
+    def _read(self, path):
+        """文件里的值 (bytes);没有、过期、不可信是 None。"""
+        try:
+            fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0))
+        except OSError:
+            return None
+        with open(fd, 'rb') as f:
+            found = os.fstat(fd)
+            if os.name == 'posix' and (found.st_uid != os.geteuid() or found.st_mode & 0o077
+                                       or not stat.S_ISREG(found.st_mode)):
+                logger.warning('%s ignored: not a file that only we can read', path)
+                return None
+            head, _, value = f.read(1 << 20).partition(b'\n')
+        match = re.fullmatch(b'([0-9]{1,12}) ([0-9]{1,12}) ([0-9]{1,9})', head)
+        if not match or len(value) != int(match.group(3)):
+            return None
+        written, ends = int(match.group(1)), int(match.group(2))
+        # 时钟往回跳过的,也当作过期:不知道真正过了多久
+        return value if written - 60 <= self._now() < ends else None
+
+    def _write(self, path, value, ex):
+        now = int(self._now())
+        temporary = '%s.%d.%d.tmp' % (path, os.getpid(), threading.get_ident())
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
+                f.write(b'%d %d %d\n' % (now, now + ex if ex else 10 ** 11, len(value)) + value)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _sweep(self):
+        """每分钟至多一次:删掉过期的,和写到一半的进程留下的。"""
+        now = self._now()
+        if abs(now - self._swept) < 60:
+            return
+        self._swept = now
+        for entry in os.listdir(self._folder):
+            path = os.path.join(self._folder, entry)
+            with contextlib.suppress(OSError):
+                if entry.startswith('lock-') or abs(now - os.stat(path).st_mtime) < 60:
+                    continue
+                if entry.endswith('.tmp') or self._read(path) is None:
+                    os.unlink(path)
+
+    @contextlib.contextmanager
+    def lock(self, name, within=20):
+        """同一时刻这台机器上只有一个在里面;``within`` 秒还轮不到就不等了。没有 flock 时只管本进程。"""
+        try:
+            import fcntl
+            path = self._path(name, 'lock-')
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+        except (ImportError, OSError, TypeError):       # TypeError:在内存里,没有 path
+            with self._threads:
+                yield
+            return
+        deadline = time.monotonic() + within
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)
+                except OSError:         # 网络文件系统不会锁
+                    break
+            yield
+        finally:
+            os.close(fd)
+
+    def get(self, name):
+        """``name`` (str) 的值 (bytes);没有或到期了是 None。"""
+        path = self._path(name)
+        return self._read(path) if path else self._memory.get(name)
+
+    def set(self, name, value, ex=None, nx=False):
+        """同 `MemoryStore.set`。"""
+        path = self._path(name)
+        try:
+            if path:
+                self._sweep()
+                with self.lock(name) if nx else contextlib.ExitStack():
+                    if nx and self._read(path) is not None:
+                        return None
+                    self._write(path, value, ex)
+                    return True
+        except OSError as e:
+            self._give_up('%s: %s' % (path, e.strerror))
+        return self._memory.set(name, value, ex, nx)
+
+    def delete(self, name):
+        """删掉 ``name``;返回删了几条 (int)。"""
+        path = self._path(name)
+        if not path:
+            return self._memory.delete(name)
+        found = self._read(path) is not None
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        return int(found)
+
+
 # ---- 消息 Messages ----------------------------------------------------------------------------
-# 回调返回的东西 → 被动回复的字段(path/90241「被动回复消息格式」)。
+# 回调和 send() 给的东西:先展开成一条一条 (_items),再写成被动回复的字段 (_build_reply,path/90241)
+# 或主动发送的 JSON (_build_message,path/90236)。
 
 #: MsgType → 它自己的字段;别的字段(比如原样返回的 MsgId)不发出去。
 _REPLY_FIELDS = {
@@ -677,16 +985,59 @@ _REPLY_FIELDS = {
     'news': ('ArticleCount', 'Articles'), 'update_button': ('Button',),
     'update_template_card': ('TemplateCard',), 'update_taskcard': ('TaskCard',),
 }
-_TEXT_BYTES = 2048
+#: 这些类型的正文最多多少字节;更长的分成几条。群机器人的 markdown 可以长一倍。
+_TEXT_LIMITS = {'text': 2048, 'markdown': 2048}
+_ROBOT_LIMITS = {'text': 2048, 'markdown': 4096, 'markdown_v2': 4096}
+
+_PARAGRAPH, _LINE = re.compile(r'\n\s*\n'), re.compile('\n')
+_SENTENCE = re.compile('[。!?!?;;…]+|[.] |[,,、 ]')
 
 
-def _cut_text(text):
-    """企业微信的文本最多 2048 字节,多的不显示:在字与字之间截断,并且说出来。"""
-    data = text.encode('utf-8', 'ignore')
-    if len(data) <= _TEXT_BYTES:
-        return text
-    logger.warning('a text of %d bytes was cut to the %d that WeCom shows', len(data), _TEXT_BYTES)
-    return data[:_TEXT_BYTES].decode('utf-8', 'ignore')
+def _split_text(text, limit=2048):
+    """长文本 → 一段一段的 (生成器),每段至多 ``limit`` 字节,段首尾的空行去掉。
+
+    依次在段落、行、句子之间分,找不到才在字与字之间;太靠前的断点不用,免得分得太碎。
+    """
+    text = _NOT_XML.sub('', text)
+    begin = 0
+    while begin < len(text):
+        piece = text[begin:begin + limit].encode('utf-8')[:limit].decode('utf-8', 'ignore')
+        if begin + len(piece) < len(text):
+            for separator in _PARAGRAPH, _LINE, _SENTENCE:
+                ends = [m.end() for m in separator.finditer(piece, len(piece) // 2)]
+                if ends:
+                    piece = piece[:ends[-1]]
+                    break
+        begin += len(piece)
+        if len(piece) == len(text):
+            yield piece
+        elif piece.strip():
+            yield piece.strip('\r\n')
+
+
+def _items(result, limits=_TEXT_LIMITS):
+    """回调的返回值或 send() 的参数 → 一条一条的消息 (生成器):展开 list、tuple、生成器,分开长文本。"""
+    if isinstance(result, str):
+        yield from _split_text(result)
+    elif isinstance(result, dict):
+        kind = result.get('msgtype')
+        body = result.get(kind) if kind in limits else None
+        if isinstance(body, dict) and isinstance(body.get('content'), str):
+            for part in _split_text(body['content'], limits[kind]):
+                yield dict(result, **{kind: dict(body, content=part)})
+        elif isinstance(result.get('Content'), str) and result.get('MsgType', 'text') == 'text':
+            for part in _split_text(result['Content']):
+                yield dict(result, Content=part)
+        else:
+            yield result
+    elif isinstance(result, (list, tuple)) or hasattr(result, '__next__'):
+        for item in result:
+            yield from _items(item, limits)
+    elif isinstance(result, os.PathLike):
+        yield result
+    elif result is not None:
+        raise TypeError('expected str, dict, Path or a list of these, got %s'
+                        % type(result).__name__)
 
 
 def _reply_fields(msg_type, result):
@@ -698,7 +1049,7 @@ def _reply_fields(msg_type, result):
     if name not in fields:
         raise TypeError('a reply of type %s needs %s' % (msg_type, name))
     if msg_type == 'text':
-        fields['Content'] = _cut_text(str(fields['Content']))
+        fields['Content'] = str(fields['Content'])
     if msg_type == 'news':
         articles = fields['Articles']
         items = articles.get('item') if isinstance(articles, dict) else articles
@@ -709,22 +1060,702 @@ def _reply_fields(msg_type, result):
     return fields
 
 
-def _build_reply(result, msg_type, user, corp, now):
-    """回调的返回值 → 完整的回复 dict;None → None。别的类型抛 `TypeError`。"""
-    if result is None:
-        return None
-    if isinstance(result, str):
-        result = {'MsgType': 'text', 'Content': result}
-    if not isinstance(result, dict):
-        raise TypeError('a callback returns str, dict or None, got %s' % type(result).__name__)
+def _reply_type(result, default):
+    """``result`` 的 MsgType;没写的看它有哪个字段,再没有就是 ``default``。"""
     by_field = (kind for kind, names in _REPLY_FIELDS.items() if names[-1] in result)
-    msg_type = result.get('MsgType') or next(by_field, msg_type)
+    msg_type = result.get('MsgType') or next(by_field, default)
     if msg_type not in _REPLY_FIELDS:
         raise TypeError('%s is no type of passive reply; these are: %s' % (
             _show(repr(msg_type)), ', '.join(_REPLY_FIELDS)))
+    return msg_type
+
+
+def _build_reply(item, msg_type, user, corp, now):
+    """一条消息 (str 或 dict) → 完整的被动回复 dict。写不成的抛 `TypeError`。"""
+    if isinstance(item, str):
+        item = {'MsgType': 'text', 'Content': item}
+    msg_type = _reply_type(item, msg_type)
     reply = {'ToUserName': user, 'FromUserName': corp, 'CreateTime': int(now), 'MsgType': msg_type}
-    reply.update(_reply_fields(msg_type, result))
+    reply.update(_reply_fields(msg_type, item))
     return reply
+
+
+def _build_message(item, msg_type=None):
+    """一条消息 (str、官方的 JSON dict,或被动回复的 dict) → 官方的 JSON dict,还没有收件人。"""
+    if isinstance(item, str):
+        return {'msgtype': 'text', 'text': {'content': item}}
+    if 'msgtype' in item:
+        return dict(item)
+    kind = _reply_type(item, msg_type)
+    fields = _reply_fields(kind, item)
+    if kind == 'text':
+        return {'msgtype': kind, kind: {'content': fields['Content']}}
+    if kind == 'news':
+        articles = [{k.lower(): v for k, v in a.items()} for a in fields['Articles']['item']]
+        return {'msgtype': kind, kind: {'articles': articles}}
+    if kind in ('image', 'voice', 'video'):
+        media = fields[_REPLY_FIELDS[kind][0]]
+        names = {'MediaId': 'media_id', 'Title': 'title', 'Description': 'description'}
+        return {'msgtype': kind, kind: {names[k]: v for k, v in media.items() if k in names}}
+    raise TypeError('%s can only be a passive reply' % kind)
+
+
+# ---- 主动模式 Client --------------------------------------------------------------------------
+# 每个请求都从 _Caller._request 出去:时限是总数,只重试肯定没到的;消息绝不因为重试变成两条。
+# POST https://qyapi.weixin.qq.com/cgi-bin/message/send?access_token=…  {"touser": …, "msgtype": …}
+# 回答 {"errcode": 0, "errmsg": "ok", …}(path/90313);token 见 path/91039,素材见 path/90253。
+
+_API_BASE = 'https://qyapi.weixin.qq.com'
+
+#: 类型 → (最多多少字节, 后缀)。
+_MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
+          'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
+
+_TLS_ADVICE = (
+    ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
+    ('unable to get (local )?issuer|self.signed', '没有 CA 证书:opkg install ca-bundle,或 apt / apk '
+     'install ca-certificates;中转用自己的证书时,在 config.ini 里写 ca_file'),
+    ('CERTIFICATE_VERIFY_FAILED|hostname', '证书不是这个域名的:看 api_base 写对没有'),
+    ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
+    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
+
+
+def _normal_base(text):
+    """api_base 的各种写法 → ``https://host[:port][/prefix]``。"""
+    base = text if '://' in text else 'https://' + text
+    base = re.sub('(/cgi-bin)?/*$', '', base)
+    if not re.fullmatch(r'https?://[A-Za-z0-9.\-]+(:[0-9]{1,5})?(/[!-~]*)?|https?://\[[0-9A-Fa-f:.]+\].*',
+                        base) or re.search('[?#@\\s]', base):
+        raise ConfigError('api_base must look like https://vps.example.com[:port][/path]')
+    return base
+
+
+def _within(seconds, job, abort):
+    """在另一条线程上跑 ``job()``,等到 ``seconds`` 秒为止;还没完就 ``abort()``,抛 `socket.timeout`。
+
+    套接字自己的时限每收到一个字节就重新计时,DNS 根本没有时限。
+    """
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((job(), None))
+        except BaseException as e:      # 到等着的线程里再抛
+            outcome.append((None, e))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        abort()
+        raise socket.timeout('no answer within %g s' % seconds)
+    value, error = outcome[0]
+    if error:
+        raise error
+    return value
+
+
+class _Exchange:
+    """一次 HTTP 请求:走到了哪一步,怎么打断它。``connected`` 以前失败的,肯定没有到。"""
+
+    def __init__(self, caller, within):
+        self._caller = caller
+        self._within = within
+        self._socket = None
+        self.connected = False
+
+    def _connection(self, base):
+        exchange = self
+
+        class Connection(base):
+            def connect(self):
+                base.connect(self)          # 包括代理的 CONNECT 和 TLS 握手
+                self.sock.settimeout(exchange._within)
+                exchange._socket, exchange.connected = self.sock, True
+        return Connection
+
+    def _opener(self):
+        """urllib 的 opener:只有 http 和 https,标准的代理环境变量;不跟随重定向,什么状态都原样返回。"""
+        from urllib import request as web
+        transport = web.HTTPHandler()
+        transport.http_open = lambda req: transport.do_open(
+            self._connection(http.client.HTTPConnection), req)
+        transport.https_open = lambda req: transport.do_open(
+            self._connection(http.client.HTTPSConnection), req, context=self._caller._tls())
+        transport.https_request = transport.http_request
+        opener = web.OpenerDirector()
+        opener.addheaders = [('User-Agent', 'EasyWeChat')]
+        opener.add_handler(web.ProxyHandler())
+        opener.add_handler(transport)
+        return opener
+
+    def _open(self, url, body, headers, redirects):
+        from urllib.request import Request
+        for left in range(redirects, -1, -1):
+            response = self._opener().open(Request(url, body, headers),
+                                           timeout=self._caller.connect_within)
+            where = response.headers.get('Location')
+            if response.status not in (301, 302, 303, 307, 308) or not where or not left:
+                return response
+            response.close()
+            where = urllib.parse.urljoin(url, where)
+            if not where.startswith(('https://', url.partition('//')[0] + '//')):
+                raise OSError('redirected to a lesser scheme')
+            url = where
+
+    def abort(self):
+        if self._socket:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def run(self, url, body, headers, consume, redirects=0):
+        """→ ``consume(response)``;没有完整的回答抛 `OSError` 等。"""
+        def job():
+            with contextlib.closing(self._open(url, body, headers, redirects)) as response:
+                return consume(response)
+        return _within(self._within, job, self.abort)
+
+
+def _blocks(response, limit):
+    """正文,一块一块的;超过 ``limit`` 字节,或比 Content-Length 短,抛 `OSError`。"""
+    length, got = response.headers.get('Content-Length'), 0
+    for block in iter(functools.partial(response.read, 1 << 16), b''):
+        got += len(block)
+        if got > limit:
+            raise OSError('answer longer than %d bytes' % limit)
+        yield block
+    if length and length.isdigit() and got < int(length):
+        raise OSError('answer cut after %d of %s bytes' % (got, length))
+
+
+class _NotWeCom(Exception):
+    """回答的不是企业微信:``args`` 是 (HTTP 状态, 说明)。"""
+
+
+def _read_json(caller, response):
+    """企业微信的回答 (dict)。"""
+    data = b''.join(_blocks(response, caller.max_answer))
+    try:
+        answer = json.loads(data.decode('utf-8'), strict=False)
+        if response.status == 200 and isinstance(answer.get('errcode', 0), int):
+            return answer
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise _NotWeCom(response.status, _show(response.headers.get('Content-Type')))
+
+
+class _Local(Exception):
+    """本机的错(文件没了、磁盘满了),不是网络的:``args`` 里是那个 `OSError`。"""
+
+
+@contextlib.contextmanager
+def _local():
+    try:
+        yield
+    except OSError as e:
+        raise _Local(e) from None
+
+
+class _Upload:
+    """``multipart/form-data`` 里的一个文件,边读边发;每次迭代都从头。"""
+
+    def __init__(self, path, name, progress):
+        self._path, self._progress = path, progress
+        self._size = os.path.getsize(path)
+        boundary = 'EasyWeChat' + binascii.hexlify(os.urandom(16)).decode()
+        name = _UNPRINTABLE.sub('_', name.replace('"', '%22').replace('\r', '%0D')
+                                .replace('\n', '%0A')).replace('\\', '_')
+        self._head = ('--%s\r\nContent-Disposition: form-data; name="media"; filename="%s"; '
+                      'filelength=%d\r\nContent-Type: application/octet-stream\r\n\r\n'
+                      % (boundary, name, self._size)).encode('utf-8')
+        self._tail = ('\r\n--%s--\r\n' % boundary).encode()
+        self.headers = {
+            'Content-Type': 'multipart/form-data; boundary=' + boundary,
+            'Content-Length': str(len(self._head) + self._size + len(self._tail))}
+
+    def __iter__(self):
+        sent = 0
+        with _local(), open(self._path, 'rb') as f:
+            yield self._head
+            for block in iter(functools.partial(f.read, 1 << 16), b''):
+                sent += len(block)
+                if sent > self._size:
+                    break
+                yield block
+                if self._progress:
+                    self._progress(sent, self._size)
+            if sent != self._size:
+                raise OSError(errno.EBUSY, 'changed while it was sent', self._path)
+        yield self._tail
+
+
+class _Pace:
+    """每个收件人每分钟最多 ``limit`` 条:再多的等。"""
+
+    def __init__(self, sleep):
+        self._lock = threading.Lock()
+        self._sent = {}             # 收件人 → 最近一分钟(和已经排上的)发送时刻,旧的在前
+        self._sleep = sleep
+
+    def wait(self, receivers, limit, clock=time.monotonic):
+        """轮到的时候返回。同一个收件人的先来先走。"""
+        with self._lock:
+            now = at = clock()
+            for times in list(self._sent.values()):
+                while times and times[0] <= now - 60:
+                    times.popleft()
+            for who in [who for who, times in self._sent.items() if not times]:
+                del self._sent[who]
+            for who in receivers:
+                times = self._sent.setdefault(who, collections.deque())
+                if times:
+                    at = max(at, times[-1], times[-limit] + 60 if len(times) >= limit else 0)
+            for who in receivers:
+                self._sent[who].append(at)
+        if at > now:
+            logger.warning('waiting %.0f s: WeCom drops more than %d messages a minute to one '
+                           'receiver', at - now, limit)
+            self._sleep(at - now)
+
+
+class _Caller:
+    """`WeChatClient` 和 `WeChatRobot` 共用的:怎样发一个请求。类属性都可以在子类里改。"""
+
+    #: 连接的时限,秒;JSON 调用、上传下载的时限,都是总数。
+    connect_within, call_within, media_within = 5, 15, 120
+    #: 连不上、企业微信繁忙 (-1) 时一共试几次;第 n 次以后停 ``pause * 2 ** (n - 1)`` 秒。
+    tries, pause = 3, 1
+    #: JSON 回答、下载的文件最多多少字节。
+    max_answer, max_download = 2 << 20, 50 << 20
+    #: 每分钟最多给一个收件人发几条:再多的,企业微信不报错就丢掉。
+    per_minute = 30
+    #: 上传时每发一块调用一次:``progress(sent, total)``,字节。
+    progress = None
+
+    _clock = staticmethod(time.monotonic)
+    _sleep = staticmethod(time.sleep)
+
+    def __init__(self, appname, ini_name, needed, settings):
+        self.settings = get_config(appname, ini_name, **settings)
+        for key in needed:
+            if not self.settings[key]:
+                raise ConfigError('%s is missing: set it in config.ini, or EASYWECHAT_%s'
+                                  % (key, key.upper()))
+        self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
+        self._pace = _Pace(lambda seconds: self._sleep(seconds))
+        self._context = None
+        self._token = None              # 最近用过的,只为了从错误里抹掉
+
+    def __repr__(self):
+        return '<%s of corpid %s>' % (type(self).__name__, _mask(self.settings['corpid']))
+
+    def _tls(self):
+        """总是验证证书的 `ssl.SSLContext`。"""
+        if self._context is None:
+            import ssl
+            self._context = ssl.create_default_context(cafile=self.settings['ca_file'] or None)
+        return self._context
+
+    def _hide(self, text):
+        return _redact(_show(text, 400), self.settings['secret'], self.settings['robot'],
+                       self._token)
+
+    def _network_error(self, error, connected, path, harmless):
+        """urllib 的各种异常 → `NetworkError`,其中没有网址;``harmless`` 的调用再来一次也没关系。"""
+        host = urllib.parse.urlsplit(self.api_base).netloc
+        if isinstance(error, _NotWeCom):
+            status, kind = error.args
+            return NetworkError(
+                502, '%s answered %d %s, not JSON of WeCom' % (host, status, kind), path,
+                '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % path,
+                status >= 500 and not harmless)
+        reason = getattr(error, 'reason', None) or error
+        text = self._hide('%s: %s' % (type(reason).__name__, reason))
+        advice = next((a for form, a in _TLS_ADVICE if re.search(form, text)), '')
+        if isinstance(error, (ImportError, AttributeError)):
+            advice = '这个 Python 没有 ssl:opkg install python3-openssl'
+        if connected:
+            return NetworkError(504, 'no complete answer from %s (%s)' % (host, text), path,
+                                advice, not harmless)
+        return NetworkError(503, 'cannot reach %s (%s)' % (host, text), path,
+                            advice or '看网络通不通、api_base 写对没有')
+
+    def _once(self, path, query, body, within, consume):
+        """发一次 → ``consume`` 的结果。"""
+        url = '%s/cgi-bin/%s?%s' % (self.api_base, path, urllib.parse.urlencode(query))
+        headers, redirects = {}, 3 * (consume is not _read_json)
+        harmless = body is None or isinstance(body, _Upload)
+        if isinstance(body, _Upload):
+            headers = body.headers
+        elif body is not None:
+            body = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
+            headers = {'Content-Type': 'application/json; charset=utf-8'}
+        exchange = _Exchange(self, within)
+        try:
+            return exchange.run(url, body, headers, functools.partial(consume, self), redirects)
+        except _Local as e:
+            failure = e.args[0]
+        except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError,
+                _NotWeCom) as e:
+            failure = self._network_error(e, exchange.connected, path, harmless)
+        raise failure       # 在 except 以外:不把带着网址的异常挂在后面
+
+    def _request(self, path, query, body=None, within=None, consume=_read_json):
+        """一次调用 → 回答 (dict)。只有肯定没到的 (503) 和企业微信叫再来的 (-1) 才重试。"""
+        within = within or self.call_within
+        deadline = self._clock() + within
+        for n in range(self.tries):
+            try:
+                answer = self._once(path, query, body, max(1, deadline - self._clock()), consume)
+                if not answer.get('errcode'):
+                    return answer
+                failure = APIError(answer['errcode'], self._hide(answer.get('errmsg', '')), path)
+            except NetworkError as e:
+                failure = e
+            pause = self.pause * 2 ** n
+            if failure.errcode not in (-1, 503) or self._clock() + pause > deadline:
+                break
+            if n + 1 < self.tries:
+                logger.info('%s, again in %g s', failure, pause)
+                self._sleep(pause)
+        raise failure
+
+
+def _media_kind(path, kind=None):
+    """文件按后缀和大小该当作什么发;``kind`` 给了就检查它。不合规定抛 `APIError`。"""
+    size, suffix = os.path.getsize(path), os.path.splitext(path)[1].lower()
+    name = os.path.basename(path)
+    if kind not in _MEDIA and kind is not None:
+        raise APIError(40004, '%r is none of %s' % (kind, ', '.join(_MEDIA)), 'media/upload')
+    if kind is None:
+        kind = next((k for k, (most, suffixes) in _MEDIA.items()
+                     if suffix in suffixes and size <= most), 'file')
+    most, suffixes = _MEDIA[kind]
+    if size <= 5:
+        raise APIError(44001, '%s has %d bytes, at least 6 are needed' % (name, size), 'media/upload')
+    if size > most:
+        raise APIError(40006, '%s has %d bytes, %s takes %d' % (name, size, kind, most), 'media/upload')
+    if suffixes and suffix not in suffixes:
+        raise APIError(40005, '%s: %s takes %s' % (name, kind, ', '.join(suffixes)), 'media/upload')
+    return kind
+
+
+def _safe_name(headers, default):
+    """Content-Disposition 里的文件名,只留最后一段,去掉危险的;没有就是 ``default``。"""
+    name = headers.get_filename() or default
+    with contextlib.suppress(UnicodeError):     # http.client 把 UTF-8 读成了 latin-1
+        name = name.encode('latin-1').decode('utf-8')
+    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).strip(' ').lstrip('.')
+    name = re.sub('[<>:"|?*]', '_', name)
+    stem, suffix = os.path.splitext(name)
+    if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
+        stem = '_' + stem
+    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
+    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
+    return stem + suffix if stem else 'file' + suffix
+
+
+def _save(f, default, caller, response):
+    """把下载的文件写进 ``f`` → ``{'name': 文件名}``;没有 Content-Disposition 的是 JSON 的错误。"""
+    if response.status != 200 or not response.headers.get('Content-Disposition'):
+        return _read_json(caller, response)
+    f.seek(0)
+    for block in _blocks(response, caller.max_download):
+        with _local():
+            f.write(block)
+    f.truncate()
+    return {'name': _safe_name(response.headers, default)}
+
+
+def _put(part, folder, name):
+    """``part`` 改成 ``folder`` 里一个还没有的名字 → 路径。"""
+    stem, suffix = os.path.splitext(name)
+    for n in range(10000):
+        path = os.path.join(folder, '%s%s%s' % (stem, '-%d' % n if n else '', suffix))
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.replace(part, path)
+            return path
+    raise FileExistsError(errno.EEXIST, 'too many files of this name', name)
+
+
+def _code_and_message(method):
+    """旧接口的约定:返回企业微信的 dict,网络或参数不对时 errcode 是 -1;不抛异常。"""
+    @functools.wraps(method)
+    def answer(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except (NetworkError, ConfigError) as e:
+            return {'errcode': -1, 'errmsg': str(e)}
+        except APIError as e:
+            return {'errcode': e.errcode, 'errmsg': e.errmsg}
+        except (OSError, TypeError, ValueError) as e:
+            return {'errcode': -1, 'errmsg': '%s: %s' % (type(e).__name__, e)}
+    return answer
+
+
+def _joined(who):
+    """收件人:list,或 ``'a|b'``,→ ``'a|b'``。"""
+    return '|'.join(map(str, who)) if isinstance(who, (list, tuple, set)) else str(who or '')
+
+
+class WeChatClient(_Caller):
+    """以应用的身份发消息,调用企业微信的任何 API。不需要 pycryptodome。
+
+        client = WeChatClient('demo')
+        client.send('磁盘 91%')                             # 发给配置里的 touser
+        client.send(pathlib.Path('cam.jpg'), to='zhangsan|lisi')
+        client.call('user/get', userid='zhangsan')
+
+    ``appname``、``ini_name`` 和设置同 `get_config`,要有 corpid 和 secret,发消息还要 agentid;``store``
+    放 access_token,默认是 `FileStore`。所有线程可以共用一个。
+    被拒绝抛 `APIError`,没有回答抛 `NetworkError`,它是前者的一种;缺了配置抛 `ConfigError`。
+    """
+
+    #: access_token 提前多少秒换新的。
+    token_margin = 300
+    #: Secret 被拒绝以后,多少秒之内不再问:问多了,企业微信会封 IP 一小时。
+    refused_within = 60
+
+    def __init__(self, appname='demo', ini_name=None, store=None, **settings):
+        super().__init__(appname, ini_name, ('corpid', 'secret'), settings)
+        self.store = FileStore() if store is None else store
+        self._machine = self.store if isinstance(self.store, FileStore) else FileStore()
+        identity = self.api_base, self.settings['corpid'], self.settings['secret']
+        self._token_name = ('easywechat:token:'
+                            + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest())
+        self._refused = 0, None
+        #: 最近一次调用被拒绝的 errcode;0 是没有。
+        self.last_errcode = 0
+
+    # token
+
+    def _cached_token(self, stale):
+        value = self.store.get(self._token_name)
+        token = value.decode('ascii', 'replace') if isinstance(value, bytes) else value
+        return token if token != stale else None
+
+    def _fetch_token(self):
+        until, refusal = self._refused
+        if self._clock() < until:
+            raise APIError(*refusal)
+        try:
+            answer = self._request('gettoken', {'corpid': self.settings['corpid'],
+                                                'corpsecret': self.settings['secret']})
+        except APIError as e:
+            if not isinstance(e, NetworkError) and e.errcode != -1:
+                self._refused = (self._clock() + self.refused_within,
+                                 (e.errcode, e.errmsg, e.path))
+            raise
+        token, seconds = answer.get('access_token'), answer.get('expires_in')
+        if not isinstance(token, str) or not re.fullmatch('[!-~]{1,512}', token):
+            raise NetworkError(502, 'an answer without access_token', 'gettoken', '看 api_base 写对没有')
+        seconds = seconds if isinstance(seconds, int) and seconds > 0 else 7200
+        self.store.set(self._token_name, token.encode('ascii'),
+                       ex=max(seconds - self.token_margin, seconds // 2, 1))
+        return token
+
+    def get_token(self, stale=None):
+        """access_token (str),从存储里,或向企业微信要(path/91039);一台机器上同时只有一个去要。
+
+        ``stale`` 是已经不能用的那个:存着的还是它,才要新的。
+        """
+        token = self._cached_token(stale)
+        if token is None:
+            with self._machine.lock(self._token_name):
+                token = self._cached_token(stale) or self._fetch_token()
+        self._token = token
+        return token
+
+    def _authorized(self, path, query, body=None, within=None, consume=_read_json):
+        """带着 access_token 的 `_request`;token 不能用了就换一个,再试恰好一次。"""
+        token = self.get_token()
+        for last in False, True:
+            try:
+                answer = self._request(path, dict(query, access_token=token), body, within, consume)
+                self.last_errcode = 0
+                return answer
+            except APIError as e:
+                self.last_errcode = e.errcode
+                if last or e.errcode not in (40014, 42001):
+                    raise
+            token = self.get_token(stale=token)
+
+    def call(self, path, body=None, **query):
+        """企业微信的任何 API → 它的回答 (dict)。
+
+        ``path`` 是 /cgi-bin/ 后面的,例如 'user/get';``body`` (dict) 给了就是 POST,否则 GET;其余的
+        参数进查询串。access_token 不用管。
+        """
+        path = re.sub('^/?(cgi-bin/)?', '', path)
+        if not re.fullmatch('[A-Za-z0-9_./-]+', path):
+            raise ValueError('not the path of an API: %s' % _show(path))
+        return self._authorized(path, query, body)
+
+    # 发消息
+
+    def send(self, message, to=None, party=None, tag=None, **fields):
+        """发一条或几条消息,依次;返回企业微信对最后一条的回答 (dict,有 msgid)。
+
+        ``message``:str(超过 2048 字节就分成几条)、`pathlib.Path`(上传,按后缀当作图片、语音、视频、文件)、
+        官方的 JSON ``{'msgtype': …}``(path/90236)、被动回复那样的 dict,或它们的 list、生成器。
+        ``to``、``party``、``tag``:list 或 ``'a|b'``;都没有就是消息里写的,再没有是配置里的 touser。
+        ``fields`` 是 JSON 最外层别的字段,例如 ``safe=1``。
+        部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
+        """
+        receivers = {'touser': _joined(to), 'toparty': _joined(party), 'totag': _joined(tag)}
+        answer = None
+        for n, item in enumerate(_items(message)):
+            try:
+                answer = self._send_one(item, receivers, fields)
+            except APIError as e:
+                if n:
+                    e.errmsg += ' (the first %d parts were sent)' % n
+                raise
+        if answer is None:
+            raise APIError(44004, 'nothing to send', 'message/send')
+        return answer
+
+    def _send_one(self, item, receivers, fields):
+        if isinstance(item, os.PathLike):
+            kind = _media_kind(item)
+            item = {'msgtype': kind, kind: {'media_id': self.upload(item, kind)}}
+        message = _build_message(item)
+        message.update(fields)
+        if any(receivers.values()):
+            message.update(receivers)
+        elif not any(message.get(key) for key in receivers):
+            message['touser'] = self.settings['touser']
+        who = [key + _part for key in receivers for _part in str(message.get(key) or '').split('|')
+               if _part]
+        if not who:
+            raise APIError(82001, 'no receiver', 'message/send')
+        agentid = str(message.get('agentid') or self.settings['agentid'])
+        if not re.fullmatch('[0-9]{1,18}', agentid):
+            raise ConfigError('agentid is missing or no number: set it in config.ini, or '
+                              'EASYWECHAT_AGENTID')
+        message['agentid'] = int(agentid)
+        self._pace.wait(who, self.per_minute)
+        answer = self._authorized('message/send', {}, message)
+        partial = {k: answer[k] for k in ('invaliduser', 'invalidparty', 'invalidtag',
+                                          'unlicenseduser') if answer.get(k)}
+        if partial:
+            logger.warning('message/send reached not everybody: %s', _show(partial))
+        return answer
+
+    @_code_and_message
+    def send_media(self, media_type, media_content, touser, toparty='', totag=''):
+        """旧接口:``media_content`` 是这种消息的 dict,或 str(正文、media_id)。返回 dict,不抛异常。"""
+        if isinstance(media_content, str):
+            key = 'content' if media_type in _TEXT_LIMITS else 'media_id'
+            media_content = {key: media_content}
+        return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
+
+    # 素材
+
+    def upload(self, path, kind=None, name=None):
+        """上传临时素材(path/90253)→ media_id (str),三天有效。边读边发,不占内存。
+
+        ``kind`` 是 image(10 MB,JPG、PNG)、voice(2 MB,AMR)、video(10 MB,MP4)、file(20 MB),默认按
+        后缀;``name`` 是显示的文件名。
+        读不了文件抛 `OSError`,大小、类型不对抛 `APIError`。
+        """
+        return self._upload(path, kind, name)['media_id']
+
+    def _upload(self, path, kind=None, name=None):
+        path = os.fspath(path)
+        kind = _media_kind(path, kind)
+        body = _Upload(path, name or os.path.basename(path), self.progress)
+        answer = self._authorized('media/upload', {'type': kind}, body, self.media_within)
+        if not isinstance(answer.get('media_id'), str):
+            raise NetworkError(502, 'an answer without media_id', 'media/upload')
+        return answer
+
+    @_code_and_message
+    def upload_media(self, file_type, file_path):
+        """旧接口:上传,返回企业微信的 dict,不抛异常。"""
+        return self._upload(file_path, file_type)
+
+    def download(self, media_id, folder='.'):
+        """下载素材(path/90254)到 ``folder``,返回 `pathlib.Path`;至多 50 MiB,不占内存。
+
+        文件名由企业微信给,去掉路径和危险的字符;已经有的不覆盖,加 -1、-2。写不了抛 `OSError`。
+        """
+        import pathlib
+        part = os.path.join(os.fspath(folder), '.easywechat-%s.part'
+                            % binascii.hexlify(os.urandom(8)).decode())
+        try:
+            with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 'wb') as f:
+                answer = self._authorized('media/get', {'media_id': media_id}, None,
+                                          self.media_within, functools.partial(_save, f, media_id))
+            if 'name' not in answer:
+                raise NetworkError(502, 'an answer that is no file', 'media/get')
+            return pathlib.Path(_put(part, os.fspath(folder), answer['name']))
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+
+
+class WeChatRobot(_Caller):
+    """群机器人(path/91770):一个 key,没有 token,没有可信 IP。
+
+        WeChatRobot('693a91f6-…').send('构建失败', mention='@all')
+
+    ``key`` 是 Webhook 地址里 key= 后面的,或整个地址;不给就是配置里的 robot。错误同 `WeChatClient`。
+    """
+
+    per_minute = 20
+
+    def __init__(self, key=None, appname='demo', ini_name=None, **settings):
+        if key:
+            settings['robot'] = key
+        super().__init__(appname, ini_name, ('robot',), settings)
+        self._key = re.sub('.*[?&]key=([^&#]*).*', r'\1', self.settings['robot'])
+        if not re.fullmatch('[0-9A-Za-z_-]{1,128}', self._key):
+            raise ConfigError('robot must be the key of the webhook, or its whole URL')
+        self._token = self._key
+
+    def send(self, message, mention=None):
+        """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
+
+        ``message``:str、官方的 JSON、`pathlib.Path`(2 MB 以内的 JPG、PNG 是图片,AMR 是语音,别的是文件),
+        或它们的 list。``mention`` 只用于文本:userid、手机号或 ``'@all'``,list 或 ``'a|b'``。
+        """
+        answer, who = None, [i for i in _joined(mention).split('|') if i]
+        for item in _items(message, _ROBOT_LIMITS):
+            body = self._file(item) if isinstance(item, os.PathLike) else _build_message(item)
+            if who and body['msgtype'] != 'text':
+                raise TypeError('mention goes with text only, not with %s' % body['msgtype'])
+            if who:
+                phones = [i for i in who if re.fullmatch('[0-9]{11}', i)]
+                body['text'] = dict(body['text'], mentioned_mobile_list=phones,
+                                    mentioned_list=[i for i in who if i not in phones])
+            self._pace.wait(['robot'], self.per_minute)
+            answer = self._request('webhook/send', {'key': self._key}, body)
+        if answer is None:
+            raise APIError(44004, 'nothing to send', 'webhook/send')
+        return answer
+
+    def _file(self, path):
+        kind = _media_kind(path)
+        if kind == 'image' and os.path.getsize(path) <= 2 << 20:
+            with open(path, 'rb') as f:
+                data = f.read()
+            return {'msgtype': 'image', 'image': {
+                'base64': binascii.b2a_base64(data, newline=False).decode(),
+                'md5': hashlib.md5(data).hexdigest()}}
+        kind = kind if kind == 'voice' else 'file'
+        return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
+
+    def upload(self, path, kind='file', name=None):
+        """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
+        path = os.fspath(path)
+        body = _Upload(path, name or os.path.basename(path), self.progress)
+        answer = self._request('webhook/upload_media',
+                               {'key': self._key, 'type': _media_kind(path, kind)},
+                               body, self.media_within)
+        if not isinstance(answer.get('media_id'), str):
+            raise NetworkError(502, 'an answer without media_id', 'webhook/upload_media')
+        return answer['media_id']
 
 
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
@@ -855,6 +1886,9 @@ _EVENT_KEY = re.compile('FromUserName|CreateTime|MsgType|ChangeType|Token'
 
 _PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
 
+#: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
+_CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
+
 _RELEASED = 1795392000      # 2026-11-23:比这还早的时钟是没有校过的
 
 
@@ -891,12 +1925,17 @@ def _body_length(fields, limit):
 class _Run:
     """一次正在跑的回调;重复投递在这里等同一个结果。"""
 
-    __slots__ = 'done', 'reply', 'waiting'
+    __slots__ = 'done', 'reply', 'waiting', 'kind', 'user', 'corp', 'id', 'held', 'pushing'
 
-    def __init__(self):
+    def __init__(self, msg):
         self.done = threading.Event()
         self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
         self.waiting = 0
+        # 回调可以改它的 dict,所以先记下
+        self.kind, self.user, self.corp, self.id = (
+            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId'))
+        self.held = None                # 第一条结果:只有它一条,就是被动回复
+        self.pushing = False            # 已经改为主动发送
 
     def finish(self, reply):
         self.reply = reply
@@ -921,7 +1960,7 @@ class Dispatcher:
 
     _now = staticmethod(time.time)
 
-    def __init__(self, appname='demo', ini_name=None, **settings):
+    def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         self.appname = appname
         self.settings = get_config(appname, ini_name, **settings)
         for key in 'corpid', 'token', 'encoding_aes_key':
@@ -936,7 +1975,10 @@ class Dispatcher:
                                    self.settings['corpid'])
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
-        self.store = MemoryStore()
+        #: 认领过的消息放在哪里。
+        self.store = MemoryStore() if store is None else store
+        self._token_store = store
+        self._client = None
         self._callbacks = {}
         self._patterns = []
         self._running = {}
@@ -952,6 +1994,18 @@ class Dispatcher:
     def app(self):
         """自己:WSGI 可调用对象,例如 ``gunicorn bot:server.app``。"""
         return self
+
+    @property
+    def client(self):
+        """同一个应用的 `WeChatClient`;没有 secret 抛 `ConfigError`。"""
+        if self._client is None:
+            self._client = WeChatClient(self.settings, store=self._token_store)
+        return self._client
+
+    def _can_send(self):
+        """能不能主动发送:配置齐全,最近一次也没有因为 IP 或凭据被拒绝。"""
+        return bool(self.settings['secret'] and self.settings['agentid']
+                    and self.client.last_errcode not in _CANNOT_SEND)
 
     # 登记
 
@@ -1030,41 +2084,73 @@ class Dispatcher:
         """在留着的线程上:跑回调,存下答复,叫醒等着的投递。"""
         reply, begin = b'', time.monotonic()
         try:
-            head = [str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName')]
-            fields = self._call(msg, head)
-            if fields:
-                reply = dict_to_xml(fields).encode('utf-8')
+            self._call(run, msg)
+            if run.held is not None and not run.pushing:
+                reply = self._passive(run, run.held)
         except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
             logger.error('internal error after the callback%s', _traceback())
         finally:
             self.store.set(name, b'+' + reply, ex=self._keep())
             if reply and not run.waiting and time.monotonic() - begin > self.answer_within:
                 logger.warning('the answer to %s came after %.0f s, when nobody waited for it',
-                               _show(msg.get('FromUserName')), time.monotonic() - begin)
+                               _show(run.user), time.monotonic() - begin)
             run.finish(reply)
             del self._running[name]
 
-    def _call(self, msg, head):
+    def _call(self, run, msg):
         """用户的回调,和它返回的东西。出错记日志;企业微信得到空的 200,否则它会再投递。"""
         func, args = self._find_callback(msg)
         if func is None:
-            logger.debug('no callback for %s', _show(head[0]))
-            return None
+            logger.debug('no callback for %s', _show(run.kind))
+            return
         try:
-            return self._checked(func(msg, *args), head)
+            for item in _items(func(msg, *args)):
+                self._add(run, item)
         except BaseException as e:      # 用户的代码,连 sys.exit() 也在内
             logger.error('callback %s failed on %s from %s%s',
-                         getattr(func, '__qualname__', repr(func)), _show(head[0]),
-                         _show(head[1]), _traceback())
-            text = '%s: %s' % (type(e).__name__, e)
-            return self._checked(text, head) if self.debug else None
+                         getattr(func, '__qualname__', repr(func)), _show(run.kind),
+                         _show(run.user), _traceback())
+            if self.debug:
+                self._add(run, '%s: %s' % (type(e).__name__, e))
 
-    def _checked(self, result, head):
-        """返回值 → 回复的 dict;写不成 XML 的在这里就报出来,算作回调的错。"""
-        fields = _build_reply(result, *head, now=self._now())
-        if fields:
-            dict_to_xml(fields)
-        return fields
+    def _add(self, run, item):
+        """回调的又一条结果。只有一条,就留着做被动回复;不止一条,或只能主动发送的,就主动发送。"""
+        if run.pushing:
+            self._push(run, item)
+            return
+        if isinstance(item, os.PathLike) and _media_kind(item) in _REPLY_FIELDS:
+            kind = _media_kind(item)
+            item = {'MsgType': kind, 'MediaId': self.client.upload(item, kind)}
+        passive = not isinstance(item, os.PathLike) and 'msgtype' not in item
+        if passive:
+            self._passive(run, item)    # 写不成的在这里就报出来,算作回调的错
+            if run.held is None:
+                run.held = item
+                return
+        if not self._can_send():
+            logger.warning('not sent to %s: only one passive reply is possible without secret, '
+                           'agentid and a trusted IP', _show(run.user))
+            return
+        run.pushing = True
+        run.finish(b'')
+        if run.held is not None:
+            self._push(run, run.held)
+        self._push(run, item)
+
+    def _passive(self, run, item):
+        """一条结果 → 被动回复的 XML (bytes)。"""
+        reply = _build_reply(item, run.kind, run.user, run.corp, self._now())
+        return dict_to_xml(reply).encode('utf-8')
+
+    def _push(self, run, item):
+        """主动发给那个用户;送不到就写日志。"""
+        try:
+            if not isinstance(item, os.PathLike):
+                item = _build_message(item, run.kind)
+            self.client.send(item, to=run.user)
+        except (WeChatError, OSError, TypeError, ValueError) as e:
+            logger.error('not delivered to %s, the answer to message %s: %s', _show(run.user),
+                         _show(run.id), _show(e, 400))
 
     def _begin(self, name, run, msg):
         """认领到了就跑;已经答过的,把存下的答复交出去。"""
@@ -1080,7 +2166,7 @@ class Dispatcher:
     def _deliver(self, msg):
         """一次投递:跑回调,或等同一条消息正在跑的那次。返回回复的 XML (bytes),空的是没有回复。"""
         name = self._claim_name(msg)
-        mine = _Run()
+        mine = _Run(msg)
         run = self._running.setdefault(name, mine)
         if run is mine:
             self._begin(name, run, msg)
@@ -1455,8 +2541,8 @@ class WeChatServer(Dispatcher):
     #: 停下时等正在回答的,最多多少秒。
     stop_within = 5
 
-    def __init__(self, appname='demo', ini_name=None, **settings):
-        super().__init__(appname, ini_name, **settings)
+    def __init__(self, appname='demo', ini_name=None, store=None, **settings):
+        super().__init__(appname, ini_name, store, **settings)
         self._http = None
         self._thread = None
 
@@ -1627,6 +2713,13 @@ def _loopback(host):
     return host == 'localhost' or host == '::1' or bool(re.fullmatch(r'127(\.[0-9]{1,3}){3}', host))
 
 
+def _argument(text):
+    """命令行参数里的文字;LANG=C 时没有按 UTF-8 解码的,在这里解码。"""
+    if re.search('[\udc80-\udcff]', text):
+        text = os.fsencode(text).decode('utf-8', 'replace')
+    return text
+
+
 def _run_echo(args):
     settings, demo = _settings_or_demo(args)
     host = args.host or ('127.0.0.1' if demo else '0.0.0.0')
@@ -1660,10 +2753,7 @@ def _run_probe(args):
     url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, app.route)
     if demo and not _loopback(_split_url(url).hostname):
         raise _CommandError(2, 'without config.ini only this machine can be probed')
-    text = args.probe
-    if re.search('[\udc80-\udcff]', text):      # LANG=C:参数没有按 UTF-8 解码
-        text = os.fsencode(text).decode('utf-8', 'replace')
-    reply = _probe(url, app.settings, text)[1]
+    reply = _probe(url, app.settings, _argument(args.probe))[1]
     if not reply:
         print('easywechat: (empty reply)', file=sys.stderr)
     elif reply.get('MsgType') == 'text':
@@ -1690,6 +2780,124 @@ def _run_init(args):
     print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台。', file=sys.stderr)
 
 
+def _show_progress(sent, total):
+    print('\r%d%%' % (100 * sent // total), end='\n' if sent >= total else '', file=sys.stderr,
+          flush=True)
+
+
+def _persist(send, seconds):
+    """``send()``;连不上就一直试,到 ``seconds`` 秒为止。可能已经送到的不重发。"""
+    deadline, pause = time.monotonic() + seconds, 2
+    while True:
+        try:
+            return send()
+        except NetworkError as e:
+            if e.maybe_sent or time.monotonic() + pause > deadline:
+                raise
+            logger.warning('%s; again in %d s', e, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, 60)
+
+
+def _run_send(args):
+    if args.send == '-':
+        message = sys.stdin.buffer.read(_XML_SIZE).decode('utf-8', 'replace').strip('\r\n')
+        if not message:         # cron:没有输出就没有消息
+            return
+    else:
+        message = _argument(args.send or '')
+    if args.send_file is not None:
+        import pathlib
+        message = pathlib.Path(args.send_file)
+    elif args.markdown:
+        message = {'msgtype': 'markdown', 'markdown': {'content': message}}
+    if args.robot:
+        sender, limits = WeChatRobot(None, args.app, args.config), _ROBOT_LIMITS
+        if args.party or args.tag:
+            raise _CommandError(2, '--party and --tag do not go with --robot')
+        options = {'mention': args.to}
+    else:
+        sender, limits = WeChatClient(args.app, args.config), _TEXT_LIMITS
+        options = {'to': args.to, 'party': args.party, 'tag': args.tag}
+    if sys.stderr.isatty():
+        sender.progress = _show_progress
+    items = list(_items(message, limits))
+    if not items:
+        raise _CommandError(2, 'nothing to send')
+    for item in items:
+        _persist(functools.partial(sender.send, item, **options), args.retry)
+
+
+#: 键 → (该是什么样,一句话,在后台的哪一页)。
+_SHAPES = {
+    'corpid': ('w[wx][0-9A-Za-z]{16}', 'ww 开头,18 个字符', '我的企业 → 企业信息'),
+    'agentid': ('[0-9]{1,18}', '一个数字', '应用管理 → 自建 → 应用'),
+    'secret': ('[0-9A-Za-z_-]{43}', '43 个字符', '应用管理 → 自建 → 应用'),
+    'token': ('[0-9A-Za-z]{1,32}', '至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
+    'encoding_aes_key': ('[0-9A-Za-z]{43}', '恰好 43 个字母和数字', '应用 → 接收消息 → 设置API接收'),
+    'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '「账号」,几个用 | 隔开', '通讯录 → 成员'),
+    'robot': (r'[0-9a-f-]{36}|https://\S+[?&]key=[0-9a-f-]{36}\S*', 'Webhook 地址,或其中的 key', '群 → 消息推送'),
+}
+
+
+def _check_settings(settings):
+    """设置的每个键 → (好不好, 一句话) (生成器)。"""
+    for key, (form, rule, page) in _SHAPES.items():
+        value = settings[key]
+        if not value:
+            yield key != 'corpid', '%s 没有写(「%s」)' % (key, page)
+        elif re.fullmatch(form, value):
+            yield True, '%s,来自 %s' % (key, settings.sources[key])
+        else:
+            odd = '里面有空白、全角或看不见的字符:' if re.search('[^!-~]', value) else ''
+            yield False, '%s (来自 %s) 不像:%s应该是%s,现在有 %d 个字符;照「%s」重新抄' % (
+                key, settings.sources[key], odd, rule, len(value), page)
+    for source in sorted(set(settings.sources.values()) - {None}):
+        path = source.rpartition(' [')[0]
+        if path and os.name == 'posix' and os.stat(path).st_mode & 0o077:
+            yield False, '%s 别人也能读:chmod 600 它' % path
+
+
+def _check_network(client):
+    """从 DNS 到可信 IP,一步一步 → (好不好, 一句话) (生成器);前一步不通就停。"""
+    import email.utils
+    host = urllib.parse.urlsplit(client.api_base)
+    try:
+        found = socket.getaddrinfo(host.hostname, host.port or host.scheme, 0, socket.SOCK_STREAM)
+        yield True, 'DNS:%s 是 %s' % (host.hostname, found[0][4][0])
+    except OSError as e:
+        yield False, 'DNS 查不到 %s (%s):看网络,或 api_base' % (host.hostname, e)
+        return
+    try:
+        date = client._request('gettoken', {}, consume=lambda _, response: {
+            'date': response.headers.get('Date')})['date']
+        yield True, '连上了 %s%s' % (host.netloc, ',证书有效' * (host.scheme == 'https'))
+        with contextlib.suppress(TypeError, ValueError):
+            ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+            yield abs(ahead) < 60, '时钟与企业微信差 %.0f 秒%s' % (
+                ahead, '' if abs(ahead) < 60 else ':校时 (NTP)')
+        client._fetch_token()
+        yield True, 'corpid 和 secret 正确 (gettoken)'
+        if client.settings['agentid']:
+            agent = client.call('agent/get', agentid=client.settings['agentid'])
+            yield True, '应用「%s」可以调用,出口 IP 可信' % _show(agent.get('name', ''))
+    except APIError as e:
+        yield False, str(e)
+
+
+def _run_check(args):
+    settings = get_config(args.app, args.config)
+    findings = _check_settings(settings)
+    if settings['corpid'] and settings['secret']:
+        findings = itertools.chain(findings, _check_network(WeChatClient(settings)))
+    bad = 0
+    for good, text in findings:
+        print('%s %s' % ('✓' if good else '✗', text), flush=True)
+        bad += not good
+    if bad:
+        raise _CommandError(1, '%d to mend' % bad)
+
+
 def _parser():
     import argparse
     parser = argparse.ArgumentParser(prog='easywechat.py', add_help=False,
@@ -1697,6 +2905,9 @@ def _parser():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--echo', action='store_true', help='启动一个原样回话的机器人')
     what.add_argument('--probe', metavar='TEXT', help='扮演企业微信:校验、投递 TEXT、打印回复')
+    what.add_argument('--send', metavar='TEXT', help='发一条文本;- 是从标准输入读,空的就不发')
+    what.add_argument('--send-file', metavar='PATH', help='发一个文件(图片、语音、视频按后缀)')
+    what.add_argument('--check', action='store_true', help='配置和网络哪里不对,到哪里改')
     what.add_argument('--init', action='store_true',
                       help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
     what.add_argument('--version', action='version', version=__version__, help='打印版本')
@@ -1706,6 +2917,13 @@ def _parser():
     parser.add_argument('--app', default='demo', help='config.ini 里的节名(默认 demo)')
     parser.add_argument('--config', metavar='FILE', help='config.ini 的路径')
     parser.add_argument('--url', help='--probe 的目标(默认本机)')
+    parser.add_argument('--to', metavar='USER', help='发给谁,几个用 | 隔开(默认配置里的 touser);--robot 时是 @ 谁')
+    parser.add_argument('--party', help='发给哪些部门,几个用 | 隔开')
+    parser.add_argument('--tag', help='发给哪些标签,几个用 | 隔开')
+    parser.add_argument('--markdown', action='store_true', help='TEXT 是 markdown')
+    parser.add_argument('--robot', action='store_true', help='用群机器人发;key 在配置的 robot 里')
+    parser.add_argument('--retry', metavar='SECONDS', type=float, default=0,
+                        help='连不上时一直试到这么多秒')
     parser.add_argument('--debug', action='store_true', help='回调出错时把原因回给用户')
     return parser
 
@@ -1716,12 +2934,18 @@ def main(argv=None):
     try:
         if not 0 <= args.port <= 65535:
             raise _CommandError(2, 'no port: %d' % args.port)
-        (_run_echo if args.echo else _run_init if args.init else _run_probe)(args)
+        run = (_run_echo if args.echo else _run_init if args.init else _run_check if args.check
+               else _run_send if args.probe is None else _run_probe)
+        run(args)
         return 0
     except _CommandError as e:
         code, text = e.args
+    except APIError as e:
+        code, text = (3 if isinstance(e, NetworkError) else 1), e
     except (WeChatError, ImportError) as e:
         code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
+    except OSError as e:
+        code, text = 2, '%s: %s' % (e.filename, e.strerror)
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
     print('easywechat: %s' % text, file=sys.stderr)

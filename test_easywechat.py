@@ -5,6 +5,7 @@
 """
 
 import ast
+import binascii
 import collections
 import contextlib
 import hashlib
@@ -12,6 +13,7 @@ import io
 import json
 import logging
 import os
+import pathlib
 import random
 import re
 import signal
@@ -23,20 +25,27 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import urllib.parse
 import wsgiref.validate
 
 import easywechat
-from easywechat import (ConfigError, CryptoError, FormatException, MemoryStore, WeChatError,
-                        WeChatServer, WXBizMsgCrypt, dict_to_xml, get_config, ierror, xml_to_dict)
+from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatException, MemoryStore,
+                        NetworkError, WeChatClient, WeChatError, WeChatRobot, WeChatServer,
+                        WXBizMsgCrypt, dict_to_xml, get_config, ierror, xml_to_dict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, 'examples'))
+
+import simulator  # noqa: E402
+
 SOURCE = os.path.join(HERE, 'easywechat.py')
+PLANTED = 'plantedS3cret'
 SETTINGS = {'corpid': 'wwtest0123456789ab', 'token': 'plantedToken7Zq',
             'encoding_aes_key': 'plantedKey0123456789abcdefghijklmnopqrstuvG', 'agentid': '1000002'}
 CRYPT = WXBizMsgCrypt(SETTINGS['token'], SETTINGS['encoding_aes_key'], SETTINGS['corpid'])
-LOG = io.StringIO()                     # 整个测试里写过的日志;最后在里面找密钥
+LOG = io.StringIO()                     # 整个测试里打印、写过的日志和异常;最后在里面找密钥
 CASES = {'text': {'Content': '状态'}, 'image': {'PicUrl': 'https://e.x/p.jpg', 'MediaId': 'M'},
          'voice': {'MediaId': 'M', 'Format': 'amr'}, 'video': {'MediaId': 'M', 'ThumbMediaId': 'T'}}
 IDS = iter(range(1, 10 ** 9))
@@ -80,17 +89,38 @@ def make_server(callback=None, cls=WeChatServer, **settings):
     return server
 
 
-def run_cli(*args, **kwargs):
+def run_cli(*args, stdin=b'', **kwargs):
     """在空目录里运行命令行 → (退出码, stdout, stderr)。"""
     with tempfile.TemporaryDirectory() as folder:
-        env = dict(os.environ, **kwargs)
+        env = dict(os.environ, XDG_CACHE_HOME=folder, **kwargs)
         for name in list(env):
             if name.startswith('EASYWECHAT_') and name not in kwargs:
                 del env[name]
-        done = subprocess.run([sys.executable, SOURCE] + [a.encode() for a in args],
-                              cwd=folder, env=env, stdout=subprocess.PIPE,
+        done = subprocess.run([sys.executable, SOURCE] + [a.encode() for a in args], cwd=folder,
+                              env=env, input=stdin, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=20)
+        LOG.write((done.stdout + done.stderr).decode())
         return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@contextlib.contextmanager
+def raises(kind):
+    """像 assertRaises,并且把异常的每一面 (str、repr、traceback、cause、context) 写进 LOG。"""
+    caught = []
+    try:
+        yield caught
+    except kind as e:
+        caught.append(e)
+    else:
+        raise AssertionError('%s not raised' % kind.__name__)
+    while e_chain(caught[-1]):
+        caught.append(e_chain(caught[-1]))
+    for e in caught:
+        LOG.write('%s %r %s' % (e, e, ''.join(traceback.format_exception(type(e), e, e.__traceback__))))
+
+
+def e_chain(error):
+    return error.__cause__ or error.__context__
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -114,6 +144,20 @@ class ErrorTests(unittest.TestCase):
         self.assertEqual(easywechat._show('a\r\n\x1b[31m\u2028\ud800'),
                          'a\\u000d\\u000a\\u001b[31m\\u2028\\ud800')
         self.assertEqual(len(easywechat._show('x' * 999)), 203)
+
+
+    def test_the_catalogue_knows_what_to_do(self):
+        seen = [code for codes, _, _ in easywechat._CATALOGUE for code in codes]
+        self.assertEqual(len(seen), len(set(seen)))
+        self.assertGreater(len(seen), 60)
+        error = APIError(60020, 'not allow, from ip: 203.0.113.9, more', 'message/send')
+        self.assertTrue(str(error).startswith('message/send: not allow, from ip: 203.0.113.9, more (60020) — '))
+        self.assertIn('203.0.113.9 加到「应用管理', error.hint)
+        self.assertEqual(APIError(123456, 'x', 'y').hint, '')
+
+    def test_secrets_are_taken_out_of_urls(self):
+        self.assertEqual(easywechat._redact('a?corpsecret=x&key=y&b=1 z', 'z'),
+                         'a?corpsecret=***&key=***&b=1 ***')
 
 
 # ---- XML --------------------------------------------------------------------------------------
@@ -294,7 +338,6 @@ class CryptoTests(unittest.TestCase):
 
     def sealed(self, plaintext):
         """任意明文字节(连同填充)→ 密文。"""
-        import binascii
         return binascii.b2a_base64(CRYPT._cipher().encrypt(plaintext), newline=False)
 
     def test_padding_length_and_receive_id_are_strict(self):
@@ -447,7 +490,7 @@ class ConfigTests(unittest.TestCase):
             with self.assertRaises(ConfigError) as caught:
                 get_config('demo', self.path)
             self.assertIn(words, str(caught.exception))
-            self.assertNotIn('plantedS3cret', repr(caught.exception))
+            self.assertNotIn(PLANTED, repr(caught.exception))
         with self.assertRaises(ConfigError) as caught:
             get_config('demo', self.path + '.no')
         self.assertIn(self.path + '.no', str(caught.exception))
@@ -517,14 +560,103 @@ class StoreTests(unittest.TestCase):
         self.assertEqual([store.get(n) for n in 'cde'], [None, None, b'y' * 98])
 
 
+class FileStoreTests(unittest.TestCase):
+
+    def setUp(self):
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder = os.path.join(holder.name, 'a', 'b')
+        self.store, self.now = FileStore(self.folder), [1800000000.0]
+        self.store._now = lambda: self.now[0]
+
+    def files(self):
+        return [os.path.join(self.folder, n) for n in os.listdir(self.folder) if len(n) == 40]
+
+    def test_it_speaks_a_part_of_redis(self):
+        store = self.store
+        self.assertTrue(store.set('a', b'1\n2', ex=10, nx=True))
+        self.assertIsNone(store.set('a', b'2', ex=10, nx=True))
+        self.assertEqual(store.get('a'), b'1\n2')
+        self.assertEqual(FileStore(self.folder).get('b'), None)
+        self.now[0] += 10
+        self.assertIsNone(store.get('a'))
+        self.assertTrue(store.set('a', b'4', nx=True))
+        self.assertEqual((store.delete('a'), store.delete('a')), (1, 0))
+
+    def test_only_we_can_read_it_and_names_tell_nothing(self):
+        self.store.set('token of wwx', b'x')
+        path, = self.files()
+        self.assertNotIn('token', path[len(self.folder):])
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertEqual(stat.S_IMODE(os.stat(self.folder).st_mode), 0o700)
+        os.chmod(path, 0o644)
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.assertIsNone(self.store.get('token of wwx'))
+        os.rename(path, path + 'x')
+        os.symlink(path + 'x', path)
+        self.assertIsNone(self.store.get('token of wwx'))
+
+    def test_a_clock_that_jumps_does_no_harm(self):
+        self.store.set('a', b'1', ex=7200)
+        self.now[0] -= 86400            # 不知道真正过了多久:当作没有
+        self.assertIsNone(self.store.get('a'))
+        self.store.set('a', b'2', ex=7200)
+        self.now[0] += 86400
+        self.assertIsNone(self.store.get('a'))
+
+    def test_damaged_files_are_as_good_as_none_and_leftovers_go(self):
+        self.store.set('a', b'12345', ex=7200)
+        path, = self.files()
+        with open(path, 'rb') as f:
+            data = f.read()
+        for n in range(len(data)):
+            with open(path, 'wb') as f:
+                f.write(data[:n])
+            self.assertIsNone(self.store.get('a'))
+        with open(path + '.1.1.tmp', 'wb'):
+            pass
+        self.now[0] += 86400
+        self.store.set('b', b'1')
+        self.assertEqual(len(self.files()), 1)
+        self.assertFalse([n for n in os.listdir(self.folder) if n.endswith('.tmp')])
+
+    def test_without_a_disk_it_keeps_in_memory_and_says_so_once(self):
+        store = FileStore(os.path.join(SOURCE, 'no'))
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertTrue(store.set('a', b'1'))
+            self.assertEqual(store.get('a'), b'1')
+            with store.lock('a'):
+                self.assertEqual(store.delete('a'), 1)
+        self.assertEqual(len(logs.output), 1)
+
+    def test_one_at_a_time(self):
+        inside, most = [], []
+
+        def enter():
+            with FileStore(self.folder).lock('a'):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.002)
+                inside.pop()
+        threads = [threading.Thread(target=enter) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(most, [1] * 10)
+
+
 # ---- 消息 Messages ----------------------------------------------------------------------------
 
 class MessageTests(unittest.TestCase):
 
     def reply(self, result, msg_type='text'):
-        reply = easywechat._build_reply(result, msg_type, 'li.lei', 'ww', 1700000000.9)
-        return reply and {k: v for k, v in xml_to_dict(dict_to_xml(reply)).items()
-                          if k not in ('ToUserName', 'FromUserName', 'CreateTime')}
+        replies = []
+        for item in easywechat._items(result):
+            reply = easywechat._build_reply(item, msg_type, 'li.lei', 'ww', 1700000000.9)
+            replies.append({k: v for k, v in xml_to_dict(dict_to_xml(reply)).items()
+                            if k not in ('ToUserName', 'FromUserName', 'CreateTime')})
+        return replies[0] if replies else None
 
     def test_every_passive_reply(self):
         card = {'CardType': 'vote', 'CheckBox': {'OptionList': [{'Id': 'a'}, {'Id': 'b'}]},
@@ -532,7 +664,7 @@ class MessageTests(unittest.TestCase):
         item = {'Title': 't', 'Url': 'https://e.x'}
         for given, kind, got in (
                 (None, 'text', None), ('hi', 'event', {'MsgType': 'text', 'Content': 'hi'}),
-                ('', 'text', {'MsgType': 'text', 'Content': ''}),
+                ('', 'text', None), ([], 'text', None), (' ', 'text', {'MsgType': 'text', 'Content': ' '}),
                 ({'Content': 7}, 'image', {'MsgType': 'text', 'Content': '7'}),
                 ({'MediaId': 'M', 'MsgId': '1'}, 'image', {'MsgType': 'image', 'Image': {'MediaId': 'M'}}),
                 ({'MsgType': 'voice', 'Voice': {'MediaId': 'M'}}, 'text',
@@ -550,13 +682,454 @@ class MessageTests(unittest.TestCase):
             self.assertEqual(self.reply(given, kind), got)
 
     def test_what_is_no_reply_is_a_type_error(self):
-        for given in (7, b'x', ['x'], {'MsgType': 'file', 'MediaId': 'M'}, {'MsgType': 'image'},
+        for given in (7, b'x', [7], {'MsgType': 'file', 'MediaId': 'M'}, {'MsgType': 'image'},
                       {'MsgType': ['a']}, {'Articles': []}, {'Articles': [{}] * 9}, {'Articles': 'x'}):
             self.assertRaises(TypeError, self.reply, given)
 
-    def test_a_long_text_is_cut_between_characters(self):
-        with self.assertLogs('easywechat', 'WARNING'):
-            self.assertEqual(self.reply('a' + '中' * 900)['Content'], 'a' + '中' * 682)
+    def test_a_long_text_is_split_where_it_reads_well(self):
+        split = lambda text, limit=30: list(easywechat._split_text(text, limit))  # noqa: E731
+        self.assertEqual(split('a' * 29 + '中'), ['a' * 29, '中'])
+        self.assertEqual(split('甲' * 6 + '\n\n' + '乙' * 9), ['甲' * 6, '乙' * 9])
+        self.assertEqual(split('甲' * 6 + '\n' + '乙' * 9), ['甲' * 6, '乙' * 9])
+        self.assertEqual(split('甲' * 6 + '。' + '乙' * 9), ['甲' * 6 + '。', '乙' * 9])
+        self.assertEqual(split('甲\n' + '乙' * 10), ['甲\n' + '乙' * 8, '乙' * 2])     # 太靠前的不用
+        self.assertEqual(split('short\n'), ['short\n'])
+        rng = random.Random(7)
+        for _ in range(300):
+            text = ''.join(rng.choice('a中😀\n。 ,') for _ in range(rng.randint(0, 300)))
+            parts = split(text)
+            self.assertTrue(all(0 < len(p.encode()) <= 30 for p in parts))
+            self.assertEqual(re.sub(r'\s', '', ''.join(parts)), re.sub(r'\s', '', text))
+
+    def test_everything_that_may_be_given_becomes_messages(self):
+        path = pathlib.Path('x')
+        items = list(easywechat._items(['a', None, ('b', iter(['c'])), path, {'Content': 'd' * 3000},
+                                        {'msgtype': 'markdown', 'markdown': {'content': 'e' * 3000}}]))
+        self.assertEqual(items[:4], ['a', 'b', 'c', path])
+        self.assertEqual([len(i['Content']) for i in items[4:6]], [2048, 952])
+        self.assertEqual([len(i['markdown']['content']) for i in items[6:]], [2048, 952])
+
+    def test_a_passive_reply_becomes_official_json(self):
+        build = easywechat._build_message
+        self.assertEqual(build({'MediaId': 'M'}, 'image'), {'msgtype': 'image', 'image': {'media_id': 'M'}})
+        self.assertEqual(build({'Articles': [{'Title': 't', 'PicUrl': 'p'}]}),
+                         {'msgtype': 'news', 'news': {'articles': [{'title': 't', 'picurl': 'p'}]}})
+        self.assertEqual(build({'MsgType': 'video', 'MediaId': 'M', 'Title': 't'}),
+                         {'msgtype': 'video', 'video': {'media_id': 'M', 'title': 't'}})
+        self.assertEqual(build({'Content': 'x'}), {'msgtype': 'text', 'text': {'content': 'x'}})
+        self.assertRaises(TypeError, build, {'Button': {'ReplaceName': 'x'}})
+
+
+# ---- 主动模式 Client --------------------------------------------------------------------------
+
+#: 本机的证书:有效到 2120 年的、2020 年过期的,和它们的私钥。
+CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBZzCCAQ2gAwIBAgIBAzAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKJYaMmU4qJdqwuy
+YAHnWHkGKbFd0mxDK+APdljC5SqXPPbONTBo1v0S01oAOM9k7SS/nb9j6awKUnL6
+KFRR0UCjTjBMMBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MB0GA1UdDgQWBBRcvumhAhrwAmncCKG8IWTPlMqLhDAKBggqhkjOPQQD
+AgNIADBFAiBD1Ee0z7yt/HHIxx14MvFVSx+7rx7bGwIJtJze2u29jQIhAKRmydPw
+oJMmNlViyb4wGsEi2ZYq/17Zk7rfMt1/jBaj
+-----END CERTIFICATE-----
+"""
+EXPIRED = """-----BEGIN CERTIFICATE-----
+MIIBZjCCAQugAwIBAgIBAjAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwHhcNMjAwMTAxMDAwMDAwWhcNMjAwMjAxMDAwMDAwWjAUMRIwEAYDVQQDDAls
+b2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASiWGjJlOKiXasLsmAB
+51h5BimxXdJsQyvgD3ZYwuUqlzz2zjUwaNb9EtNaADjPZO0kv52/Y+msClJy+ihU
+UdFAo04wTDAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwDwYDVR0TAQH/BAUw
+AwEB/zAdBgNVHQ4EFgQUXL7poQIa8AJp3AihvCFkz5TKi4QwCgYIKoZIzj0EAwID
+SQAwRgIhAI1n02TVh9QX5Ca77RqSRMjVFpcJfVVHrexlok6nFpM9AiEAppzqDO2l
+Kts1/zV0ZOVxbGwKAbac9prVRDVYrBTu3l0=
+-----END CERTIFICATE-----
+"""
+PRIVATE_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2D8jAFXSt1hJJH+s
+2u1X6QyHwERWT1PdUh4dmWCh4AKhRANCAASiWGjJlOKiXasLsmAB51h5BimxXdJs
+QyvgD3ZYwuUqlzz2zjUwaNb9EtNaADjPZO0kv52/Y+msClJy+ihUUdFA
+-----END PRIVATE KEY-----
+"""
+
+
+class ClientCase(unittest.TestCase):
+    """一个企业微信(`examples/simulator.py`)和连到它的 client;token 放在自己的目录里。"""
+
+    def setUp(self):
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder = holder.name
+        self.wecom = simulator.WeCom()
+        self.url = self.wecom.start()
+        self.addCleanup(self.wecom.stop)
+
+    def make(self, cls=WeChatClient, **settings):
+        settings = dict(self.wecom.settings, api_base=self.url, **settings)
+        client = cls('test', store=FileStore(os.path.join(self.folder, 'cache')), **settings)
+        client.waited = []
+        client._sleep = client.waited.append
+        return client
+
+    def count(self, path):
+        return self.wecom.calls.count(path)
+
+    def file(self, name, size=100):
+        path = pathlib.Path(self.folder, name)
+        with open(str(path), 'wb') as f:
+            f.write(os.urandom(size))
+        return path
+
+
+class SendTests(ClientCase):
+
+    def test_the_short_forms_and_every_official_type(self):
+        client = self.make()
+        jpg, mp4, amr, pdf = (self.file(n) for n in ('a.jpg', 'b.mp4', 'c.AMR', 'd.pdf'))
+        self.assertTrue(client.send('你好 "😀"')['msgid'])
+        for path, kind in (jpg, 'image'), (mp4, 'video'), (amr, 'voice'), (pdf, 'file'):
+            client.send(path, to=['zhangsan', 'lisi'])
+            self.assertEqual(self.wecom.messages[-1]['msgtype'], kind)
+        media = {m['type']: i for i, m in self.wecom.media.items()}
+        cards = [dict(c, main_title={'title': 't'}) for c in (
+            {'card_type': 'text_notice', 'card_action': {'type': 1, 'url': 'https://e.x'}},
+            {'card_type': 'news_notice', 'card_action': {'type': 1, 'url': 'https://e.x'},
+             'card_image': {'url': 'https://e.x/p.png'}},
+            {'card_type': 'button_interaction', 'task_id': 't1', 'button_list': [{'text': 'b', 'key': 'k'}]},
+            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {'question_key': 'q'},
+             'submit_button': {'text': 's', 'key': 'k'}},
+            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{'question_key': 'q'}],
+             'submit_button': {'text': 's', 'key': 'k'}})]
+        for message in [
+                {'msgtype': 'text', 'text': {'content': 'x'}}, {'msgtype': 'markdown', 'markdown': {'content': '# x'}},
+                {'msgtype': 'textcard', 'textcard': {'title': 't', 'description': 'd', 'url': 'https://e.x'}},
+                {'msgtype': 'news', 'news': {'articles': [{'title': 't', 'url': 'https://e.x'}]}},
+                {'msgtype': 'mpnews', 'mpnews': {'articles': [
+                    {'title': 't', 'thumb_media_id': media['image'], 'content': '<p>x</p>'}]}},
+                {'msgtype': 'miniprogram_notice', 'miniprogram_notice': {
+                    'appid': 'wx1', 'title': '会议室预订', 'content_item': [{'key': 'k', 'value': 'v'}]}},
+        ] + [{'msgtype': 'template_card', 'template_card': c} for c in cards]:
+            client.send(message, party='2', safe=0)
+            self.assertEqual(self.wecom.messages[-1][message['msgtype']], message[message['msgtype']])
+        self.assertIs(type(self.wecom.messages[-1]['agentid']), int)
+        self.assertEqual(self.wecom.messages[0]['touser'], 'zhangsan')
+        self.assertEqual(self.wecom.messages[0]['text']['content'], '你好 "😀"')
+
+    def test_long_text_arrives_in_order(self):
+        text = '\n'.join('第 %d 行,磁盘满了。' % n for n in range(500))
+        self.make().send([text, 'end'])
+        parts = [m['text']['content'] for m in self.wecom.messages]
+        self.assertEqual('\n'.join(parts), text + '\nend')
+        self.assertTrue(all(len(p.encode()) <= 2048 for p in parts))
+
+    def test_nobody_is_never_everybody(self):
+        client = self.make(touser='')
+        for kwargs in {}, {'to': ''}, {'to': []}:
+            with raises(APIError) as caught:
+                client.send('x', **kwargs)
+            self.assertEqual(caught[0].errcode, 82001)
+        client.send({'msgtype': 'text', 'text': {'content': 'x'}, 'touser': 'lisi'})
+        self.assertEqual(self.wecom.messages[-1]['touser'], 'lisi')
+        for empty in '', [], None:
+            with raises(APIError) as caught:
+                client.send(empty, to='lisi')
+            self.assertEqual(caught[0].errcode, 44004)
+
+    def test_partial_failures_are_returned_and_logged(self):
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            answer = self.make().send('x', to='lisi|Nosuch')
+        self.assertEqual(answer['invaliduser'], 'nosuch')
+        self.assertIn('nosuch', logs.output[0])
+
+    def test_refusals_say_what_to_do(self):
+        self.wecom.trusted = False
+        with raises(APIError) as caught:
+            self.make().send('x')
+        self.assertEqual((caught[0].errcode, caught[0].path), (60020, 'message/send'))
+        self.assertIn('203.0.113.9', caught[0].hint)
+        self.wecom.trusted = True
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'api freq out of limit'})
+        with raises(APIError) as caught:
+            self.make().send('x')
+        self.assertIn('60 秒', caught[0].hint)
+
+    def test_it_paces_itself_before_wecom_drops(self):
+        client = self.make()
+        for n in range(31):
+            client.send(str(n), to='zhangsan')
+        self.assertEqual([round(w) for w in client.waited], [60])
+        client.send('other', to='lisi')
+        self.assertEqual(len(client.waited), 1)
+
+    def test_the_legacy_methods_never_raise(self):
+        client = self.make()
+        self.assertEqual(client.send_media('text', {'content': 'x'}, 'lisi')['errcode'], 0)
+        self.assertEqual(client.send_media('text', 'x', 'nosuch')['errcode'], 81013)
+        media = client.upload_media('image', str(self.file('a.png')))
+        self.assertEqual((media['errcode'], media['type']), (0, 'image'))
+        self.assertEqual(client.send_media('image', media['media_id'], 'lisi')['errcode'], 0)
+        self.assertEqual(client.upload_media('image', '/nosuch')['errcode'], -1)
+        self.assertEqual(client.upload_media('image', None)['errcode'], -1)
+        self.wecom.script('message/send', 'close')
+        answer = client.send_media('text', 'x', 'lisi')
+        self.assertEqual(answer['errcode'], -1)
+        LOG.write(str(answer))
+
+    def test_any_api_can_be_called(self):
+        client = self.make()
+        self.assertEqual(client.call('user/get', userid='zhangsan')['name'], '张三')
+        client.call('/cgi-bin/menu/create', {'button': [{'type': 'click', 'name': '状态', 'key': 's'}]},
+                    agentid=1000002)
+        self.assertEqual(client.call('menu/get', agentid=1000002)['button'][0]['name'], '状态')
+        self.assertRaises(ValueError, client.call, 'a?b')
+        with raises(NetworkError) as caught:
+            client.call('no/such')
+        self.assertIn('no/such', caught[0].hint)
+        self.assertEqual((caught[0].errcode, caught[0].maybe_sent), (502, False))
+
+
+class RetryTests(ClientCase):
+
+    def failing(self, *script):
+        self.wecom.script('message/send', *script)
+        with raises(APIError) as caught:
+            self.make().send('x')
+        return caught[0]
+
+    def test_what_may_have_arrived_is_sent_once(self):
+        error = self.failing('lost')
+        self.assertEqual((error.errcode, error.maybe_sent), (504, True))
+        self.assertIn('may have been delivered', str(error))
+        self.assertEqual((len(self.wecom.messages), self.count('message/send')), (1, 1))
+
+    def test_half_answers_html_and_early_ends_are_not_repeated(self):
+        head = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n'
+        for n, (script, code) in enumerate([
+                ('close', 504), (b'', 504), (b'garbage\r\n\r\n', 504), (head + b'\r\n<html>', 502),
+                (head + b'Content-Length: 99\r\n\r\n{"errcode":0}', 504), (head + b'\r\n[]', 502),
+                (head + b'\r\n' + b'[' * 100000, 502), (head + b'\r\n{"errcode":"0"}', 502),
+                (head + b'Transfer-Encoding: chunked\r\n\r\n5\r\nab', 504),
+                (head + b'\r\n' + b'a' * (3 << 20), 504), (b'HTTP/1.1 301 M\r\nLocation: http://x/\r\n\r\n', 502),
+                (b'HTTP/1.1 502 Bad\r\n\r\n<html>', 502), (b'HTTP/1.1 200 OK\r\n' + b'A: b\r\n' * 200, 504)]):
+            error = self.failing(script)
+            self.assertEqual((error.errcode, type(error)), (code, NetworkError), script)
+            self.assertEqual(self.count('message/send'), n + 1)
+        self.assertEqual(self.wecom.messages, [])
+
+    def test_a_call_ends_in_time_whatever_the_server_does(self):
+        class Quick(WeChatClient):
+            call_within = 0.3
+        client = self.make(Quick)
+        client.get_token()
+        for script in 'hang', 'trickle':
+            self.wecom.script('message/send', script)
+            begin = time.monotonic()
+            with raises(NetworkError) as caught:
+                client.send('x')
+            self.assertLess(time.monotonic() - begin, 1.3)
+            self.assertTrue(caught[0].maybe_sent)
+
+    def test_a_busy_system_is_asked_three_times(self):
+        busy = {'errcode': -1, 'errmsg': 'system busy'}
+        client = self.make()
+        self.wecom.script('message/send', busy, busy)
+        self.assertEqual(client.send('x')['errcode'], 0)
+        self.assertEqual((self.count('message/send'), client.waited), (3, [1, 2]))
+        self.assertEqual(self.failing(busy, busy, busy).errcode, -1)
+
+    def test_what_cannot_be_reached_is_tried_again(self):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            client = self.make()
+            client.api_base = 'http://127.0.0.1:%d' % free.getsockname()[1]
+            with raises(NetworkError) as caught:
+                client.get_token()
+        self.assertEqual((caught[0].errcode, caught[0].maybe_sent, client.waited), (503, False, [1, 2]))
+
+    def test_an_old_token_is_replaced_and_the_message_sent_once(self):
+        client, other = self.make(), self.make()
+        client.send('1')
+        self.wecom.expire_tokens()
+        client.send('2')
+        other.send('3')
+        self.assertEqual((len(self.wecom.messages), self.count('gettoken')), (3, 2))
+
+    def test_always_40014_is_two_sends_and_two_gettoken(self):
+        error = self.failing(*[{'errcode': 40014, 'errmsg': 'invalid access_token'}] * 9)
+        self.assertEqual(error.errcode, 40014)
+        self.assertEqual((self.count('message/send'), self.count('gettoken')), (2, 2))
+
+    def test_a_wrong_secret_is_not_asked_again_and_again(self):
+        client = self.make()
+        client.settings['secret'] = PLANTED
+        for _ in range(5):
+            with raises(APIError) as caught:
+                client.send('x')
+            self.assertEqual((caught[0].errcode, caught[0].path), (40001, 'gettoken'))
+        self.assertEqual(self.count('gettoken'), 1)
+
+    def test_fifty_threads_and_eight_processes_fetch_one_token(self):
+        code = ('import sys, easywechat; easywechat.WeChatClient("x", api_base=%r, '
+                'store=easywechat.FileStore(%r), **%r).send("x", to="lisi")'
+                % (self.url, os.path.join(self.folder, 'cache'), self.wecom.settings))
+        processes = [subprocess.Popen([sys.executable, '-c', code], cwd=HERE) for _ in range(8)]
+        client = self.make()
+        threads = [threading.Thread(target=client.get_token) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([p.wait(20) for p in processes], [0] * 8)
+        self.assertEqual((self.count('gettoken'), len(self.wecom.messages)), (1, 8))
+
+
+class TransportTests(ClientCase):
+
+    def test_api_base_is_forgiving(self):
+        for text, base in (('https://h', 'https://h'), ('h.x:8080/', 'https://h.x:8080'),
+                           (' http://h/cgi-bin/ ', 'http://h'), ('h/a/b/cgi-bin', 'https://h/a/b'),
+                           ('http://[::1]:80/', 'http://[::1]:80'), ('', easywechat._API_BASE)):
+            self.assertEqual(self.make(**{'robot': ''}).__class__('t', api_base=text, corpid='c', secret='s')
+                             .api_base, base)
+        for text in 'ftp://h', 'http://u:p@h', 'http://h?x=1', 'http://', 'h h':
+            self.assertRaises(ConfigError, WeChatClient, 't', api_base=text, corpid='c', secret='s')
+        client = self.make()
+        client.api_base = self.url + '/relay'
+        self.assertEqual(client.send('x')['errcode'], 0)
+
+    def test_the_proxy_of_the_environment_is_used(self):
+        with environment(http_proxy=self.url):
+            client = self.make()
+            client.api_base = 'http://nosuch.invalid'
+            self.assertEqual(client.send('x')['errcode'], 0)
+
+    def test_tls_is_verified_and_the_words_help(self):
+        ssl = __import__('ssl')
+        paths = {}
+        for name, text in (('good', CERTIFICATE), ('expired', EXPIRED)):
+            paths[name] = os.path.join(self.folder, name)
+            with open(paths[name], 'w') as f:
+                f.write(text + PRIVATE_KEY)
+        for name, ca_file, host, words in (
+                ('good', '', '127.0.0.1', 'ca_file'), ('expired', 'expired', '127.0.0.1', '时钟'),
+                ('good', 'good', '127.0.0.2', '不是这个域名'), ('good', 'good', '127.0.0.1', None)):
+            wecom = simulator.WeCom()
+            wecom.start(host)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(paths[name])
+            wecom._server.socket = context.wrap_socket(wecom._server.socket, server_side=True)
+            self.addCleanup(wecom.stop)
+            client = self.make(ca_file=paths.get(ca_file, ''))
+            client.api_base = 'https://%s:%d' % (host, wecom._server.server_address[1])
+            if words is None:
+                self.assertEqual(client.call('user/get', userid='lisi')['name'], '李四')
+                continue
+            wecom._server.handle_error = lambda *args: None
+            with raises(NetworkError) as caught:
+                client.get_token()
+            self.assertIn(words, caught[0].hint, caught[0])
+            self.assertFalse(caught[0].maybe_sent)
+
+    def test_what_is_missing_is_named(self):
+        for key in 'corpid', 'secret':
+            with raises(ConfigError) as caught:
+                WeChatClient('t', **dict(self.wecom.settings, **{key: ''}))
+            self.assertIn(key, str(caught[0]))
+        with raises(ConfigError) as caught:
+            self.make(agentid='', appid='').send('x')
+        self.assertIn('agentid', str(caught[0]))
+
+
+class MediaTests(ClientCase):
+
+    def test_files_go_out_and_come_back(self):
+        client = self.make()
+        for name in ('照片.jpg', '引"号.png', 'a b;c=d.txt', '文' * 66 + '.x'):
+            path = self.file(name, 70000)
+            media_id = client.upload(path)
+            self.assertEqual(self.wecom.media[media_id]['data'], path.read_bytes())
+            self.assertEqual(self.wecom.media[media_id]['name'], name.replace('"', '%22'))
+            folder = tempfile.mkdtemp(dir=self.folder)
+            for n in range(2):
+                got = client.download(media_id, folder)
+                self.assertEqual(got.read_bytes(), path.read_bytes())
+            self.assertEqual(len(os.listdir(folder)), 2)
+
+    def test_sizes_and_kinds_are_checked_before(self):
+        client = self.make()
+        for name, size, kind, errcode in (
+                ('a.jpg', 5, None, 44001), ('a.gif', 9, 'image', 40005), ('a.jpg', 9, 'photo', 40004),
+                ('a.amr', (2 << 20) + 1, 'voice', 40006), ('a.zip', (20 << 20) + 1, None, 40006)):
+            with raises(APIError) as caught:
+                client.upload(self.file(name, size), kind)
+            self.assertEqual(caught[0].errcode, errcode)
+        self.assertEqual(self.wecom.calls, [])
+        self.assertEqual(easywechat._media_kind(str(self.file('big.mp4', (10 << 20) + 1))), 'file')
+        self.assertRaises(FileNotFoundError, client.upload, os.path.join(self.folder, 'nosuch'))
+
+    def test_a_download_stays_in_its_folder(self):
+        client = self.make()
+        head = b'HTTP/1.1 200 OK\r\nContent-Disposition: attachment; filename%s\r\n\r\ndata'
+        for given, name in ((b'="../../x.sh"', 'x.sh'), (b'="/etc/passwd"', 'passwd'), (b'=".."', 'file'),
+                            (b'="..\\\\a\x1b.txt"', 'a.txt'), (b"*=UTF-8''%E7%85%A7.jpg", '照.jpg'),
+                            (b'=".bashrc"', 'bashrc'), (b'="CON.txt"', '_CON.txt'), (b'="a:b?.txt"', 'a_b_.txt'),
+                            (b'="%s.jpg"' % ('长' * 100).encode(), '长' * 35 + '.jpg')):
+            folder = tempfile.mkdtemp(dir=self.folder)
+            self.wecom.script('media/get', head % given)
+            got = client.download('M', folder)
+            self.assertEqual((os.listdir(folder), got.read_bytes()), ([name], b'data'), given)
+
+    def test_a_failed_download_leaves_nothing(self):
+        client = self.make()
+        folder = tempfile.mkdtemp(dir=self.folder)
+        head = b'HTTP/1.1 200 OK\r\nContent-Disposition: attachment; filename="x"\r\n'
+        for script, code in ((None, 40007), (head + b'Content-Length: 9\r\n\r\nab', 504),
+                             (b'HTTP/1.1 302 F\r\nLocation: file:///etc/passwd\r\n\r\n', 504),
+                             (b'HTTP/1.1 200 OK\r\n\r\n{}', 502)):
+            self.wecom.script('media/get', script)
+            with raises(APIError) as caught:
+                client.download('M', folder)
+            self.assertEqual((caught[0].errcode, os.listdir(folder)), (code, []))
+        self.assertRaises(OSError, client.download, 'M', os.path.join(folder, 'nosuch'))
+
+    def test_progress_is_told(self):
+        client, seen = self.make(), []
+        client.progress = lambda sent, total: seen.append((sent, total))
+        client.upload(self.file('a.bin', 200000))
+        self.assertEqual(seen[-1], (200000, 200000))
+        self.assertGreater(len(seen), 2)
+
+
+class RobotTests(ClientCase):
+
+    def robot(self, key=None):
+        return WeChatRobot(key or self.wecom.settings['robot'], api_base=self.url)
+
+    def test_every_type(self):
+        robot = self.robot('https://qyapi.weixin.qq.com/cgi-bin/webhook/send?key=' + self.wecom.settings['robot'])
+        robot.send('构建失败', mention='@all|13800000000')
+        self.assertEqual(self.wecom.robot_messages[0]['text'], {
+            'content': '构建失败', 'mentioned_list': ['@all'], 'mentioned_mobile_list': ['13800000000']})
+        for message in ({'msgtype': 'markdown', 'markdown': {'content': 'x' * 4000}},
+                        {'msgtype': 'markdown_v2', 'markdown_v2': {'content': '| a |'}},
+                        {'msgtype': 'news', 'news': {'articles': [{'title': 't', 'url': 'https://e.x'}]}},
+                        {'msgtype': 'template_card', 'template_card': {
+                            'card_type': 'text_notice', 'main_title': {'title': 't'},
+                            'card_action': {'type': 1, 'url': 'https://e.x'}}}):
+            robot.send(message)
+            self.assertEqual(self.wecom.robot_messages[-1], message)
+        for name, kind in ('a.png', 'image'), ('b.amr', 'voice'), ('c.zip', 'file'), ('d.mp4', 'file'):
+            robot.send(self.file(name))
+            self.assertEqual(self.wecom.robot_messages[-1]['msgtype'], kind)
+        self.assertRaises(TypeError, robot.send, self.file('a.png'), '@all')
+
+    def test_errors(self):
+        for key in 'key=', 'a b', '中':
+            with raises(ConfigError):
+                self.robot(key)
+        with raises(APIError) as caught:
+            self.robot(PLANTED).send('x')
+        self.assertEqual(caught[0].errcode, 93000)
 
 
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
@@ -1252,7 +1825,7 @@ class PromiseTests(unittest.TestCase):
     def test_no_secret_was_logged_by_any_test(self):
         text = LOG.getvalue()
         self.assertIn('refused', text)
-        for secret in SETTINGS['token'], SETTINGS['encoding_aes_key'], 'plantedS3cret':
+        for secret in SETTINGS['token'], SETTINGS['encoding_aes_key'], PLANTED:
             self.assertNotIn(secret, text)
 
     def test_reprs_hold_no_secret(self):
