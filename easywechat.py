@@ -1115,7 +1115,9 @@ _TLS_ADVICE = (
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
     ('unable to get (local )?issuer|self.signed', '没有 CA 证书:opkg install ca-bundle,或 apt / apk '
      'install ca-certificates;中转用自己的证书时,在 config.ini 里写 ca_file'),
-    ('CERTIFICATE_VERIFY_FAILED|hostname', '证书不是这个域名的:看 api_base 写对没有'),
+    ('(?i)mismatch|hostname', '证书不是这个域名的:看 api_base 写对没有'),
+    ('CERTIFICATE_VERIFY_FAILED', '证书验证不了:时钟不对 (NTP),没有 CA 证书 (ca-bundle、ca-certificates),api_base '
+     '不是这个域名,或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
     ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
 
@@ -1405,7 +1407,7 @@ class _Caller:
         deadline = self._clock() + within
         for n in range(self.tries):
             try:
-                answer = self._once(path, query, body, max(1, deadline - self._clock()), consume)
+                answer = self._once(path, query, body, max(0.1, deadline - self._clock()), consume)
                 if not answer.get('errcode'):
                     return answer
                 failure = APIError(answer['errcode'], self._hide(answer.get('errmsg', '')), path)
@@ -2105,7 +2107,8 @@ class Dispatcher:
             return
         try:
             for item in _items(func(msg, *args)):
-                self._add(run, item)
+                if not self._add(run, item):
+                    break
         except BaseException as e:      # 用户的代码,连 sys.exit() 也在内
             logger.error('callback %s failed on %s from %s%s',
                          getattr(func, '__qualname__', repr(func)), _show(run.kind),
@@ -2114,10 +2117,13 @@ class Dispatcher:
                 self._add(run, '%s: %s' % (type(e).__name__, e))
 
     def _add(self, run, item):
-        """回调的又一条结果。只有一条,就留着做被动回复;不止一条,或只能主动发送的,就主动发送。"""
+        """回调的又一条结果。只有一条,就留着做被动回复;不止一条,或只能主动发送的,就主动发送。
+
+        返回 False:这个应用不能主动发送,再多的也没有用。
+        """
         if run.pushing:
             self._push(run, item)
-            return
+            return True
         if isinstance(item, os.PathLike) and _media_kind(item) in _REPLY_FIELDS:
             kind = _media_kind(item)
             item = {'MsgType': kind, 'MediaId': self.client.upload(item, kind)}
@@ -2126,16 +2132,17 @@ class Dispatcher:
             self._passive(run, item)    # 写不成的在这里就报出来,算作回调的错
             if run.held is None:
                 run.held = item
-                return
+                return True
         if not self._can_send():
             logger.warning('not sent to %s: only one passive reply is possible without secret, '
                            'agentid and a trusted IP', _show(run.user))
-            return
+            return False
         run.pushing = True
         run.finish(b'')
         if run.held is not None:
             self._push(run, run.held)
         self._push(run, item)
+        return True
 
     def _passive(self, run, item):
         """一条结果 → 被动回复的 XML (bytes)。"""
@@ -2785,16 +2792,16 @@ def _show_progress(sent, total):
           flush=True)
 
 
-def _persist(send, seconds):
+def _persist(send, seconds, pause=2):
     """``send()``;连不上就一直试,到 ``seconds`` 秒为止。可能已经送到的不重发。"""
-    deadline, pause = time.monotonic() + seconds, 2
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return send()
         except NetworkError as e:
             if e.maybe_sent or time.monotonic() + pause > deadline:
                 raise
-            logger.warning('%s; again in %d s', e, pause)
+            logger.warning('%s; again in %g s', e, pause)
         time.sleep(pause)
         pause = min(2 * pause, 60)
 

@@ -531,6 +531,16 @@ def environment(**variables):
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def working_in(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 # ---- 存储 Store -------------------------------------------------------------------------------
 
 class StoreTests(unittest.TestCase):
@@ -1050,7 +1060,7 @@ class MediaTests(ClientCase):
             self.assertEqual(self.wecom.media[media_id]['data'], path.read_bytes())
             self.assertEqual(self.wecom.media[media_id]['name'], name.replace('"', '%22'))
             folder = tempfile.mkdtemp(dir=self.folder)
-            for n in range(2):
+            for _ in range(2):
                 got = client.download(media_id, folder)
                 self.assertEqual(got.read_bytes(), path.read_bytes())
             self.assertEqual(len(os.listdir(folder)), 2)
@@ -1444,6 +1454,92 @@ class DispatcherTests(unittest.TestCase):
         self.assertNotIn('\x1b', text)
 
 
+class ReplyTests(ClientCase):
+    """回调返回的不止一个 dict:被动回复一条,或主动发送几条。"""
+
+    def server(self, callback, **settings):
+        server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')), **dict(
+            SETTINGS, **dict(self.wecom.settings, corpid=SETTINGS['corpid'], api_base=self.url, **settings)))
+        self.wecom.settings['corpid'] = SETTINGS['corpid']
+        server.register_callback('*', callback)
+        return server
+
+    def ask(self, server, **fields):
+        """一次投递 → 被动回复;等回调跑完。"""
+        status, _, body = server.handle(*delivery(message(FromUserName='lisi', **fields)))
+        self.assertEqual(status, 200)
+        server._threads.close(time.monotonic() + 10)
+        return opened(body)
+
+    def sent(self):
+        self.assertEqual({m['touser'] for m in self.wecom.messages} | {'lisi'}, {'lisi'})
+        return [m[m['msgtype']].get('content', m['msgtype']) for m in self.wecom.messages]
+
+    def test_one_result_is_the_passive_reply(self):
+        for result in 'a', ['a'], ('a',), iter(['a']), {'Content': 'a'}, [None, 'a']:
+            self.assertEqual(self.ask(self.server(lambda msg, result=result: result))['Content'], 'a')
+        self.assertEqual(self.wecom.calls, [])
+
+    def test_several_are_pushed_in_order(self):
+        def several(msg):
+            msg.clear()                 # 回调可以改它的 dict
+            yield 'a'
+            yield ['b', {'MsgType': 'news', 'Articles': [{'Title': 't', 'Url': 'https://e.x'}]}]
+            yield self.file('c.pdf')
+        self.assertIsNone(self.ask(self.server(several)))
+        self.assertEqual(self.sent(), ['a', 'b', 'news', 'file'])
+
+    def test_long_text_is_pushed_in_parts(self):
+        text = '\n'.join('第 %d 行' % n for n in range(500))
+        self.assertIsNone(self.ask(self.server(lambda msg: text)))
+        self.assertEqual('\n'.join(self.sent()), text)
+
+    def test_a_picture_is_uploaded_and_replied(self):
+        reply = self.ask(self.server(lambda msg: self.file('a.jpg')))
+        self.assertEqual((reply['MsgType'], list(self.wecom.media)), ('image', [reply['Image']['MediaId']]))
+        self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.pdf'))))
+        self.assertEqual(self.sent(), ['file'])
+        card = {'msgtype': 'textcard', 'textcard': {'title': 't', 'description': 'd', 'url': 'https://e.x'}}
+        self.assertIsNone(self.ask(self.server(lambda msg: card)))
+        self.assertEqual(self.sent(), ['file', 'textcard'])
+
+    def test_who_cannot_send_replies_with_the_first(self):
+        server = self.server(lambda msg: ['a', 'b', 'c'], secret='')
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertEqual(self.ask(server)['Content'], 'a')
+        self.assertEqual(len(logs.output), 1)
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.jpg'), secret='')))
+        self.assertIn('secret is missing', logs.output[0])
+
+    def test_after_an_untrusted_ip_it_replies_passively(self):
+        self.wecom.trusted = False
+        server = self.server(lambda msg: ['a', 'b'])
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertIsNone(self.ask(server, MsgId='77'))
+        self.assertIn('not delivered to lisi, the answer to message 77', logs.output[0])
+        server._threads = easywechat._Threads(4)
+        self.assertEqual(self.ask(server)['Content'], 'a')
+
+    def test_a_generator_that_fails_keeps_what_it_gave(self):
+        def fails(msg):
+            yield 'a'
+            yield 'b'
+            raise ValueError('坏了')
+        server = self.server(fails)
+        server.debug = True
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertIsNone(self.ask(server))
+        self.assertEqual(self.sent(), ['a', 'b', 'ValueError: 坏了'])
+
+    def test_the_client_of_the_server_is_its_own(self):
+        server = self.server(print)
+        server.client.send('x', to='lisi')
+        self.assertEqual(self.sent(), ['x'])
+        with raises(ConfigError):
+            make_server().client.get_token()
+
+
 # ---- 服务器 Server ----------------------------------------------------------------------------
 
 class ServerTests(unittest.TestCase):
@@ -1735,6 +1831,79 @@ class CommandTests(unittest.TestCase):
 
 # ---- 文件对自己的许诺 -------------------------------------------------------------------------
 
+class SendCommandTests(ClientCase):
+
+    def run_cli(self, *args, stdin=b'', **env):
+        env = dict({'EASYWECHAT_' + k.upper(): v for k, v in self.wecom.settings.items()},
+                   EASYWECHAT_API_BASE=self.url, PYTHONIOENCODING='utf-8', **env)
+        return run_cli(*args, stdin=stdin, **env)
+
+    def test_send(self):
+        self.assertEqual(self.run_cli('--send', '磁盘 91%'), (0, '', ''))
+        self.assertEqual(self.run_cli('--send', '-', '--to', 'lisi', stdin='第一行\n第二行\n'.encode()), (0, '', ''))
+        self.assertEqual(self.run_cli('--send', '-', stdin=b'\n'), (0, '', ''))
+        self.assertEqual(self.run_cli('--send', '# x', '--markdown', '--party', '1|2', LC_ALL='C')[0], 0)
+        self.assertEqual(self.run_cli('--send-file', str(self.file('a.png')), '--tag', '1')[0], 0)
+        sent = [(m['msgtype'], m.get('touser'), m[m['msgtype']].get('content')) for m in self.wecom.messages]
+        self.assertEqual(sent, [
+            ('text', 'zhangsan', '磁盘 91%'), ('text', 'lisi', '第一行\n第二行'), ('markdown', '', '# x'),
+            ('image', '', None)])
+        self.assertEqual(self.run_cli('--send', '# x', '--robot', '--markdown')[0], 0)
+        self.assertEqual(self.run_cli('--send', '你好', '--robot', '--to', '@all')[0], 0)
+        self.assertEqual(self.wecom.robot_messages[1]['text'], {
+            'content': '你好', 'mentioned_list': ['@all'], 'mentioned_mobile_list': []})
+
+    def test_exit_codes(self):
+        for args, code, words in (
+                (['--send', ''], 2, 'nothing to send'), (['--send-file', '/nosuch'], 2, 'nosuch'),
+                (['--send', 'x', '--to', 'nobody'], 1, '可见范围'),
+                (['--send', 'x', '--robot', '--party', '1'], 2, '--party')):
+            got, out, err = self.run_cli(*args)
+            self.assertEqual((got, out), (code, ''), err)
+            self.assertRegex(err, r'^easywechat: [^\n]+\n$')
+            self.assertIn(words, err)
+        self.wecom.script('message/send', 'lost')
+        got, out, err = self.run_cli('--send', 'x', '--retry', '60')       # 可能到了的,不重发
+        self.assertEqual((got, out, len(self.wecom.messages)), (3, '', 1))
+        self.assertIn('may have been delivered', err)
+
+    def test_retry_waits_for_the_network(self):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        wecom = simulator.WeCom()
+        self.addCleanup(wecom.stop)
+        late = threading.Timer(0.3, wecom.start, ('127.0.0.1', port))
+        late.start()
+
+        class Quick(WeChatClient):
+            tries = 1
+        client = Quick('t', store=MemoryStore(), api_base='http://127.0.0.1:%d' % port, **wecom.settings)
+        with self.assertLogs('easywechat', 'WARNING'):
+            easywechat._persist(lambda: client.send('断网了'), 30, 0.05)
+        self.assertEqual(len(wecom.messages), 1)
+
+    def test_check(self):
+        code, out, err = self.run_cli('--check', EASYWECHAT_ENCODING_AES_KEY='k' * 43)
+        self.assertEqual((code, out.count('✗'), err), (0, 0, ''), out)
+        for words in 'DNS', '时钟', 'gettoken', '出口 IP 可信', '应用「监控」':
+            self.assertIn(words, out)
+        self.wecom.trusted = False
+        code, out, err = self.run_cli('--check', EASYWECHAT_TOKEN='全角 token')
+        self.assertEqual(code, 1)
+        self.assertIn('203.0.113.9', out)
+        self.assertIn('空白、全角', out)
+        self.assertIn('来自 environment', out)
+
+    def test_sending_needs_no_aes(self):
+        code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; import easywechat; "
+                "sys.exit(easywechat.main(['--send', 'x']))")
+        env = dict({'EASYWECHAT_' + k.upper(): v for k, v in self.wecom.settings.items()},
+                   EASYWECHAT_API_BASE=self.url, XDG_CACHE_HOME=self.folder)
+        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=dict(os.environ, **env)), 0)
+        self.assertEqual(len(self.wecom.messages), 1)
+
+
 class PromiseTests(unittest.TestCase):
 
     @classmethod
@@ -1816,17 +1985,44 @@ class PromiseTests(unittest.TestCase):
             readme = f.read()
         blocks = re.findall(r'```python\n(.*?)```', readme, re.S)
         self.assertTrue(blocks)
-        for block in blocks:
-            space = {'__name__': 'readme', 'server': make_server()}
-            with environment(**{'EASYWECHAT_' + k.upper(): v for k, v in SETTINGS.items()}):
-                with swapped(WeChatServer, 'run', lambda *args, **kwargs: None):
-                    exec(compile(block, 'README.md', 'exec'), space)
+        wecom = simulator.WeCom()
+        url = wecom.start()
+        self.addCleanup(wecom.stop)
+        with tempfile.TemporaryDirectory() as folder:
+            settings = dict(wecom.settings, api_base=url, **SETTINGS)
+            settings['corpid'] = wecom.settings['corpid']
+            env = {'EASYWECHAT_' + k.upper(): v for k, v in settings.items()}
+            with environment(XDG_CACHE_HOME=folder, **env):
+                with swapped(WeChatServer, 'run', lambda *args, **kwargs: None), working_in(HERE):
+                    for block in blocks:
+                        space = {'__name__': 'readme', 'server': make_server()}
+                        exec(compile(block, 'README.md', 'exec'), space)
+        self.assertEqual([m['msgtype'] for m in wecom.messages], ['text', 'file', 'textcard'])
+
+    def test_the_table_of_the_readme_is_the_catalogue(self):
+        rows = []
+        for codes, cause, advice in easywechat._CATALOGUE:
+            runs = []
+            for code in sorted(codes):
+                if runs and code == runs[-1][1] + 1:
+                    runs[-1][1] = code
+                else:
+                    runs.append([code, code])
+            shown = ' '.join('%d' % a if a == b else ('%d–%d' if b - a > 1 else '%d %d') % (a, b)
+                             for a, b in runs)
+            advice = advice.replace('{ip}', 'errmsg 里的 IP').replace('|', '\\|')
+            rows.append('| %s | %s | %s |' % (shown, cause, advice))
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            self.assertIn('|---|---|---|\n' + '\n'.join(rows) + '\n\n', f.read())
 
     def test_no_secret_was_logged_by_any_test(self):
         text = LOG.getvalue()
         self.assertIn('refused', text)
-        for secret in SETTINGS['token'], SETTINGS['encoding_aes_key'], PLANTED:
+        wecom = simulator.WeCom().settings
+        for secret in (SETTINGS['token'], SETTINGS['encoding_aes_key'], PLANTED, wecom['secret'],
+                       wecom['robot']):
             self.assertNotIn(secret, text)
+        self.assertNotRegex(text, 'token[0-9]+_[0-9a-f]{20}')
 
     def test_reprs_hold_no_secret(self):
         server = make_server()

@@ -187,7 +187,7 @@ class WeCom:
         server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer),
                       {'daemon_threads': True, 'request_queue_size': 128, 'wecom': self})
         self._server = server((host, port), Handler)
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return 'http://%s:%d' % self._server.server_address[:2]
 
     def stop(self):
