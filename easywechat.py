@@ -1604,7 +1604,8 @@ class WeChatClient(_Caller):
         ``fields`` 是 JSON 最外层别的字段,例如 ``safe=1``。
         部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
         """
-        receivers = {'touser': _joined(to), 'toparty': _joined(party), 'totag': _joined(tag)}
+        given = {'touser': _joined(to), 'toparty': _joined(party), 'totag': _joined(tag)}
+        receivers = {key: who for key, who in given.items() if who}
         answer = None
         for n, item in enumerate(_items(message)):
             try:
@@ -1623,12 +1624,13 @@ class WeChatClient(_Caller):
             item = {'msgtype': kind, kind: {'media_id': self.upload(item, kind)}}
         message = _build_message(item)
         message.update(fields)
-        if any(receivers.values()):
+        keys = 'touser', 'toparty', 'totag'
+        if receivers:
+            message = {k: v for k, v in message.items() if k not in keys}
             message.update(receivers)
-        elif not any(message.get(key) for key in receivers):
+        elif not any(message.get(key) for key in keys):
             message['touser'] = self.settings['touser']
-        who = [key + _part for key in receivers for _part in str(message.get(key) or '').split('|')
-               if _part]
+        who = [key + i for key in keys for i in str(message.get(key) or '').split('|') if i]
         if not who:
             raise APIError(82001, 'no receiver', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
@@ -2848,11 +2850,11 @@ _SHAPES = {
 
 
 def _check_settings(settings):
-    """设置的每个键 → (好不好, 一句话) (生成器)。"""
+    """设置的每个键 → (好不好,None 是用不着就算了, 一句话) (生成器)。"""
     for key, (form, rule, page) in _SHAPES.items():
         value = settings[key]
         if not value:
-            yield key != 'corpid', '%s 没有写(「%s」)' % (key, page)
+            yield None if key != 'corpid' else False, '%s 没有写(「%s」)' % (key, page)
         elif re.fullmatch(form, value):
             yield True, '%s,来自 %s' % (key, settings.sources[key])
         else:
@@ -2899,8 +2901,8 @@ def _run_check(args):
         findings = itertools.chain(findings, _check_network(WeChatClient(settings)))
     bad = 0
     for good, text in findings:
-        print('%s %s' % ('✓' if good else '✗', text), flush=True)
-        bad += not good
+        print('%s %s' % ({True: '✓', False: '✗', None: '–'}[good], text), flush=True)
+        bad += good is False
     if bad:
         raise _CommandError(1, '%d to mend' % bad)
 

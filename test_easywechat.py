@@ -1846,8 +1846,8 @@ class SendCommandTests(ClientCase):
         self.assertEqual(self.run_cli('--send-file', str(self.file('a.png')), '--tag', '1')[0], 0)
         sent = [(m['msgtype'], m.get('touser'), m[m['msgtype']].get('content')) for m in self.wecom.messages]
         self.assertEqual(sent, [
-            ('text', 'zhangsan', '磁盘 91%'), ('text', 'lisi', '第一行\n第二行'), ('markdown', '', '# x'),
-            ('image', '', None)])
+            ('text', 'zhangsan', '磁盘 91%'), ('text', 'lisi', '第一行\n第二行'), ('markdown', None, '# x'),
+            ('image', None, None)])
         self.assertEqual(self.run_cli('--send', '# x', '--robot', '--markdown')[0], 0)
         self.assertEqual(self.run_cli('--send', '你好', '--robot', '--to', '@all')[0], 0)
         self.assertEqual(self.wecom.robot_messages[1]['text'], {

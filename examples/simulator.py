@@ -458,13 +458,12 @@ def main():
     for item in wecom.settings.items():
         print('%s = %s' % item)
     sys.stdout.flush()
-    shown = 0
     try:
         while True:
             time.sleep(0.2)
-            for message in (wecom.messages + wecom.robot_messages)[shown:]:
-                print(json.dumps(message, ensure_ascii=False), flush=True)
-                shown += 1
+            for arrived in wecom.messages, wecom.robot_messages:
+                while arrived:
+                    print(json.dumps(arrived.pop(0), ensure_ascii=False), flush=True)
     except KeyboardInterrupt:
         pass
 
