@@ -884,19 +884,19 @@ class FileStore:
                 logger.warning('%s ignored: not a file that only we can read', path)
                 return None
             head, _, value = f.read(1 << 20).partition(b'\n')
-        match = re.fullmatch(b'([0-9]{1,12}) ([0-9]{1,12}) ([0-9]{1,9})', head)
+        match = re.fullmatch(b'([0-9]{1,15}) ([0-9]{1,15}) ([0-9]{1,9})', head)
         if not match or len(value) != int(match.group(3)):
             return None
         written, ends = int(match.group(1)), int(match.group(2))
         # 时钟往回跳过的,也当作过期:不知道真正过了多久
-        return value if written - 60 <= self._now() < ends else None
+        return value if written - 60000 <= self._now() * 1000 < ends else None
 
     def _write(self, path, value, ex):
-        now = int(self._now())
+        now = int(self._now() * 1000)
         temporary = '%s.%d.%d.tmp' % (path, os.getpid(), threading.get_ident())
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
-                f.write(b'%d %d %d\n' % (now, now + ex if ex else 10 ** 11, len(value)) + value)
+                f.write(b'%d %d %d\n' % (now, now + ex * 1000 if ex else 10 ** 14, len(value)) + value)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
@@ -973,6 +973,51 @@ class FileStore:
         with contextlib.suppress(OSError):
             os.unlink(path)
         return int(found)
+
+
+class _Shared:
+    """别人的存储,例如 `redis.Redis`:它坏了就用内存,说一次,过几秒再试它。"""
+
+    #: 坏了以后多少秒再试。
+    retry_after = 5
+
+    def __init__(self, store):
+        self._store = store
+        self._memory = MemoryStore()    # 坏了的时候记下的,好了以后也还算数
+        self._until = 0
+
+    def _try(self, method, *args, **kwargs):
+        """→ (成没成, 结果)。"""
+        if time.monotonic() < self._until:
+            return False, None
+        try:
+            result = getattr(self._store, method)(*args, **kwargs)
+        except Exception as e:          # 别人的代码,什么都可能抛
+            if not self._until:
+                logger.error('the store failed, going on in memory: %s: %s', type(e).__name__,
+                             _show(e))
+            self._until = time.monotonic() + self.retry_after
+            return False, None
+        if self._until:
+            self._until = 0
+            logger.warning('the store works again')
+        return True, result
+
+    def get(self, name):
+        """同 `MemoryStore.get`。"""
+        value = self._memory.get(name) or self._try('get', name)[1]
+        return value.encode('latin-1') if isinstance(value, str) else value
+
+    def set(self, name, value, ex=None, nx=False):
+        """同 `MemoryStore.set`。"""
+        if nx and self._memory.get(name):
+            return None
+        done, result = self._try('set', name, value, ex=ex and int(-(-ex // 1)), nx=nx)
+        return result if done else self._memory.set(name, value, ex, nx)
+
+    def delete(self, name):
+        """同 `MemoryStore.delete`。"""
+        return self._memory.delete(name) + (self._try('delete', name)[1] or 0)
 
 
 # ---- 消息 Messages ----------------------------------------------------------------------------
@@ -1098,6 +1143,23 @@ def _build_message(item, msg_type=None):
         names = {'MediaId': 'media_id', 'Title': 'title', 'Description': 'description'}
         return {'msgtype': kind, kind: {names[k]: v for k, v in media.items() if k in names}}
     raise TypeError('%s can only be a passive reply' % kind)
+
+
+def _official_case(value):
+    """XML 的 CamelCase 名字 → JSON 的 snake_case,连同里面的。"""
+    if isinstance(value, dict):
+        names = ((re.sub('(?<!^)(?=[A-Z])', '_', k).lower(), v) for k, v in value.items())
+        return {re.sub('^(key)_(?=name)|^(app|user)_(?=id)|^(page)_(?=path)', r'\1\2\3', k):
+                _official_case(v) for k, v in names}
+    return [_official_case(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _build_card_update(item, user, response_code):
+    """``update_button``、``update_template_card`` 的回复 → 更新卡片的 JSON(path/94888);别的是 None。"""
+    name = {'Button': 'button', 'TemplateCard': 'template_card'}
+    found = [k for k in name if isinstance(item, dict) and k in item and 'msgtype' not in item]
+    return {'userids': [user], 'response_code': response_code,
+            name[found[0]]: _official_case(item[found[0]])} if found else None
 
 
 # ---- 主动模式 Client --------------------------------------------------------------------------
@@ -1500,6 +1562,10 @@ def _joined(who):
     return '|'.join(map(str, who)) if isinstance(who, (list, tuple, set)) else str(who or '')
 
 
+#: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
+_CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
+
+
 class WeChatClient(_Caller):
     """以应用的身份发消息,调用企业微信的任何 API。不需要 pycryptodome。
 
@@ -1526,8 +1592,8 @@ class WeChatClient(_Caller):
         self._token_name = ('easywechat:token:'
                             + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest())
         self._refused = 0, None
-        #: 最近一次调用被拒绝的 errcode;0 是没有。
-        self.last_errcode = 0
+        #: 最近一次调用以后,能不能发消息:None 还不知道,False 是因为凭据或 IP 被拒绝。
+        self.trusted = None
 
     # token
 
@@ -1547,6 +1613,7 @@ class WeChatClient(_Caller):
             if not isinstance(e, NetworkError) and e.errcode != -1:
                 self._refused = (self._clock() + self.refused_within,
                                  (e.errcode, e.errmsg, e.path))
+                self.trusted = False
             raise
         token, seconds = answer.get('access_token'), answer.get('expires_in')
         if not isinstance(token, str) or not re.fullmatch('[!-~]{1,512}', token):
@@ -1574,10 +1641,11 @@ class WeChatClient(_Caller):
         for last in False, True:
             try:
                 answer = self._request(path, dict(query, access_token=token), body, within, consume)
-                self.last_errcode = 0
+                self.trusted = True
                 return answer
             except APIError as e:
-                self.last_errcode = e.errcode
+                if e.errcode in _CANNOT_SEND:
+                    self.trusted = False
                 if last or e.errcode not in (40014, 42001):
                     raise
             token = self.get_token(stale=token)
@@ -1890,9 +1958,6 @@ _EVENT_KEY = re.compile('FromUserName|CreateTime|MsgType|ChangeType|Token'
 
 _PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
 
-#: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
-_CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
-
 _RELEASED = 1795392000      # 2026-11-23:比这还早的时钟是没有校过的
 
 
@@ -1929,21 +1994,80 @@ def _body_length(fields, limit):
 class _Run:
     """一次正在跑的回调;重复投递在这里等同一个结果。"""
 
-    __slots__ = 'done', 'reply', 'waiting', 'kind', 'user', 'corp', 'id', 'held', 'pushing'
+    __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'lock', 'done',
+                 'reply', 'waiting', 'held', 'pushing', 'items', 'ended')
 
-    def __init__(self, msg):
+    def __init__(self, name, msg):
+        self.name = name                # 在存储里
+        # 回调可以改它的 dict,所以先记下
+        self.kind, self.user, self.corp, self.id, self.response_code = (
+            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId',
+                                          'ResponseCode'))
+        self.begin = time.monotonic()
+        self.lock = threading.Lock()    # 下面这些,和它在存储里的记录
         self.done = threading.Event()
         self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
-        self.waiting = 0
-        # 回调可以改它的 dict,所以先记下
-        self.kind, self.user, self.corp, self.id = (
-            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId'))
+        self.waiting = 0                # 有几次投递在等
         self.held = None                # 第一条结果:只有它一条,就是被动回复
-        self.pushing = False            # 已经改为主动发送
+        self.pushing = False            # 企业微信已经得到空的 200,结果都主动发送
+        self.items = collections.deque()        # 等着主动发送的
+        self.ended = False              # 不会再有了
 
     def finish(self, reply):
         self.reply = reply
         self.done.set()
+
+
+class _Outbox:
+    """主动发送的队列:给一个用户的,按他的消息来的先后;各个用户互不等待。"""
+
+    def __init__(self, send):
+        self._send = send
+        self._lock = threading.Lock()
+        self._queues = {}               # 用户 → 他还没完的 _Run,先来的在前
+        self._busy = set()              # 正有线程在替他发的用户
+
+    def join(self, run):
+        """``run`` 排进队里。"""
+        with self._lock:
+            self._queues.setdefault(run.user, collections.deque()).append(run)
+
+    def put(self, run, item):
+        """``run`` 的又一条。"""
+        run.items.append(item)
+        self.drain(run.user)
+
+    def end(self, run):
+        """``run`` 不会再有了。"""
+        run.ended = True
+        self.drain(run.user)
+
+    def _next(self, user):
+        """轮到的 (run, 一条);现在没有是 None。"""
+        with self._lock:
+            queue = self._queues[user]
+            while queue and not queue[0].items and queue[0].ended:
+                queue.popleft()
+            if queue and queue[0].items:
+                return queue[0], queue[0].items.popleft()
+            self._busy.discard(user)
+            if not queue:
+                del self._queues[user]
+            return None
+
+    def drain(self, user):
+        """发掉轮到的;同时只有一条线程替一个用户发。"""
+        with self._lock:
+            if user in self._busy or user not in self._queues:
+                return
+            self._busy.add(user)
+        for run, item in iter(functools.partial(self._next, user), None):
+            self._send(run, item)
+
+    def left(self):
+        """还没完的 (list)。"""
+        with self._lock:
+            return [run for queue in self._queues.values() for run in queue]
 
 
 class Dispatcher:
@@ -1957,8 +2081,12 @@ class Dispatcher:
     max_body = 1 << 20
     #: 请求里的时间与本机最多差多少秒;0 是不检查。
     max_skew = 300
-    #: 一次投递等回调的秒数。企业微信等 5 秒就断开、再投递:多等一点,断开的就总是它,隔着代理也一样。
-    answer_within = 6
+    #: 一次投递等回调的秒数:企业微信等 5 秒。到时还没有结果,能主动发送的应用回空的 200,有了结果再发。
+    answer_within = 4.5
+    #: 不能主动发送的应用等到这时:企业微信断开、再投递,接着等。它断开而不是我们,隔着代理也一样。
+    hold_within = 6
+    #: 认领的租期,秒:活着的进程一直续,死了的到期由下一次投递接手。
+    lease = 3
     #: 同时最多跑多少个回调;再多的等前面的,等不到的由企业微信重新投递。
     max_callbacks = 32
 
@@ -1980,13 +2108,17 @@ class Dispatcher:
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
-        self.store = MemoryStore() if store is None else store
-        self._token_store = store
+        self.store = MemoryStore() if store is None else (
+            store if isinstance(store, (MemoryStore, FileStore)) else _Shared(store))
+        self._token_store = None if store is None else self.store
         self._client = None
+        self._outbox = _Outbox(self._push)
+        self._asked = 0                 # 上次问能不能发的时刻
         self._callbacks = {}
         self._patterns = []
         self._running = {}
         self._threads = _Threads(self.max_callbacks)
+        self._helpers = _Threads(2 * self.max_callbacks)
         self._refusals = _RefusalLog()
         self._clock_warned = False
 
@@ -2006,10 +2138,22 @@ class Dispatcher:
             self._client = WeChatClient(self.settings, store=self._token_store)
         return self._client
 
-    def _can_send(self):
-        """能不能主动发送:配置齐全,最近一次也没有因为 IP 或凭据被拒绝。"""
-        return bool(self.settings['secret'] and self.settings['agentid']
-                    and self.client.last_errcode not in _CANNOT_SEND)
+    def _can_send(self, wait):
+        """能不能主动发送。还不知道,或者一分钟以前不行,就问一次;``wait`` 为假时在后台问。"""
+        if not self.settings['secret'] or not self.settings['agentid']:
+            return False
+        now = time.monotonic()
+        if not self.client.trusted and (self.client.trusted is None or now - self._asked > 60):
+            if wait:
+                self._ask()
+            elif now - self._asked > self.answer_within:
+                self._helpers.submit(0, self._ask)
+        return bool(self.client.trusted)
+
+    def _ask(self):
+        self._asked = time.monotonic()
+        with contextlib.suppress(APIError):
+            self.client.call('agent/get', agentid=self.settings['agentid'])
 
     # 登记
 
@@ -2084,9 +2228,9 @@ class Dispatcher:
         """答复留多少秒:时间窗口的两倍,重放的旧请求就总会遇到它。"""
         return max(2 * self.max_skew, 600)
 
-    def _work(self, name, run, msg):
+    def _work(self, run, msg):
         """在留着的线程上:跑回调,存下答复,叫醒等着的投递。"""
-        reply, begin = b'', time.monotonic()
+        reply = b''
         try:
             self._call(run, msg)
             if run.held is not None and not run.pushing:
@@ -2094,12 +2238,9 @@ class Dispatcher:
         except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
             logger.error('internal error after the callback%s', _traceback())
         finally:
-            self.store.set(name, b'+' + reply, ex=self._keep())
-            if reply and not run.waiting and time.monotonic() - begin > self.answer_within:
-                logger.warning('the answer to %s came after %.0f s, when nobody waited for it',
-                               _show(run.user), time.monotonic() - begin)
-            run.finish(reply)
-            del self._running[name]
+            self._conclude(run, reply)
+            self._outbox.end(run)
+            del self._running[run.name]
 
     def _call(self, run, msg):
         """用户的回调,和它返回的东西。出错记日志;企业微信得到空的 200,否则它会再投递。"""
@@ -2123,27 +2264,22 @@ class Dispatcher:
 
         返回 False:这个应用不能主动发送,再多的也没有用。
         """
-        if run.pushing:
-            self._push(run, item)
-            return True
-        if isinstance(item, os.PathLike) and _media_kind(item) in _REPLY_FIELDS:
-            kind = _media_kind(item)
-            item = {'MsgType': kind, 'MediaId': self.client.upload(item, kind)}
-        passive = not isinstance(item, os.PathLike) and 'msgtype' not in item
-        if passive:
-            self._passive(run, item)    # 写不成的在这里就报出来,算作回调的错
-            if run.held is None:
-                run.held = item
-                return True
-        if not self._can_send():
-            logger.warning('not sent to %s: only one passive reply is possible without secret, '
-                           'agentid and a trusted IP', _show(run.user))
-            return False
-        run.pushing = True
-        run.finish(b'')
-        if run.held is not None:
-            self._push(run, run.held)
-        self._push(run, item)
+        if not run.pushing:
+            if isinstance(item, os.PathLike) and _media_kind(item) in _REPLY_FIELDS:
+                kind = _media_kind(item)
+                item = {'MsgType': kind, 'MediaId': self.client.upload(item, kind)}
+            if not isinstance(item, os.PathLike) and 'msgtype' not in item:
+                self._passive(run, item)        # 写不成的在这里就报出来,算作回调的错
+                with run.lock:
+                    if run.held is None and not run.pushing:
+                        run.held = item
+                        return True
+            if not run.pushing and not self._can_send(wait=True):
+                logger.warning('not sent to %s: only one passive reply is possible without '
+                               'secret, agentid and a trusted IP', _show(run.user))
+                return False
+            self._release(run)
+        self._outbox.put(run, item)
         return True
 
     def _passive(self, run, item):
@@ -2154,6 +2290,11 @@ class Dispatcher:
     def _push(self, run, item):
         """主动发给那个用户;送不到就写日志。"""
         try:
+            update = _build_card_update(item, run.user, run.response_code)
+            if update:
+                update['agentid'] = int(self.settings['agentid'])
+                self.client.call('message/update_template_card', update)
+                return
             if not isinstance(item, os.PathLike):
                 item = _build_message(item, run.kind)
             self.client.send(item, to=run.user)
@@ -2161,31 +2302,93 @@ class Dispatcher:
             logger.error('not delivered to %s, the answer to message %s: %s', _show(run.user),
                          _show(run.id), _show(e, 400))
 
-    def _begin(self, name, run, msg):
-        """认领到了就跑;已经答过的,把存下的答复交出去。"""
-        if self.store.set(name, b'-', ex=self._keep(), nx=True):
-            if self._threads.submit(self.answer_within, self._work, name, run, msg):
+    def _conclude(self, run, reply):
+        """``reply`` 是这条消息的答复:存下,交给等着的投递。已经回了空的 200,就不变了。"""
+        with run.lock:
+            if run.done.is_set():
                 return
-            self.store.delete(name)
-            logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
-        stored = self.store.get(name) or b'-'
-        del self._running[name]
-        run.finish(stored[1:] if stored[:1] == b'+' else None)
+            self.store.set(run.name, b'+' + reply, ex=self._keep())
+            run.finish(reply)
+        if reply and not run.waiting:
+            logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
+                           'waited for it', _show(run.id), _show(run.user),
+                           time.monotonic() - run.begin)
+
+    def _release(self, run):
+        """不让企业微信再等:它得到空的 200,结果都主动发送。"""
+        with run.lock:
+            if not run.done.is_set() and not run.pushing:
+                run.pushing = True
+                if run.held is not None:
+                    run.items.append(run.held)
+        self._conclude(run, b'')
+
+    def _renew(self, run):
+        """续租,到有答复为止。"""
+        while not run.done.wait(self.lease / 3):
+            with run.lock:
+                if not run.done.is_set():
+                    self.store.set(run.name, b'-', ex=self.lease)
+
+    def _start(self, run, msg):
+        """认领到了:交给一条线程去跑;都忙着,就等到不能再等为止。"""
+        self._outbox.join(run)
+        if self._threads.submit(0, self._work, run, msg):
+            return
+        self._helpers.submit(0, self._renew, run)
+        if self._threads.submit(self.hold_within, self._work, run, msg):
+            return
+        logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
+        with run.lock:
+            run.finish(None)
+            self.store.delete(run.name)
+        self._outbox.end(run)
+        del self._running[run.name]
+
+    def _begin(self, run, msg):
+        """认领到了就跑;别的进程认领了就等它的答复,它死了就接手。"""
+        while not self.store.set(run.name, b'-', ex=self.lease, nx=True):
+            stored = self.store.get(run.name) or b'-'
+            if stored[:1] == b'+' or time.monotonic() - run.begin > self.hold_within:
+                del self._running[run.name]
+                run.finish(stored[1:] if stored[:1] == b'+' else None)
+                return
+            time.sleep(self.lease / 60)
+        self._start(run, msg)
 
     def _deliver(self, msg):
         """一次投递:跑回调,或等同一条消息正在跑的那次。返回回复的 XML (bytes),空的是没有回复。"""
-        name = self._claim_name(msg)
-        mine = _Run(msg)
-        run = self._running.setdefault(name, mine)
-        if run is mine:
-            self._begin(name, run, msg)
-        run.waiting += 1
+        mine = _Run(self._claim_name(msg), msg)
+        run = self._running.setdefault(mine.name, mine)
+        with run.lock:
+            run.waiting += 1
         try:
-            if run.waiting > 3 or not run.done.wait(self.answer_within) or run.reply is None:
+            if run.waiting > 3:
+                raise WeChatError(503)
+            if run is mine:
+                self._begin(run, msg)
+            self._wait_for(run, mine.begin)
+            if run.reply is None:
                 raise WeChatError(503, 'no answer yet; the next delivery joins the callback')
             return run.reply
         finally:
-            run.waiting -= 1
+            with run.lock:
+                run.waiting -= 1
+
+    def _wait_for(self, run, begin):
+        """等 ``run`` 的答复;从 ``begin`` 算起等不到,能主动发送的应用就不再等它。"""
+        first = min(self.lease / 3, self.answer_within)
+        if run.done.wait(max(0, begin + first - time.monotonic())):
+            return
+        if begin == run.begin:          # 慢的回调,第一次投递:别让租约到期,看看能不能主动发送
+            self._helpers.submit(0, self._renew, run)
+            self._can_send(wait=False)
+        if not run.done.wait(max(0, begin + self.answer_within - time.monotonic())):
+            if self._can_send(wait=False):
+                self._release(run)
+                self._helpers.submit(0, self._outbox.drain, run.user)
+            else:
+                run.done.wait(max(0, begin + self.hold_within - time.monotonic()))
 
     # 请求 → 回答
 
@@ -2576,8 +2779,11 @@ class WeChatServer(Dispatcher):
             return
         deadline = time.monotonic() + self.stop_within
         threads, self._threads = self._threads, _Threads(self.max_callbacks)
-        if not (server.close(deadline) & threads.close(deadline)):
-            logger.warning('stopped while callbacks were still running')
+        helpers, self._helpers = self._helpers, _Threads(2 * self.max_callbacks)
+        server.close(deadline) & threads.close(deadline) & helpers.close(deadline)
+        for run in self._outbox.left():
+            logger.warning('stopped before the answer to message %s of %s was delivered',
+                           _show(run.id), _show(run.user))
         self._thread.join(1)
 
     def run(self, host='0.0.0.0', port=8000, debug=False, threaded=True):

@@ -922,7 +922,7 @@ class RetryTests(ClientCase):
                 (head + b'\r\n' + b'a' * (3 << 20), 504), (b'HTTP/1.1 301 M\r\nLocation: http://x/\r\n\r\n', 502),
                 (b'HTTP/1.1 502 Bad\r\n\r\n<html>', 502), (b'HTTP/1.1 200 OK\r\n' + b'A: b\r\n' * 200, 504)]):
             error = self.failing(script)
-            self.assertEqual((error.errcode, type(error)), (code, NetworkError), script)
+            self.assertEqual((error.errcode, type(error)), (code, NetworkError), repr(script)[:60])
             self.assertEqual(self.count('message/send'), n + 1)
         self.assertEqual(self.wecom.messages, [])
 
@@ -1087,7 +1087,7 @@ class MediaTests(ClientCase):
             folder = tempfile.mkdtemp(dir=self.folder)
             self.wecom.script('media/get', head % given)
             got = client.download('M', folder)
-            self.assertEqual((os.listdir(folder), got.read_bytes()), ([name], b'data'), given)
+            self.assertEqual((os.listdir(folder), got.read_bytes()), ([name], b'data'), repr(given))
 
     def test_a_failed_download_leaves_nothing(self):
         client = self.make()
@@ -1387,7 +1387,7 @@ class DispatcherTests(unittest.TestCase):
 
     def test_a_slow_callback_is_joined_by_the_next_delivery(self):
         class Impatient(WeChatServer):
-            answer_within = 0.05
+            answer_within = hold_within = 0.05
         go, runs = threading.Event(), []
 
         def slow(msg):
@@ -1400,24 +1400,24 @@ class DispatcherTests(unittest.TestCase):
         self.assertEqual(ask_socket(address, *delivery(xml))[0], 0)     # 断开:企业微信会再来
         self.assertEqual(ask_wsgi(server, *delivery(xml))[0], 503)
         go.set()
-        server.answer_within = 10
+        server.hold_within = 10
         self.assertEqual(opened(ask_socket(address, *delivery(xml))[2])['Content'], '好了')
         self.assertEqual(len(runs), 1)
         server.stop()
 
     def test_an_answer_that_nobody_waits_for_is_in_the_log(self):
         class Impatient(WeChatServer):
-            answer_within = 0.01
+            answer_within = hold_within = 0.01
         server = make_server(lambda msg: time.sleep(0.2) or '晚了', Impatient)
         with self.assertLogs('easywechat', 'WARNING') as logs:
             self.assertEqual(server.handle(*delivery(message()))[0], 503)
             server.stop()
             server._threads.close(time.monotonic() + 5)
-        self.assertIn('nobody waited', logs.output[0])
+        self.assertIn('no delivery waited', logs.output[0])
 
     def test_when_all_callbacks_are_busy_nothing_is_lost(self):
         class Small(WeChatServer):
-            max_callbacks, answer_within = 1, 0.05
+            max_callbacks, answer_within, hold_within = 1, 0.05, 0.05
         go = threading.Event()
         server = make_server(lambda msg: go.wait(10) and 'ok', Small)
         first, second = message(Content='1'), message(Content='2')
@@ -1425,7 +1425,7 @@ class DispatcherTests(unittest.TestCase):
             self.assertEqual(server.handle(*delivery(first))[0], 503)
             self.assertEqual(server.handle(*delivery(second))[0], 503)
         go.set()
-        server.answer_within = 10
+        server.hold_within = 10
         for xml in first, second:
             self.assertEqual(opened(server.handle(*delivery(xml))[2])['Content'], 'ok')
 
@@ -1458,9 +1458,9 @@ class ReplyTests(ClientCase):
     """回调返回的不止一个 dict:被动回复一条,或主动发送几条。"""
 
     def server(self, callback, **settings):
-        server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')), **dict(
-            SETTINGS, **dict(self.wecom.settings, corpid=SETTINGS['corpid'], api_base=self.url, **settings)))
-        self.wecom.settings['corpid'] = SETTINGS['corpid']
+        self.wecom.settings.update(SETTINGS)
+        server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')),
+                              **dict(self.wecom.settings, api_base=self.url, **settings))
         server.register_callback('*', callback)
         return server
 
@@ -1469,6 +1469,7 @@ class ReplyTests(ClientCase):
         status, _, body = server.handle(*delivery(message(FromUserName='lisi', **fields)))
         self.assertEqual(status, 200)
         server._threads.close(time.monotonic() + 10)
+        server._threads = easywechat._Threads(4)
         return opened(body)
 
     def sent(self):
@@ -1515,11 +1516,14 @@ class ReplyTests(ClientCase):
     def test_after_an_untrusted_ip_it_replies_passively(self):
         self.wecom.trusted = False
         server = self.server(lambda msg: ['a', 'b'])
+        self.assertEqual(self.ask(server)['Content'], 'a')      # 问过了,不能发
+        self.assertEqual(self.wecom.calls, ['gettoken', 'agent/get'])
+        self.wecom.trusted = server.client.trusted = True
+        self.wecom.script('message/send', *[{'errcode': 60020, 'errmsg': 'x'}] * 2)
         with self.assertLogs('easywechat', 'ERROR') as logs:
             self.assertIsNone(self.ask(server, MsgId='77'))
         self.assertIn('not delivered to lisi, the answer to message 77', logs.output[0])
-        server._threads = easywechat._Threads(4)
-        self.assertEqual(self.ask(server)['Content'], 'a')
+        self.assertFalse(server.client.trusted)
 
     def test_a_generator_that_fails_keeps_what_it_gave(self):
         def fails(msg):
@@ -1538,6 +1542,180 @@ class ReplyTests(ClientCase):
         self.assertEqual(self.sent(), ['x'])
         with raises(ConfigError):
             make_server().client.get_token()
+
+
+class Hasty(WeChatServer):
+    """各种时限缩成十分之一。"""
+    answer_within, hold_within, lease = 0.45, 0.6, 0.3
+
+
+class OnceTests(ClientCase):
+    """企业微信等 5 秒、投递三次(这里都缩成十分之一):回调只跑一次,用户每条只看到一次,不乱。"""
+
+    def setUp(self):
+        super().setUp()
+        self.wecom.patience = 0.5
+
+    def server(self, callback, store=None, **settings):
+        server = Hasty('test', store=store, **dict(self.wecom.settings, api_base=self.url, **settings))
+        server.register_callback('*', callback)
+        host, port = server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+        return server, 'http://%s:%d/weixin' % (host, port)
+
+    def ask(self, url, message, answers):
+        answers.append(self.wecom.deliver(url, message))
+
+    def see(self, user, count):
+        """等用户看到 ``count`` 条。"""
+        deadline = time.monotonic() + 10
+        while len(self.wecom.inbox[user]) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)                # 多出来的也等一等
+        return [content for _, content in self.wecom.inbox[user]]
+
+    def test_every_speed_with_and_without_secret(self):
+        store = FileStore(os.path.join(self.folder, 'cache'))
+        rows = [(seconds, kind, secret) for seconds in (0.01, 0.6, 1.2, 2.0)
+                for kind in ('text', 'event', 'five') for secret in (True, False)
+                if secret or (seconds < 2 and kind != 'five')]      # 两秒是第三次投递以后了
+        runs, threads = [], []
+
+        def callback(msg):
+            seconds, kind, user = float(msg['Label']), msg['Kind'], msg['FromUserName']
+            runs.append(user)
+            if kind == 'five':
+                def five():
+                    for n in range(5):
+                        time.sleep(seconds / 5)
+                        yield '%s %d' % (user, n)
+                return five()
+            time.sleep(seconds)
+            return user
+        _, able = self.server(callback, store=store)
+        _, unable = self.server(callback, secret='')
+        for n, (seconds, kind, secret) in enumerate(rows):
+            user = 'user%d' % n
+            self.wecom.users[user] = user
+            fields = {'MsgType': 'event', 'Event': 'click', 'EventKey': 'k'} if kind == 'event' else {}
+            threads.append(threading.Thread(target=self.wecom.deliver, args=(able if secret else unable,), kwargs=dict(
+                fields, user=user, Label=str(seconds), Kind=kind)))
+            threads[-1].start()
+        for n, (seconds, kind, secret) in enumerate(rows):
+            user = 'user%d' % n
+            expected = ['%s %d' % (user, i) for i in range(5)] if kind == 'five' else [user]
+            self.assertEqual(self.see(user, len(expected)), expected, (seconds, kind, secret))
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(runs), sorted('user%d' % n for n in range(len(rows))))
+
+    def test_what_is_pushed_comes_in_the_order_of_the_questions(self):
+        def callback(msg):
+            time.sleep(float(msg['Content']))
+            return msg['Content']
+        server, url = self.server(callback)
+        server.client.get_token()
+        begin = time.monotonic()
+        threads = []
+        for user, seconds in (('lisi', '1.2'), ('lisi', '0.7'), ('lisi', '0.8'), ('wangwu', '0.5')):
+            threads.append(threading.Thread(target=self.wecom.deliver, args=(url,),
+                                            kwargs={'user': user, 'Content': seconds}))
+            threads[-1].start()
+            time.sleep(0.03)
+        self.assertEqual(self.see('wangwu', 1), ['0.5'])
+        self.assertLess(time.monotonic() - begin, 1.1)      # 没有等 lisi 的
+        self.assertEqual(self.see('lisi', 3), ['1.2', '0.7', '0.8'])
+        for thread in threads:
+            thread.join()
+
+    def test_a_repeat_at_another_worker_gets_the_same_answer(self):
+        for store in FileStore(os.path.join(self.folder, 's')), Redis():
+            runs = []
+
+            def callback(msg, runs=runs):
+                runs.append(1)
+                time.sleep(0.2)
+                return 'x%d' % len(runs)
+            urls = [self.server(callback, store, secret='')[1] for _ in range(2)]
+            message = self.wecom.message()
+            answers = []
+            threads = [threading.Thread(target=self.ask, args=(url, message, answers)) for url in urls * 2]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(([a['Content'] for a in answers], runs), (['x1'] * 4, [1]))
+
+    def test_a_dead_worker_is_replaced_a_living_one_is_not(self):
+        store, runs = Redis(), []
+        server, url = self.server(lambda msg: runs.append(msg) or 'here', store, secret='')
+        message = self.wecom.message()
+        name = server._claim_name({k: str(v) for k, v in message.items()})
+        store.set(name, b'-', ex=0.3, nx=True)          # 认领以后就死了
+        self.assertEqual(self.wecom.deliver(url, message)['Content'], 'here')
+        other = self.wecom.message()
+        name = server._claim_name({k: str(v) for k, v in other.items()})
+        store.set(name, b'-', ex=60, nx=True)           # 还活着
+        self.assertIsNone(self.wecom.deliver(url, other))
+        self.assertEqual(len(runs), 1)
+
+    def test_a_store_that_fails_silences_nothing(self):
+        store = Redis()
+        server, url = self.server(lambda msg: msg['Content'], store, secret='')
+        server.store.retry_after = 0.05
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for n in range(30):
+                store.broken = 10 <= n < 20
+                message = self.wecom.message(Content=str(n))
+                for _ in range(2):
+                    self.assertEqual(self.wecom.deliver(url, message)['Content'], str(n))
+                time.sleep(0.01)
+        self.assertEqual([line.split(':')[0] for line in logs.output], ['ERROR', 'WARNING'])
+
+    def test_what_stop_cuts_off_is_in_the_log(self):
+        go = threading.Event()
+        server, url = self.server(lambda msg: go.wait(10) and 'x')
+        server.stop_within = 0.2
+        thread = threading.Thread(target=self.wecom.deliver, args=(url,), kwargs={'MsgId': 4711})
+        thread.start()
+        while not server._running:
+            time.sleep(0.01)
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            server.stop()
+        self.assertIn('message 4711 of zhangsan', logs.output[0])
+        go.set()
+        thread.join()
+
+    def test_a_slow_card_is_updated_actively(self):
+        def callback(msg):
+            time.sleep(0.6)
+            return {'MsgType': 'update_template_card', 'TemplateCard': {
+                'CardType': 'text_notice', 'MainTitle': {'Title': '好了'},
+                'CardAction': {'Type': 1, 'AppId': 'a', 'PagePath': 'p'},
+                'HorizontalContentList': [{'KeyName': 'k', 'UserId': 'u'}]}}
+        server, url = self.server(callback)
+        server.client.get_token()
+        self.wecom.deliver(url, MsgType='event', Event='template_card_event', ResponseCode='RC', EventKey='k')
+        deadline = time.monotonic() + 5
+        while not self.wecom.updates and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(self.wecom.updates, [{
+            'userids': ['zhangsan'], 'response_code': 'RC', 'agentid': 1000002, 'template_card': {
+                'card_type': 'text_notice', 'main_title': {'title': '好了'}, 'card_action': {
+                    'type': 1, 'appid': 'a', 'pagepath': 'p'},
+                'horizontal_content_list': [{'keyname': 'k', 'userid': 'u'}]}}])
+
+
+class Redis:
+    """redis-py 的三个方法,在内存里;可以坏掉。"""
+
+    def __init__(self):
+        self.store, self.broken = MemoryStore(), False
+
+    def __getattr__(self, method):
+        if self.broken:
+            raise ConnectionError('connection refused')
+        return getattr(self.store, method)
 
 
 # ---- 服务器 Server ----------------------------------------------------------------------------

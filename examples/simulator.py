@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""本机的企业微信:API 的那一半。给测试用,也给没有账号的人看看发出去的是什么。
+"""本机的企业微信:API 的那一半,和投递消息的那一半。给测试用,也给没有账号的人看看发出去的是什么。
 
     python examples/simulator.py            # 打印地址和要写进 config.ini 的设置,收到的消息一条一条打印
 
@@ -11,12 +11,15 @@
     wecom.messages[-1]['text']['content']   # 用户看到的
     wecom.script('message/send', {'errcode': -1, 'errmsg': 'system busy'}, 'lost')
                                             # 下面两次这样答;见 `WeCom.script`
+    wecom.deliver('http://127.0.0.1:8000/weixin', Content='状态')     # 用户说了一句话
+    wecom.inbox['zhangsan']                 # 他看到的,被动回复和主动发来的,依次
 
 类型、限制、错误码照 path/90236(发消息)、90253(素材)、91770(群机器人)、91039 (gettoken)。
 """
 
 import collections
 import hashlib
+import http.client
 import http.server
 import json
 import os
@@ -26,6 +29,10 @@ import sys
 import threading
 import time
 import urllib.parse
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+
+from easywechat import WXBizMsgCrypt, dict_to_xml, xml_to_dict  # noqa: E402
 
 
 class Refused(Exception):
@@ -163,15 +170,21 @@ class WeCom:
     token_life = 7200
     trusted = True
     per_member, per_robot = 30, 20
+    #: 等回调几秒,一共投递几次;不是 200 的回答要不要再投递(文档前后不一)。
+    patience, deliveries, retry_status = 5, 3, False
 
     def __init__(self):
         self.settings = {'corpid': 'wwsimulator0000001', 'agentid': '1000002', 'touser': 'zhangsan',
                          'secret': 'SimulatorSecretIsPublicDoNotUseItAnywhere00',
-                         'robot': '00000000-0000-4000-8000-000000000000'}
+                         'robot': '00000000-0000-4000-8000-000000000000',
+                         'token': 'SimulatorToken',
+                         'encoding_aes_key': 'SimulatorKeyIsPublicDoNotUseItAnywhere00000'}
         self.users = {'zhangsan': '张三', 'lisi': '李四', 'wangwu': '王五'}
         self.messages = []          # 送到了的消息,依次
         self.robot_messages = []
+        self.updates = []           # 更新过的卡片
         self.dropped = []           # 悄悄丢掉的
+        self.inbox = collections.defaultdict(list)      # 成员 → 他看到的 (类型, 内容),依次
         self.calls = []             # 每次调用的路径
         self.media = {}             # media_id → {'type', 'name', 'data'}
         self.menu = None
@@ -280,8 +293,77 @@ class WeCom:
         need(known, 81013, 'user & party & tag all invalid')
         fresh = [u for u in known if self._counted('member ' + u) <= self.per_member]
         (self.messages if fresh else self.dropped).append(message)
+        for user in fresh:
+            kind = message['msgtype']
+            self.inbox[user].append((kind, message[kind].get('content', message[kind])))
         return {'invaliduser': '|'.join(u.lower() for u in asked if u != '@all' and u.lower() not in self.users),
                 'msgid': self._next('msg')}
+
+    # 投递的那一半 (path/90238)
+
+    def message(self, user='zhangsan', **fields):
+        """用户发来的一条消息 (dict);没写的字段照常,事件没有 MsgId。"""
+        with self._lock:
+            self._count += 1
+        full = {'ToUserName': self.settings['corpid'], 'FromUserName': user,
+                'CreateTime': int(time.time()), 'MsgType': 'text', 'AgentID': self.settings['agentid']}
+        full.update(fields)
+        if full['MsgType'] != 'event':
+            full.setdefault('MsgId', 7 * 10 ** 15 + self._count)
+        return full
+
+    def request(self, message):
+        """一次投递的 (查询串, 正文 bytes);每次的 nonce 和密文都不同。"""
+        crypt = WXBizMsgCrypt(*(self.settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
+        encrypt = crypt.seal(dict_to_xml(message))
+        now, nonce = str(int(time.time())), str(int.from_bytes(os.urandom(4), 'big'))
+        query = urllib.parse.urlencode({'msg_signature': crypt.sign(now, nonce, encrypt),
+                                        'timestamp': now, 'nonce': nonce})
+        body = dict_to_xml({'ToUserName': self.settings['corpid'], 'Encrypt': encrypt.decode(),
+                            'AgentID': self.settings['agentid']})
+        return query, body.encode('utf-8')
+
+    def opened(self, answer):
+        """回答的信封 (bytes) → 里面的 dict;空的是 {}。"""
+        if not answer:
+            return {}
+        crypt = WXBizMsgCrypt(*(self.settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
+        envelope = xml_to_dict(answer)
+        return xml_to_dict(crypt.decrypt_message(answer, envelope['MsgSignature'],
+                                                 envelope['TimeStamp'], envelope['Nonce']))
+
+    def ask(self, url, message):
+        """投递一次,等 ``patience`` 秒 → (状态, 正文);连不上、等不到抛 `OSError` 或 `HTTPException`。"""
+        parts = urllib.parse.urlsplit(url)
+        query, body = self.request(message)
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.patience)
+        try:
+            connection.request('POST', parts.path + '?' + query, body, {'Content-Type': 'text/xml'})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def deliver(self, url, message=None, **fields):
+        """像企业微信那样投递一条消息:等不到就断开、再投递,一共 ``deliveries`` 次 → 被动回复 (dict) 或 None。
+
+        用户看到的记在 ``inbox``。
+        """
+        message = message or self.message(**fields)
+        for _ in range(self.deliveries):
+            try:
+                status, answer = self.ask(url, message)
+            except (OSError, http.client.HTTPException):
+                continue
+            if status != 200 and self.retry_status:
+                continue
+            reply = self.opened(answer) if status == 200 else {}
+            if reply:
+                with self._lock:
+                    kind = reply['MsgType']
+                    self.inbox[message['FromUserName']].append((kind, reply.get('Content', reply)))
+            return reply
+        return None
 
     def _counted(self, who):
         """最近一分钟里的第几条。"""
@@ -367,6 +449,15 @@ class WeCom:
     def api_getcallbackip(self, query, body, headers):
         return {'ip_list': ['127.0.0.1']}
 
+    def api_message_update_template_card(self, query, body, headers):
+        update = self._json(body)
+        need(update.get('response_code'), 40063, 'response_code missing')
+        need(update['response_code'] not in [u['response_code'] for u in self.updates], 60140, 'response_code used')
+        need(isinstance(update.get('button'), dict) or isinstance(update.get('template_card'), dict),
+             40035, 'button or template_card missing')
+        self.updates.append(update)
+        return {}
+
     def api_menu_create(self, query, body, headers):
         self._agent(query)
         buttons = self._json(body).get('button')
@@ -405,12 +496,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         prefix, _, path = parts.path.rpartition('/cgi-bin/')
         script = wecom.next_script(path)
-        if script == 'close':
-            return
         if isinstance(script, bytes):
             self.wfile.write(script)
             return
-        if script == 'hang' or script == 'trickle':
+        if script in ('close', 'hang', 'trickle'):
             self._never(script)
             return
         answer = script or wecom.answer(path, dict(urllib.parse.parse_qsl(parts.query)), body,
@@ -423,14 +512,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def _never(self, how):
+        """没有答案:马上关、一直不答,或一个字节一个字节没完没了。"""
         try:
-            self.wfile.write(b'HTTP/1.1 200 OK\r\nX: ' if how == 'trickle' else b'')
-            while True:
-                self.wfile.write(b'a' if how == 'trickle' else b'')
-                if how == 'hang':
-                    self.rfile.read(1)
-                    return
-                time.sleep(0.05)
+            if how == 'hang':
+                self.rfile.read(1)      # 到对方关
+            if how == 'trickle':
+                self.wfile.write(b'HTTP/1.1 200 OK\r\nX: ')
+                while True:
+                    self.wfile.write(b'a')
+                    time.sleep(0.05)
         except OSError:
             pass
 
