@@ -169,7 +169,7 @@ class ConfigError(WeChatError):
         super().__init__(2, errmsg)
 
 
-_CARDS = '卡片的字段照 README 的「主动模式」和 path/90236 改;errmsg 说是哪一个'
+_CARDS = '照 path/90236 改;errmsg 说是哪个字段'
 
 #: (错误码, 原因, 怎么办),管理后台的说法。README「出错了?」的表由它生成。
 _CATALOGUE = (
@@ -204,7 +204,7 @@ _CATALOGUE = (
     ((43004,), '成员没有绑定微信插件', '「我的企业 → 微信插件」扫码'),
     ((43009,), '企业没有认证', '「我的企业 → 企业信息」里认证'),
     ((43012,), '应用没有回调 URL', '按钮、投票的卡片要先「设置API接收」'),
-    ((44001, 44004), '文件或正文是空的', '至少要有 5 个字节的文件、一个字的正文'),
+    ((44001, 44004), '文件或正文是空的', '文件要大于 5 个字节,正文至少一个字'),
     ((45001,), '文件太大', '图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
     ((45002,), '正文太长', 'text 和 markdown 2048 字节以内(群机器人的 markdown 4096)'),
     ((45007, 45008, 45032), '语音、图文或作者超长', '语音 60 秒,图文 8 条,作者 64 字节以内'),
@@ -284,21 +284,29 @@ def _show(value, limit=200):
     return _UNPRINTABLE.sub(lambda m: '\\u%04x' % ord(m.group()), text)
 
 
+_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+')
+#: 用过的密钥和 token,最近的一百个:从错误和日志里抹掉。
+_secrets = collections.deque(maxlen=100)
+
+
+def _redact(text):
+    """去掉网址里的密钥,和每一个用过的密钥。"""
+    for secret in set(_secrets):
+        text = text.replace(secret, '***')
+    return _SECRET.sub(r'\1***', text)
+
+
+def _decoded(text):
+    """命令行参数或文件名;LANG=C 时没有按 UTF-8 解码的,在这里解码。"""
+    if re.search('[\udc80-\udcff]', text):
+        text = os.fsencode(text).decode('utf-8', 'replace')
+    return text
+
+
 def _traceback():
     """当前异常的 traceback,每行缩进、转义:里面可能有用户发来的字。"""
     import traceback
-    return ''.join('\n    ' + _show(line, None) for line in traceback.format_exc().splitlines())
-
-
-_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+')
-
-
-def _redact(text, *secrets):
-    """去掉网址里的密钥,和 ``secrets`` 里的每一个。"""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, '***')
-    return _SECRET.sub(r'\1***', text)
+    return ''.join('\n    ' + _show(line, None) for line in _redact(traceback.format_exc()).splitlines())
 
 
 def _mask(text):
@@ -714,11 +722,27 @@ def _clean(value):
     return value
 
 
+def _sources(appname, path, settings):
+    """→ [(从哪里来, {键: 值})],前面的优先:文件的两节、环境变量。"""
+    keys = _APP_KEYS + _SYSTEM_KEYS
+    sources = [('environment', {k: os.environ.get('EASYWECHAT_' + k.upper(), '') for k in keys})]
+    if path:
+        ini = _read_ini(path)
+        if not ini.has_section(appname) and not settings:
+            raise ConfigError('no [%s] in %s; it has: %s' % (
+                appname, path, ', '.join('[%s]' % _show(s) for s in ini.sections())))
+        for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
+            if ini.has_section(section):
+                sources.insert(0, ('%s [%s]' % (path, section),
+                                   {k: ini.get(section, k, fallback='') for k in keys}))
+    return sources
+
+
 def get_config(appname, ini_name=None, **settings):
     """应用 ``appname`` 的设置,一个 dict;没写的键是 ``''``,``agentid`` 与 ``appid`` 相同。
 
     依次找 ``ini_name``,否则环境变量 ``EASYWECHAT_CONFIG``,否则脚本的目录、当前目录、本文件的目录里的
-    config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的。
+    config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的,None 是没给。
     找不到、读不懂、没有这一节,抛 `ConfigError`,其中有试过的每个路径。``appname`` 是上一次的结果,就照用。
     """
     if isinstance(appname, _Settings):
@@ -728,21 +752,10 @@ def get_config(appname, ini_name=None, **settings):
         raise TypeError('no such setting: %s' % ', '.join(sorted(unknown)))
     paths = _config_paths(ini_name)
     path = next((p for p in paths if os.path.isfile(p)), None)
-    sources = []                # (从哪里来, {键: 值}),前面的优先
-    if path:
-        ini = _read_ini(path)
-        if not ini.has_section(appname) and not settings:
-            raise ConfigError('no [%s] in %s; it has: %s' % (
-                appname, path, ', '.join('[%s]' % _show(s) for s in ini.sections())))
-        for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
-            if ini.has_section(section):
-                sources.append(('%s [%s]' % (path, section),
-                                {k: ini.get(section, k, fallback='') for k in keys}))
-    sources.append(('environment', {k: os.environ.get('EASYWECHAT_' + k.upper(), '')
-                                    for k in _APP_KEYS + _SYSTEM_KEYS}))
+    given = {k: str(v) for k, v in settings.items() if v is not None}
     values = _Settings.fromkeys(_APP_KEYS + _SYSTEM_KEYS, '')
     values.sources = {}
-    for source, found in sources + [('keyword', {k: str(v) for k, v in settings.items()})]:
+    for source, found in _sources(appname, path, settings) + [('keyword', given)]:
         for key, value in found.items():
             if source == 'keyword' or not values[key]:
                 values[key], values.sources[key] = _clean(value), source
@@ -751,6 +764,8 @@ def get_config(appname, ini_name=None, **settings):
     for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
         if not values[key]:
             values[key], values.sources[key] = values[other], values.sources.get(other)
+    _secrets.extend(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot')
+                    if len(values[k]) > 5)
     return values
 
 
@@ -834,38 +849,33 @@ class FileStore:
         self._folder = None             # 第一次用到才建
         self._memory = None             # 写不了磁盘时的 MemoryStore
         self._swept = 0
-        self._threads = threading.Lock()
+        self._memory_lock = threading.Lock()
 
-    def _path(self, name, prefix=''):
-        """``name`` 的文件,有 ``prefix`` 的是它的锁(最多十六个,从不删除);没有可用的目录返回 None。"""
+    def _choose(self):
+        """第一个可用的目录;都不行就用内存。"""
+        reason = 'no folder'
+        for folder in self._folders or _cache_folders():
+            try:
+                os.makedirs(folder, 0o700, exist_ok=True)
+                found = os.lstat(folder)
+                if os.name == 'posix' and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
+                                           or found.st_uid != os.geteuid()):
+                    raise OSError(errno.EPERM, 'not a folder that only we can write')
+                if not os.access(folder, os.W_OK):
+                    raise OSError(errno.EACCES, 'not writable')
+                self._folder = folder
+                return
+            except OSError as e:
+                reason = '%s: %s' % (folder, e.strerror)
+        self._give_up(reason)
+
+    def _path(self, name, form='%s'):
+        """``name`` 的文件;没有可用的目录返回 None。"""
         if self._folder is None and self._memory is None:
-            reason = 'no folder'
-            for folder in self._folders or _cache_folders():
-                try:
-                    os.makedirs(folder, 0o700, exist_ok=True)
-                    self._check_folder(folder)
-                    self._folder = folder
-                    break
-                except OSError as e:
-                    reason = '%s: %s' % (folder, e.strerror)
-            else:
-                self._give_up(reason)
+            self._choose()
         if self._memory is not None:
             return None
-        digest = hashlib.sha1(name.encode('utf-8')).hexdigest()
-        return os.path.join(self._folder, prefix + digest[0] if prefix else digest)
-
-    @staticmethod
-    def _check_folder(folder):
-        """自己的、别人进不来的、写得进去的目录;不然抛 `OSError`。"""
-        found = os.lstat(folder)
-        if os.name == 'posix':
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise OSError(errno.EPERM, 'not a folder of our own')
-            if found.st_mode & 0o077:
-                os.chmod(folder, 0o700)
-        if not os.access(folder, os.W_OK):
-            raise OSError(errno.EACCES, 'not writable')
+        return os.path.join(self._folder, form % hashlib.sha1(name.encode('utf-8')).hexdigest())
 
     def _give_up(self, reason):
         logger.warning('keeping tokens in memory, cannot write %s', reason)
@@ -914,22 +924,28 @@ class FileStore:
         for entry in os.listdir(self._folder):
             path = os.path.join(self._folder, entry)
             with contextlib.suppress(OSError):
-                if entry.startswith('lock-') or abs(now - os.stat(path).st_mtime) < 60:
+                ours = re.fullmatch(r'[0-9a-f]{40}(\.[0-9]+\.[0-9]+\.tmp)?', entry)
+                if not ours or abs(now - os.stat(path).st_mtime) < 60:
                     continue
                 if entry.endswith('.tmp') or self._read(path) is None:
                     os.unlink(path)
 
+    def _open_lock(self, name):
+        """锁文件(一共十六个,从不删除)的描述符;不能用文件锁是 None。"""
+        path = self._path(name, 'lock-%.1s')
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl        # noqa: F401
+            return path and os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+
     @contextlib.contextmanager
     def lock(self, name, within=20):
         """同一时刻这台机器上只有一个在里面;``within`` 秒还轮不到就不等了。没有 flock 时只管本进程。"""
-        try:
-            import fcntl
-            path = self._path(name, 'lock-')
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
-        except (ImportError, OSError, TypeError):       # TypeError:在内存里,没有 path
-            with self._threads:
+        fd = self._open_lock(name)
+        if fd is None:
+            with self._memory_lock:
                 yield
             return
+        import fcntl
         deadline = time.monotonic() + within
         try:
             while time.monotonic() < deadline:
@@ -1188,10 +1204,26 @@ def _normal_base(text):
     """api_base 的各种写法 → ``https://host[:port][/prefix]``。"""
     base = text if '://' in text else 'https://' + text
     base = re.sub('(/cgi-bin)?/*$', '', base)
-    if not re.fullmatch(r'https?://[A-Za-z0-9.\-]+(:[0-9]{1,5})?(/[!-~]*)?|https?://\[[0-9A-Fa-f:.]+\].*',
+    port = re.search(r':([0-9]+)(/|$)', base.partition('//')[2])
+    if port and int(port.group(1)) > 65535 or not re.fullmatch(r'https?://[A-Za-z0-9.\-]+(:[0-9]{1,5})?(/[!-~]*)?|https?://\[[0-9A-Fa-f:.]+\].*',
                         base) or re.search('[?#@\\s]', base):
         raise ConfigError('api_base must look like https://vps.example.com[:port][/path]')
     return base
+
+
+_STARTING = threading.Lock()        # threading.stack_size 是整个进程的
+
+
+def _start_thread(target, *args):
+    """开一条栈有 1 MiB 的线程:musl 的默认值 128 KiB 太小,几层嵌套就能让进程崩溃。开不了抛 `RuntimeError`。"""
+    with _STARTING:
+        before = threading.stack_size(1 << 20)
+        try:
+            thread = threading.Thread(target=target, args=args, daemon=True)
+            thread.start()
+            return thread
+        finally:
+            threading.stack_size(before)
 
 
 def _within(seconds, job, abort):
@@ -1206,9 +1238,7 @@ def _within(seconds, job, abort):
             outcome.append((job(), None))
         except BaseException as e:      # 到等着的线程里再抛
             outcome.append((None, e))
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    _start_thread(run).join(seconds)
     if not outcome:
         abort()
         raise socket.timeout('no answer within %g s' % seconds)
@@ -1224,7 +1254,9 @@ class _Exchange:
     def __init__(self, caller, within):
         self._caller = caller
         self._within = within
+        self._lock = threading.Lock()
         self._socket = None
+        self._aborted = False
         self.connected = False
 
     def _connection(self, base):
@@ -1234,7 +1266,10 @@ class _Exchange:
             def connect(self):
                 base.connect(self)          # 包括代理的 CONNECT 和 TLS 握手
                 self.sock.settimeout(exchange._within)
-                exchange._socket, exchange.connected = self.sock, True
+                with exchange._lock:
+                    if exchange._aborted:   # 等的人已经走了,不许再发出去
+                        raise OSError('too late')
+                    exchange._socket, exchange.connected = self.sock, True
         return Connection
 
     def _opener(self):
@@ -1267,6 +1302,9 @@ class _Exchange:
             url = where
 
     def abort(self):
+        """打断:还没连上的,连上了也不发;连上了的,关掉。"""
+        with self._lock:
+            self._aborted = True
         if self._socket:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
@@ -1295,10 +1333,22 @@ class _NotWeCom(Exception):
     """回答的不是企业微信:``args`` 是 (HTTP 状态, 说明)。"""
 
 
+def _too_deep(data):
+    """JSON (bytes) 的括号有没有超过 64 层:有的 Python 为此崩溃,而不是抛异常。"""
+    depth = 0
+    for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', b'', data):
+        depth += 1 if bracket in b'[{' else -1
+        if depth > 64:
+            return True
+    return False
+
+
 def _read_json(caller, response):
     """企业微信的回答 (dict)。"""
     data = b''.join(_blocks(response, caller.max_answer))
     try:
+        if _too_deep(data):
+            raise ValueError('too deep')
         answer = json.loads(data.decode('utf-8'), strict=False)
         if response.status == 200 and isinstance(answer.get('errcode', 0), int):
             return answer
@@ -1326,7 +1376,7 @@ class _Upload:
         self._path, self._progress = path, progress
         self._size = os.path.getsize(path)
         boundary = 'EasyWeChat' + binascii.hexlify(os.urandom(16)).decode()
-        name = _UNPRINTABLE.sub('_', name.replace('"', '%22').replace('\r', '%0D')
+        name = _UNPRINTABLE.sub('_', _decoded(name).replace('"', '%22').replace('\r', '%0D')
                                 .replace('\n', '%0A')).replace('\\', '_')
         self._head = ('--%s\r\nContent-Disposition: form-data; name="media"; filename="%s"; '
                       'filelength=%d\r\nContent-Type: application/octet-stream\r\n\r\n'
@@ -1357,28 +1407,27 @@ class _Pace:
 
     def __init__(self, sleep):
         self._lock = threading.Lock()
-        self._sent = {}             # 收件人 → 最近一分钟(和已经排上的)发送时刻,旧的在前
+        self._slots = {}            # 收件人 → 最近 limit 条的 [时刻],旧的在前
         self._sleep = sleep
 
-    def wait(self, receivers, limit, clock=time.monotonic):
-        """轮到的时候返回。同一个收件人的先来先走。"""
+    def wait(self, receivers, limit, clock):
+        """轮到的时候返回一个格子:发到了,把 ``[0]`` 改成那时的时刻。同一个收件人的先来先走。"""
+        slot = [clock()]
         with self._lock:
-            now = at = clock()
-            for times in list(self._sent.values()):
-                while times and times[0] <= now - 60:
-                    times.popleft()
-            for who in [who for who, times in self._sent.items() if not times]:
-                del self._sent[who]
+            now = slot[0]
+            for who in [w for w, slots in self._slots.items() if slots[-1][0] < now - 60]:
+                del self._slots[who]
             for who in receivers:
-                times = self._sent.setdefault(who, collections.deque())
-                if times:
-                    at = max(at, times[-1], times[-limit] + 60 if len(times) >= limit else 0)
-            for who in receivers:
-                self._sent[who].append(at)
-        if at > now:
+                slots = self._slots.setdefault(who, collections.deque(maxlen=limit))
+                if slots:
+                    full = slots[0][0] + 60 if len(slots) == limit else 0
+                    slot[0] = max(slot[0], slots[-1][0], full)
+                slots.append(slot)
+        if slot[0] > now:
             logger.warning('waiting %.0f s: WeCom drops more than %d messages a minute to one '
-                           'receiver', at - now, limit)
-            self._sleep(at - now)
+                           'receiver', slot[0] - now, limit)
+            self._sleep(slot[0] - now)
+        return slot
 
 
 class _Caller:
@@ -1395,6 +1444,9 @@ class _Caller:
     #: 上传时每发一块调用一次:``progress(sent, total)``,字节。
     progress = None
 
+    #: 连不上时一直试到这么多秒,例如断网时的警报;0 是只试 ``tries`` 次。
+    retry_within = 0
+
     _clock = staticmethod(time.monotonic)
     _sleep = staticmethod(time.sleep)
 
@@ -1407,7 +1459,6 @@ class _Caller:
         self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
         self._pace = _Pace(lambda seconds: self._sleep(seconds))
         self._context = None
-        self._token = None              # 最近用过的,只为了从错误里抹掉
 
     def __repr__(self):
         return '<%s of corpid %s>' % (type(self).__name__, _mask(self.settings['corpid']))
@@ -1416,24 +1467,28 @@ class _Caller:
         """总是验证证书的 `ssl.SSLContext`。"""
         if self._context is None:
             import ssl
-            self._context = ssl.create_default_context(cafile=self.settings['ca_file'] or None)
+            context = ssl.create_default_context()
+            if self.settings['ca_file']:
+                try:
+                    context.load_verify_locations(self.settings['ca_file'])
+                except OSError as e:
+                    raise ConfigError('cannot use ca_file %s: %s' % (
+                        self.settings['ca_file'], e.strerror or e)) from None
+            self._context = context
         return self._context
-
-    def _hide(self, text):
-        return _redact(_show(text, 400), self.settings['secret'], self.settings['robot'],
-                       self._token)
 
     def _network_error(self, error, connected, path, harmless):
         """urllib 的各种异常 → `NetworkError`,其中没有网址;``harmless`` 的调用再来一次也没关系。"""
         host = urllib.parse.urlsplit(self.api_base).netloc
         if isinstance(error, _NotWeCom):
             status, kind = error.args
-            return NetworkError(
-                502, '%s answered %d %s, not JSON of WeCom' % (host, status, kind), path,
-                '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % path,
-                status >= 500 and not harmless)
+            advice = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
+                      413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}.get(
+                          status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % path)
+            return NetworkError(502, _redact('%s answered %d %s, not JSON of WeCom' % (
+                host, status, kind)), path, advice, (status == 200 or status >= 500) and not harmless)
         reason = getattr(error, 'reason', None) or error
-        text = self._hide('%s: %s' % (type(reason).__name__, reason))
+        text = _show(_redact('%s: %s' % (type(reason).__name__, reason)), 400)
         advice = next((a for form, a in _TLS_ADVICE if re.search(form, text)), '')
         if isinstance(error, (ImportError, AttributeError)):
             advice = '这个 Python 没有 ssl:opkg install python3-openssl'
@@ -1441,7 +1496,7 @@ class _Caller:
             return NetworkError(504, 'no complete answer from %s (%s)' % (host, text), path,
                                 advice, not harmless)
         return NetworkError(503, 'cannot reach %s (%s)' % (host, text), path,
-                            advice or '看网络通不通、api_base 写对没有')
+                            advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
 
     def _once(self, path, query, body, within, consume):
         """发一次 → ``consume`` 的结果。"""
@@ -1459,29 +1514,53 @@ class _Caller:
         except _Local as e:
             failure = e.args[0]
         except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError,
-                _NotWeCom) as e:
+                RuntimeError, _NotWeCom) as e:      # RuntimeError: can't start new thread
             failure = self._network_error(e, exchange.connected, path, harmless)
         raise failure       # 在 except 以外:不把带着网址的异常挂在后面
 
     def _request(self, path, query, body=None, within=None, consume=_read_json):
         """一次调用 → 回答 (dict)。只有肯定没到的 (503) 和企业微信叫再来的 (-1) 才重试。"""
-        within = within or self.call_within
-        deadline = self._clock() + within
-        for n in range(self.tries):
+        begin, pause = self._clock(), self.pause
+        deadline = begin + (within or self.call_within)
+        for n in itertools.count(1):
             try:
-                answer = self._once(path, query, body, max(0.1, deadline - self._clock()), consume)
+                left = max(deadline - self._clock(), 0.1 if n <= self.tries else self.call_within)
+                answer = self._once(path, query, body, left, consume)
                 if not answer.get('errcode'):
                     return answer
-                failure = APIError(answer['errcode'], self._hide(answer.get('errmsg', '')), path)
+                errmsg = _show(_redact(str(answer.get('errmsg', ''))), 400)
+                failure = APIError(answer['errcode'], errmsg, path)
             except NetworkError as e:
                 failure = e
-            pause = self.pause * 2 ** n
-            if failure.errcode not in (-1, 503) or self._clock() + pause > deadline:
-                break
-            if n + 1 < self.tries:
-                logger.info('%s, again in %g s', failure, pause)
-                self._sleep(pause)
-        raise failure
+            then = self._clock() + pause
+            again = failure.errcode in (-1, 503) and n < self.tries and then < deadline
+            if not again and (getattr(failure, 'maybe_sent', True)
+                              or then > begin + self.retry_within):
+                raise failure
+            logger.info('%s; again in %g s', failure, pause)
+            self._sleep(pause)
+            pause = min(2 * pause, 60)
+
+    def _send_each(self, path, message, limits, send_one):
+        """一条一条地发,→ 最后一条的回答。"""
+        answer = None
+        for n, item in enumerate(_items(message, limits)):
+            try:
+                answer = send_one(n, item)
+            except APIError as e:
+                e.errmsg += ' (the first %d parts were sent)' % n if n else ''
+                raise
+        if answer is None:
+            raise APIError(44004, 'nothing to send', path)
+        return answer
+
+    def _upload_to(self, path, query, file, kind, name, call):
+        """上传一个文件 → 回答 (dict)。"""
+        body = _Upload(file, name or os.path.basename(file), self.progress)
+        answer = call(path, dict(query, type=kind), body, self.media_within)
+        if not isinstance(answer.get('media_id'), str):
+            raise NetworkError(502, 'an answer without media_id', path)
+        return answer
 
 
 def _media_kind(path, kind=None):
@@ -1632,7 +1711,8 @@ class WeChatClient(_Caller):
         if token is None:
             with self._machine.lock(self._token_name):
                 token = self._cached_token(stale) or self._fetch_token()
-        self._token = token
+        if token not in _secrets:
+            _secrets.append(token)
         return token
 
     def _authorized(self, path, query, body=None, within=None, consume=_read_json):
@@ -1672,30 +1752,21 @@ class WeChatClient(_Caller):
         ``fields`` 是 JSON 最外层别的字段,例如 ``safe=1``。
         部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
         """
-        given = {'touser': _joined(to), 'toparty': _joined(party), 'totag': _joined(tag)}
-        receivers = {key: who for key, who in given.items() if who}
-        answer = None
-        for n, item in enumerate(_items(message)):
-            try:
-                answer = self._send_one(item, receivers, fields)
-            except APIError as e:
-                if n:
-                    e.errmsg += ' (the first %d parts were sent)' % n
-                raise
-        if answer is None:
-            raise APIError(44004, 'nothing to send', 'message/send')
-        return answer
+        given = {'touser': to, 'toparty': party, 'totag': tag}
+        given = {key: _joined(who) for key, who in given.items() if who is not None}
+        return self._send_each('message/send', message, _TEXT_LIMITS, lambda n, item: self._send_one(
+            item, given, fields))
 
-    def _send_one(self, item, receivers, fields):
+    def _send_one(self, item, given, fields):
         if isinstance(item, os.PathLike):
             kind = _media_kind(item)
             item = {'msgtype': kind, kind: {'media_id': self.upload(item, kind)}}
         message = _build_message(item)
         message.update(fields)
         keys = 'touser', 'toparty', 'totag'
-        if receivers:
+        if given:
             message = {k: v for k, v in message.items() if k not in keys}
-            message.update(receivers)
+            message.update((key, who) for key, who in given.items() if who)
         elif not any(message.get(key) for key in keys):
             message['touser'] = self.settings['touser']
         who = [key + i for key in keys for i in str(message.get(key) or '').split('|') if i]
@@ -1706,8 +1777,11 @@ class WeChatClient(_Caller):
             raise ConfigError('agentid is missing or no number: set it in config.ini, or '
                               'EASYWECHAT_AGENTID')
         message['agentid'] = int(agentid)
-        self._pace.wait(who, self.per_minute)
-        answer = self._authorized('message/send', {}, message)
+        slot = self._pace.wait(who, self.per_minute, self._clock)
+        try:
+            answer = self._authorized('message/send', {}, message)
+        finally:
+            slot[0] = max(slot[0], self._clock())
         partial = {k: answer[k] for k in ('invaliduser', 'invalidparty', 'invalidtag',
                                           'unlicenseduser') if answer.get(k)}
         if partial:
@@ -1735,12 +1809,8 @@ class WeChatClient(_Caller):
 
     def _upload(self, path, kind=None, name=None):
         path = os.fspath(path)
-        kind = _media_kind(path, kind)
-        body = _Upload(path, name or os.path.basename(path), self.progress)
-        answer = self._authorized('media/upload', {'type': kind}, body, self.media_within)
-        if not isinstance(answer.get('media_id'), str):
-            raise NetworkError(502, 'an answer without media_id', 'media/upload')
-        return answer
+        return self._upload_to('media/upload', {}, path, _media_kind(path, kind), name,
+                               self._authorized)
 
     @_code_and_message
     def upload_media(self, file_type, file_path):
@@ -1784,7 +1854,7 @@ class WeChatRobot(_Caller):
         self._key = re.sub('.*[?&]key=([^&#]*).*', r'\1', self.settings['robot'])
         if not re.fullmatch('[0-9A-Za-z_-]{1,128}', self._key):
             raise ConfigError('robot must be the key of the webhook, or its whole URL')
-        self._token = self._key
+        _secrets.append(self._key)
 
     def send(self, message, mention=None):
         """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
@@ -1792,20 +1862,24 @@ class WeChatRobot(_Caller):
         ``message``:str、官方的 JSON、`pathlib.Path`(2 MB 以内的 JPG、PNG 是图片,AMR 是语音,别的是文件),
         或它们的 list。``mention`` 只用于文本:userid、手机号或 ``'@all'``,list 或 ``'a|b'``。
         """
-        answer, who = None, [i for i in _joined(mention).split('|') if i]
-        for item in _items(message, _ROBOT_LIMITS):
-            body = self._file(item) if isinstance(item, os.PathLike) else _build_message(item)
-            if who and body['msgtype'] != 'text':
-                raise TypeError('mention goes with text only, not with %s' % body['msgtype'])
-            if who:
-                phones = [i for i in who if re.fullmatch('[0-9]{11}', i)]
-                body['text'] = dict(body['text'], mentioned_mobile_list=phones,
-                                    mentioned_list=[i for i in who if i not in phones])
-            self._pace.wait(['robot'], self.per_minute)
-            answer = self._request('webhook/send', {'key': self._key}, body)
-        if answer is None:
-            raise APIError(44004, 'nothing to send', 'webhook/send')
-        return answer
+        who = [i for i in _joined(mention).split('|') if i]
+        return self._send_each('webhook/send', message, _ROBOT_LIMITS, lambda n, item: self._send_one(
+            item, who * (n == 0)))
+
+    def _send_one(self, item, who):
+        if who and isinstance(item, os.PathLike) or isinstance(item, dict) and \
+                item.get('msgtype', 'text') != 'text' and who:
+            raise TypeError('mention goes with text only')
+        body = self._file(item) if isinstance(item, os.PathLike) else _build_message(item)
+        if who:
+            phones = [i for i in who if re.fullmatch('[0-9]{11}', i)]
+            body['text'] = dict(body['text'], mentioned_mobile_list=phones,
+                                mentioned_list=[i for i in who if i not in phones])
+        slot = self._pace.wait(['robot'], self.per_minute, self._clock)
+        try:
+            return self._request('webhook/send', {'key': self._key}, body)
+        finally:
+            slot[0] = max(slot[0], self._clock())
 
     def _file(self, path):
         kind = _media_kind(path)
@@ -1821,13 +1895,8 @@ class WeChatRobot(_Caller):
     def upload(self, path, kind='file', name=None):
         """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
         path = os.fspath(path)
-        body = _Upload(path, name or os.path.basename(path), self.progress)
-        answer = self._request('webhook/upload_media',
-                               {'key': self._key, 'type': _media_kind(path, kind)},
-                               body, self.media_within)
-        if not isinstance(answer.get('media_id'), str):
-            raise NetworkError(502, 'an answer without media_id', 'webhook/upload_media')
-        return answer['media_id']
+        return self._upload_to('webhook/upload_media', {'key': self._key}, path,
+                               _media_kind(path, kind), name, self._request)['media_id']
 
 
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
@@ -1838,12 +1907,8 @@ class WeChatRobot(_Caller):
 class _Threads:
     """一些留着的线程:有空闲的就用最近用过的那条,没有才开新的,最多 ``limit`` 条。"""
 
-    #: 每条线程的栈,字节。musl 的默认值 128 KiB 太小,几层嵌套就能让进程崩溃。
-    stack_size = 1 << 20
     #: 空闲这么多秒的线程结束。
     idle = 10
-
-    _starting = threading.Lock()        # threading.stack_size 是整个进程的
 
     def __init__(self, limit):
         self._limit = limit
@@ -1864,16 +1929,12 @@ class _Threads:
         return self._start((job, args))
 
     def _start(self, work):
-        with self._starting:
-            before = threading.stack_size(self.stack_size)
-            try:
-                threading.Thread(target=self._run, args=(work,), daemon=True).start()
-                return True
-            except RuntimeError:        # can't start new thread
-                self._free.release()
-                return False
-            finally:
-                threading.stack_size(before)
+        try:
+            _start_thread(self._run, work)
+            return True
+        except RuntimeError:            # can't start new thread
+            self._free.release()
+            return False
 
     def _run(self, work):
         seat = [threading.Lock(), None]
@@ -2021,8 +2082,9 @@ class _Run:
 class _Outbox:
     """主动发送的队列:给一个用户的,按他的消息来的先后;各个用户互不等待。"""
 
-    def __init__(self, send):
-        self._send = send
+    def __init__(self, send, submit):
+        self._send = send               # send(run, 一条)
+        self._submit = submit           # 在别的线程上跑,不行返回 False
         self._lock = threading.Lock()
         self._queues = {}               # 用户 → 他还没完的 _Run,先来的在前
         self._busy = set()              # 正有线程在替他发的用户
@@ -2032,36 +2094,32 @@ class _Outbox:
         with self._lock:
             self._queues.setdefault(run.user, collections.deque()).append(run)
 
-    def put(self, run, item):
-        """``run`` 的又一条。"""
-        run.items.append(item)
-        self.drain(run.user)
+    def _turn(self, user):
+        """轮到的 `_Run`,它有要发的;没有是 None。"""
+        queue = self._queues.get(user)
+        while queue and queue[0].ended and not queue[0].items:
+            queue.popleft()
+        if not queue:
+            self._queues.pop(user, None)
+        return queue[0] if queue and queue[0].items else None
 
-    def end(self, run):
-        """``run`` 不会再有了。"""
-        run.ended = True
-        self.drain(run.user)
-
-    def _next(self, user):
-        """轮到的 (run, 一条);现在没有是 None。"""
+    def kick(self, user):
+        """有轮到的就发;同时只有一条线程替一个用户发。"""
         with self._lock:
-            queue = self._queues[user]
-            while queue and not queue[0].items and queue[0].ended:
-                queue.popleft()
-            if queue and queue[0].items:
-                return queue[0], queue[0].items.popleft()
-            self._busy.discard(user)
-            if not queue:
-                del self._queues[user]
-            return None
-
-    def drain(self, user):
-        """发掉轮到的;同时只有一条线程替一个用户发。"""
-        with self._lock:
-            if user in self._busy or user not in self._queues:
+            if user in self._busy or not self._turn(user):
                 return
             self._busy.add(user)
-        for run, item in iter(functools.partial(self._next, user), None):
+        if not self._submit(self._drain, user):
+            self._drain(user)
+
+    def _drain(self, user):
+        while True:
+            with self._lock:
+                run = self._turn(user)
+                if not run:
+                    self._busy.discard(user)
+                    return
+                item = run.items.popleft()
             self._send(run, item)
 
     def left(self):
@@ -2112,7 +2170,7 @@ class Dispatcher:
             store if isinstance(store, (MemoryStore, FileStore)) else _Shared(store))
         self._token_store = None if store is None else self.store
         self._client = None
-        self._outbox = _Outbox(self._push)
+        self._outbox = _Outbox(self._push, lambda *job: self._helpers.submit(0, *job))
         self._asked = 0                 # 上次问能不能发的时刻
         self._callbacks = {}
         self._patterns = []
@@ -2239,7 +2297,8 @@ class Dispatcher:
             logger.error('internal error after the callback%s', _traceback())
         finally:
             self._conclude(run, reply)
-            self._outbox.end(run)
+            run.ended = True
+            self._outbox.kick(run.user)
             del self._running[run.name]
 
     def _call(self, run, msg):
@@ -2268,7 +2327,7 @@ class Dispatcher:
             if isinstance(item, os.PathLike) and _media_kind(item) in _REPLY_FIELDS:
                 kind = _media_kind(item)
                 item = {'MsgType': kind, 'MediaId': self.client.upload(item, kind)}
-            if not isinstance(item, os.PathLike) and 'msgtype' not in item:
+            if isinstance(item, str) or isinstance(item, dict) and 'msgtype' not in item:
                 self._passive(run, item)        # 写不成的在这里就报出来,算作回调的错
                 with run.lock:
                     if run.held is None and not run.pushing:
@@ -2279,7 +2338,8 @@ class Dispatcher:
                                'secret, agentid and a trusted IP', _show(run.user))
                 return False
             self._release(run)
-        self._outbox.put(run, item)
+        run.items.append(item)
+        self._outbox.kick(run.user)
         return True
 
     def _passive(self, run, item):
@@ -2342,7 +2402,8 @@ class Dispatcher:
         with run.lock:
             run.finish(None)
             self.store.delete(run.name)
-        self._outbox.end(run)
+        run.ended = True
+        self._outbox.kick(run.user)
         del self._running[run.name]
 
     def _begin(self, run, msg):
@@ -2386,7 +2447,7 @@ class Dispatcher:
         if not run.done.wait(max(0, begin + self.answer_within - time.monotonic())):
             if self._can_send(wait=False):
                 self._release(run)
-                self._helpers.submit(0, self._outbox.drain, run.user)
+                self._outbox.kick(run.user)
             else:
                 run.done.wait(max(0, begin + self.hold_within - time.monotonic()))
 
@@ -2928,13 +2989,6 @@ def _loopback(host):
     return host == 'localhost' or host == '::1' or bool(re.fullmatch(r'127(\.[0-9]{1,3}){3}', host))
 
 
-def _argument(text):
-    """命令行参数里的文字;LANG=C 时没有按 UTF-8 解码的,在这里解码。"""
-    if re.search('[\udc80-\udcff]', text):
-        text = os.fsencode(text).decode('utf-8', 'replace')
-    return text
-
-
 def _run_echo(args):
     settings, demo = _settings_or_demo(args)
     host = args.host or ('127.0.0.1' if demo else '0.0.0.0')
@@ -2968,7 +3022,7 @@ def _run_probe(args):
     url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, app.route)
     if demo and not _loopback(_split_url(url).hostname):
         raise _CommandError(2, 'without config.ini only this machine can be probed')
-    reply = _probe(url, app.settings, _argument(args.probe))[1]
+    reply = _probe(url, app.settings, _decoded(args.probe))[1]
     if not reply:
         print('easywechat: (empty reply)', file=sys.stderr)
     elif reply.get('MsgType') == 'text':
@@ -3000,47 +3054,34 @@ def _show_progress(sent, total):
           flush=True)
 
 
-def _persist(send, seconds, pause=2):
-    """``send()``;连不上就一直试,到 ``seconds`` 秒为止。可能已经送到的不重发。"""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return send()
-        except NetworkError as e:
-            if e.maybe_sent or time.monotonic() + pause > deadline:
-                raise
-            logger.warning('%s; again in %g s', e, pause)
-        time.sleep(pause)
-        pause = min(2 * pause, 60)
-
-
 def _run_send(args):
     if args.send == '-':
-        message = sys.stdin.buffer.read(_XML_SIZE).decode('utf-8', 'replace').strip('\r\n')
+        data = sys.stdin.buffer.read(_XML_SIZE + 1)
+        if len(data) > _XML_SIZE:
+            raise _CommandError(2, 'more than 1 MiB on standard input: --send-file takes a file')
+        message = data.decode('utf-8', 'replace').strip('\r\n')
         if not message:         # cron:没有输出就没有消息
             return
     else:
-        message = _argument(args.send or '')
+        message = _decoded(args.send or '')
+        if not message and args.send_file is None:
+            raise _CommandError(2, 'nothing to send')
     if args.send_file is not None:
         import pathlib
         message = pathlib.Path(args.send_file)
     elif args.markdown:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
-    if args.robot:
-        sender, limits = WeChatRobot(None, args.app, args.config), _ROBOT_LIMITS
-        if args.party or args.tag:
-            raise _CommandError(2, '--party and --tag do not go with --robot')
-        options = {'mention': args.to}
-    else:
-        sender, limits = WeChatClient(args.app, args.config), _TEXT_LIMITS
-        options = {'to': args.to, 'party': args.party, 'tag': args.tag}
+    if args.robot and (args.party or args.tag):
+        raise _CommandError(2, '--party and --tag do not go with --robot')
+    sender = WeChatRobot(None, args.app, args.config) if args.robot \
+        else WeChatClient(args.app, args.config)
+    sender.retry_within = args.retry
     if sys.stderr.isatty():
         sender.progress = _show_progress
-    items = list(_items(message, limits))
-    if not items:
-        raise _CommandError(2, 'nothing to send')
-    for item in items:
-        _persist(functools.partial(sender.send, item, **options), args.retry)
+    if args.robot:
+        sender.send(message, args.to)
+    else:
+        sender.send(message, args.to, args.party, args.tag)
 
 
 #: 键 → (该是什么样,一句话,在后台的哪一页)。
@@ -3060,7 +3101,8 @@ def _check_settings(settings):
     for key, (form, rule, page) in _SHAPES.items():
         value = settings[key]
         if not value:
-            yield None if key != 'corpid' else False, '%s 没有写(「%s」)' % (key, page)
+            wanted = key == 'corpid' and not settings['robot']
+            yield False if wanted else None, '%s 没有写(「%s」)' % (key, page)
         elif re.fullmatch(form, value):
             yield True, '%s,来自 %s' % (key, settings.sources[key])
         else:
@@ -3077,12 +3119,13 @@ def _check_network(client):
     """从 DNS 到可信 IP,一步一步 → (好不好, 一句话) (生成器);前一步不通就停。"""
     import email.utils
     host = urllib.parse.urlsplit(client.api_base)
-    try:
-        found = socket.getaddrinfo(host.hostname, host.port or host.scheme, 0, socket.SOCK_STREAM)
-        yield True, 'DNS:%s 是 %s' % (host.hostname, found[0][4][0])
-    except OSError as e:
-        yield False, 'DNS 查不到 %s (%s):看网络,或 api_base' % (host.hostname, e)
-        return
+    if not any(name.lower() in ('https_proxy', 'http_proxy', 'all_proxy') for name in os.environ):
+        try:
+            found = socket.getaddrinfo(host.hostname, host.port or 443, 0, socket.SOCK_STREAM)
+            yield True, 'DNS:%s 是 %s' % (host.hostname, found[0][4][0])
+        except OSError as e:
+            yield False, 'DNS 查不到 %s (%s):看网络,或 api_base' % (host.hostname, e)
+            return
     try:
         date = client._request('gettoken', {}, consume=lambda _, response: {
             'date': response.headers.get('Date')})['date']
@@ -3161,6 +3204,8 @@ def main(argv=None):
         code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
     except OSError as e:
         code, text = 2, '%s: %s' % (e.filename, e.strerror)
+    except (TypeError, ValueError) as e:
+        code, text = 2, e
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
     print('easywechat: %s' % text, file=sys.stderr)
@@ -3171,7 +3216,7 @@ if __name__ == '__main__':
     sys.modules.setdefault('easywechat', sys.modules[__name__])
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
-    else:                           # Python 3.6
+    elif sys.stdout:                        # Python 3.6
         sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
                           errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())

@@ -156,7 +156,8 @@ class ErrorTests(unittest.TestCase):
         self.assertEqual(APIError(123456, 'x', 'y').hint, '')
 
     def test_secrets_are_taken_out_of_urls(self):
-        self.assertEqual(easywechat._redact('a?corpsecret=x&key=y&b=1 z', 'z'),
+        easywechat._secrets.append('zzzzzz')
+        self.assertEqual(easywechat._redact('a?corpsecret=x&key=y&b=1 zzzzzz'),
                          'a?corpsecret=***&key=***&b=1 ***')
 
 
@@ -630,6 +631,17 @@ class FileStoreTests(unittest.TestCase):
         self.assertEqual(len(self.files()), 1)
         self.assertFalse([n for n in os.listdir(self.folder) if n.endswith('.tmp')])
 
+    def test_what_is_not_its_own_stays(self):
+        os.makedirs(self.folder)
+        for name in 'bot.py', 'a' * 40 + '.txt', '.hidden':
+            with open(os.path.join(self.folder, name), 'w'):
+                pass
+        before = os.stat(self.folder).st_mode
+        self.now[0] += 10 ** 6
+        self.store.set('a', b'1')
+        self.assertEqual(len(os.listdir(self.folder)), 4)
+        self.assertEqual(os.stat(self.folder).st_mode, before)
+
     def test_without_a_disk_it_keeps_in_memory_and_says_so_once(self):
         store = FileStore(os.path.join(SOURCE, 'no'))
         with self.assertLogs('easywechat', 'WARNING') as logs:
@@ -834,9 +846,9 @@ class SendTests(ClientCase):
 
     def test_nobody_is_never_everybody(self):
         client = self.make(touser='')
-        for kwargs in {}, {'to': ''}, {'to': []}:
+        for sender, kwargs in ((client, {}), (self.make(), {'to': ''}), (self.make(), {'to': []})):
             with raises(APIError) as caught:
-                client.send('x', **kwargs)
+                sender.send('x', **kwargs)
             self.assertEqual(caught[0].errcode, 82001)
         client.send({'msgtype': 'text', 'text': {'content': 'x'}, 'touser': 'lisi'})
         self.assertEqual(self.wecom.messages[-1]['touser'], 'lisi')
@@ -870,6 +882,15 @@ class SendTests(ClientCase):
         self.assertEqual([round(w) for w in client.waited], [60])
         client.send('other', to='lisi')
         self.assertEqual(len(client.waited), 1)
+        waited, now = [], [100.0]
+        pace = easywechat._Pace(waited.append)
+        first = pace.wait(['a', 'b'], 2, lambda: now[0])
+        first[0] = now[0] = 103         # 到得晚
+        pace.wait(['a'], 2, lambda: now[0])
+        now[0] = 161
+        pace.wait(['a'], 2, lambda: now[0])
+        pace.wait(['b'], 2, lambda: now[0])
+        self.assertEqual(waited, [2])
 
     def test_the_legacy_methods_never_raise(self):
         client = self.make()
@@ -923,6 +944,8 @@ class RetryTests(ClientCase):
                 (b'HTTP/1.1 502 Bad\r\n\r\n<html>', 502), (b'HTTP/1.1 200 OK\r\n' + b'A: b\r\n' * 200, 504)]):
             error = self.failing(script)
             self.assertEqual((error.errcode, type(error)), (code, NetworkError), repr(script)[:60])
+            self.assertEqual(error.maybe_sent, b' 301 ' not in bytes(script, 'ascii') if isinstance(script, str)
+                             else b' 301 ' not in script, repr(script)[:60])
             self.assertEqual(self.count('message/send'), n + 1)
         self.assertEqual(self.wecom.messages, [])
 
@@ -938,6 +961,43 @@ class RetryTests(ClientCase):
                 client.send('x')
             self.assertLess(time.monotonic() - begin, 1.3)
             self.assertTrue(caught[0].maybe_sent)
+
+    def test_who_gave_up_before_the_connection_sends_nothing_later(self):
+        class Quick(WeChatClient):
+            call_within, tries = 0.1, 1
+        client = self.make(Quick)
+        client.get_token()
+        connect, connected = socket.create_connection, threading.Event()
+
+        def slow(*args, **kwargs):
+            time.sleep(0.3)
+            sock = connect(*args, **kwargs)
+            connected.set()
+            return sock
+        with swapped(socket, 'create_connection', slow):
+            with raises(NetworkError) as caught:
+                client.send('x')
+            self.assertFalse(caught[0].maybe_sent)
+            connected.wait(5)
+            time.sleep(0.1)
+        self.assertEqual(self.wecom.messages, [])
+
+    def test_no_answer_brings_a_secret_out(self):
+        secret = self.wecom.settings['secret']
+        self.wecom.script('gettoken', {'errcode': 40013, 'errmsg': 'x' * 380 + secret}, (
+            b'HTTP/1.1 404 X\r\nContent-Type: text/' + secret.encode() + b'\r\n\r\n'))
+        for client in self.make(), self.make():
+            with raises(APIError) as caught:
+                client.get_token()
+            self.assertNotIn(secret[:12], str(caught[0]))
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            make_server(lambda msg: WeChatRobot('plantedS3cret', api_base='h')._file(None)).handle(*delivery(message()))
+        self.assertNotIn(PLANTED, logs.output[0])
+        store = FileStore(os.path.join(SOURCE, 'no'))
+        self.wecom.script('gettoken', {'errcode': 40013, 'errmsg': 'x'})
+        with self.assertLogs('easywechat', 'WARNING'), raises(APIError) as caught:
+            WeChatClient('t', store=store, api_base=self.url, corpid='c', secret='s').get_token()
+        self.assertEqual(len(caught), 1)        # 没有 cause,没有 context
 
     def test_a_busy_system_is_asked_three_times(self):
         busy = {'errcode': -1, 'errmsg': 'system busy'}
@@ -1001,7 +1061,7 @@ class TransportTests(ClientCase):
                            ('http://[::1]:80/', 'http://[::1]:80'), ('', easywechat._API_BASE)):
             self.assertEqual(self.make(**{'robot': ''}).__class__('t', api_base=text, corpid='c', secret='s')
                              .api_base, base)
-        for text in 'ftp://h', 'http://u:p@h', 'http://h?x=1', 'http://', 'h h':
+        for text in 'ftp://h', 'http://u:p@h', 'http://h?x=1', 'http://', 'h h', 'h:99999':
             self.assertRaises(ConfigError, WeChatClient, 't', api_base=text, corpid='c', secret='s')
         client = self.make()
         client.api_base = self.url + '/relay'
@@ -1045,6 +1105,11 @@ class TransportTests(ClientCase):
             with raises(ConfigError) as caught:
                 WeChatClient('t', **dict(self.wecom.settings, **{key: ''}))
             self.assertIn(key, str(caught[0]))
+        with raises(ConfigError) as caught:
+            client = self.make(ca_file='/nosuch')
+            client.api_base = 'https://127.0.0.1:1'
+            client.get_token()
+        self.assertIn('/nosuch', str(caught[0]))
         with raises(ConfigError) as caught:
             self.make(agentid='', appid='').send('x')
         self.assertIn('agentid', str(caught[0]))
@@ -1101,6 +1166,11 @@ class MediaTests(ClientCase):
                 client.download('M', folder)
             self.assertEqual((caught[0].errcode, os.listdir(folder)), (code, []))
         self.assertRaises(OSError, client.download, 'M', os.path.join(folder, 'nosuch'))
+
+    def test_names_of_the_c_locale_are_decoded(self):
+        client, path = self.make(), str(self.file('a.txt'))
+        media_id = client.upload(path, name='备份.txt'.encode('utf-8').decode('ascii', 'surrogateescape'))
+        self.assertEqual(self.wecom.media[media_id]['name'], '备份.txt')
 
     def test_progress_is_told(self):
         client, seen = self.make(), []
@@ -1468,8 +1538,9 @@ class ReplyTests(ClientCase):
         """一次投递 → 被动回复;等回调跑完。"""
         status, _, body = server.handle(*delivery(message(FromUserName='lisi', **fields)))
         self.assertEqual(status, 200)
-        server._threads.close(time.monotonic() + 10)
-        server._threads = easywechat._Threads(4)
+        for name in '_threads', '_helpers':
+            getattr(server, name).close(time.monotonic() + 10)
+            setattr(server, name, easywechat._Threads(4))
         return opened(body)
 
     def sent(self):
@@ -1477,8 +1548,9 @@ class ReplyTests(ClientCase):
         return [m[m['msgtype']].get('content', m['msgtype']) for m in self.wecom.messages]
 
     def test_one_result_is_the_passive_reply(self):
-        for result in 'a', ['a'], ('a',), iter(['a']), {'Content': 'a'}, [None, 'a']:
-            self.assertEqual(self.ask(self.server(lambda msg, result=result: result))['Content'], 'a')
+        text = 'a msgtype'
+        for result in text, [text], (text,), iter([text]), {'Content': text}, [None, text]:
+            self.assertEqual(self.ask(self.server(lambda msg, result=result: result))['Content'], text)
         self.assertEqual(self.wecom.calls, [])
 
     def test_several_are_pushed_in_order(self):
@@ -2035,6 +2107,7 @@ class SendCommandTests(ClientCase):
         for args, code, words in (
                 (['--send', ''], 2, 'nothing to send'), (['--send-file', '/nosuch'], 2, 'nosuch'),
                 (['--send', 'x', '--to', 'nobody'], 1, '可见范围'),
+                (['--send', 'x', '--robot', '--markdown', '--to', '@all'], 2, 'mention'),
                 (['--send', 'x', '--robot', '--party', '1'], 2, '--party')):
             got, out, err = self.run_cli(*args)
             self.assertEqual((got, out), (code, ''), err)
@@ -2057,8 +2130,8 @@ class SendCommandTests(ClientCase):
         class Quick(WeChatClient):
             tries = 1
         client = Quick('t', store=MemoryStore(), api_base='http://127.0.0.1:%d' % port, **wecom.settings)
-        with self.assertLogs('easywechat', 'WARNING'):
-            easywechat._persist(lambda: client.send('断网了'), 30, 0.05)
+        client.retry_within, client.pause = 30, 0.05
+        client.send('断网了')
         self.assertEqual(len(wecom.messages), 1)
 
     def test_check(self):
