@@ -90,17 +90,64 @@ def make_server(callback=None, cls=WeChatServer, **settings):
 
 
 def run_cli(*args, stdin=b'', **kwargs):
-    """在空目录里运行命令行 → (退出码, stdout, stderr)。"""
+    """在空目录里运行命令行 → (退出码, stdout, stderr)。给了 LC_ALL 就在新的进程里,否则在这个进程里。"""
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, XDG_CACHE_HOME=folder, **kwargs)
         for name in list(env):
             if name.startswith('EASYWECHAT_') and name not in kwargs:
                 del env[name]
-        done = subprocess.run([sys.executable, SOURCE] + [a.encode() for a in args], cwd=folder,
-                              env=env, input=stdin, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=20)
-        LOG.write((done.stdout + done.stderr).decode())
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        if 'LC_ALL' in kwargs:
+            done = subprocess.run([sys.executable, SOURCE] + [a.encode() for a in args], cwd=folder,
+                                  env=env, input=stdin, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, timeout=20)
+            result = done.returncode, done.stdout.decode(), done.stderr.decode()
+        else:
+            out, err = io.StringIO(), io.StringIO()
+            with environment(**env), working_in(folder), contextlib.redirect_stdout(out), \
+                    contextlib.redirect_stderr(err), swapped(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin))):
+                try:
+                    code = easywechat.main(list(args))
+                except SystemExit as e:     # argparse
+                    code = e.code
+            result = code, out.getvalue(), err.getvalue()
+        LOG.write(result[1] + result[2])
+        return result
+
+
+@contextlib.contextmanager
+def swapped(owner, name, value):
+    """换掉一个接缝(时钟、随机数),用完换回。"""
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def environment(**variables):
+    """环境变量;没有列出的 EASYWECHAT_* 都不在。"""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith('EASYWECHAT_'):
+            del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def working_in(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @contextlib.contextmanager
@@ -438,17 +485,6 @@ class CryptoTests(unittest.TestCase):
                 CRYPT.open(bytes(rng.choice(encrypt) for _ in range(rng.randint(0, 200))))
 
 
-@contextlib.contextmanager
-def swapped(owner, name, value):
-    """换掉一个接缝(时钟、随机数),用完换回。"""
-    before = owner.__dict__[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 # ---- 配置 Configuration -----------------------------------------------------------------------
 
 class ConfigTests(unittest.TestCase):
@@ -519,27 +555,6 @@ class ConfigTests(unittest.TestCase):
         with open(os.path.join(HERE, 'config.ini.example'), encoding='utf-8') as f:
             self.assertEqual(f.read(), easywechat._CONFIG_TEMPLATE.format(
                 corpid='', token='', encoding_aes_key=''))
-
-
-@contextlib.contextmanager
-def environment(**variables):
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def working_in(folder):
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 # ---- 存储 Store -------------------------------------------------------------------------------
@@ -2001,7 +2016,7 @@ class CommandTests(unittest.TestCase):
         with self.echo() as (process, port, output):
             self.assertEqual(output.count('你好,EasyWeChat'), 2)
             self.assertNotIn(easywechat._DEMO['encoding_aes_key'], output)
-            code, out, err = run_cli('--probe', '你好，世界', '--port', port, PYTHONIOENCODING='utf-8')
+            code, out, err = run_cli('--probe', '你好，世界', '--port', port, PYTHONIOENCODING='utf-8', LC_ALL='C')
             self.assertEqual((code, out.strip(), err), (0, '你好，世界', ''))
             code, out, err = run_cli('--probe', '你好', '--port', port, LC_ALL='C', LANG='C')
             self.assertIn(out.strip(), ('你好', '\\u4f60\\u597d'))
@@ -2089,7 +2104,7 @@ class SendCommandTests(ClientCase):
         return run_cli(*args, stdin=stdin, **env)
 
     def test_send(self):
-        self.assertEqual(self.run_cli('--send', '磁盘 91%'), (0, '', ''))
+        self.assertEqual(self.run_cli('--send', '磁盘 91%', LC_ALL='C'), (0, '', ''))
         self.assertEqual(self.run_cli('--send', '-', '--to', 'lisi', stdin='第一行\n第二行\n'.encode()), (0, '', ''))
         self.assertEqual(self.run_cli('--send', '-', stdin=b'\n'), (0, '', ''))
         self.assertEqual(self.run_cli('--send', '# x', '--markdown', '--party', '1|2', LC_ALL='C')[0], 0)
