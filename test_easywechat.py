@@ -1746,6 +1746,16 @@ class OnceTests(ClientCase):
         self.assertIsNone(self.wecom.deliver(url, other))
         self.assertEqual(len(runs), 1)
 
+    def test_the_third_delivery_outlasts_the_second(self):
+        store = Redis()
+        server, url = self.server(print, store, secret='')
+        message = self.wecom.message()
+        name = server._claim_name({k: str(v) for k, v in message.items()})
+        store.set(name, b'-', ex=60, nx=True)           # 别的进程在跑,跑 1.2 秒
+        reply = dict_to_xml({'MsgType': 'text', 'Content': 'late'}).encode()
+        threading.Timer(1.2, store.set, (name, b'+' + reply)).start()
+        self.assertEqual(self.wecom.deliver(url, message)['Content'], 'late')
+
     def test_a_store_that_fails_silences_nothing(self):
         store = Redis()
         server, url = self.server(lambda msg: msg['Content'], store, secret='')

@@ -2,7 +2,7 @@
 
 STORE is a folder or redis:<socket>, RUNS the file where each run of the callback is a line. The message says how long
 the callback takes (Seconds) and what it gives (Kind).
-""""
+"""
 import os
 import sys
 import time

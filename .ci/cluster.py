@@ -47,13 +47,14 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def wait_for(port=None, path=None):
+def wait_for(folder, port=None, path=None):
     for _ in range(200):
         with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as sock:
             if sock.connect_ex(path or ('127.0.0.1', port)) == 0:
                 return
         time.sleep(0.05)
-    raise SystemExit('nothing listens on %s' % (path or port))
+    with open(os.path.join(folder, 'log'), errors='replace') as f:
+        raise SystemExit('nothing listens on %s\n%s' % (path or port, f.read()[-2000:]))
 
 
 class Cluster:
@@ -83,14 +84,14 @@ class Cluster:
     def own(self):
         port = free_port()
         self.spawn(sys.executable, 'bot.py', str(port))
-        wait_for(port)
+        wait_for(self.folder, port)
         return port
 
     def gunicorn(self, workers):
         port = free_port()
         process = self.spawn(sys.executable, '-m', 'gunicorn', '-b', '127.0.0.1:%d' % port, '-k', 'gthread', '-w',
                              str(workers), '--threads', '32', '--graceful-timeout', '1', 'bot:server')
-        wait_for(port)
+        wait_for(self.folder, port)
         return port, process
 
     def redis(self):
@@ -98,7 +99,7 @@ class Cluster:
         self.env['STORE'] = 'redis:' + path
         process = self.spawn(shutil.which('redis-server'), '--port', '0', '--unixsocket', path, '--dir', self.folder,
                              '--save', '', '--appendonly', 'no')
-        wait_for(path=path)
+        wait_for(self.folder, path=path)
         return process
 
     def nginx(self, one, two):
@@ -106,7 +107,7 @@ class Cluster:
         with open(self.path('nginx.conf'), 'w') as f:
             f.write(NGINX % {'folder': self.folder, 'one': one, 'two': two, 'port': port})
         self.spawn(shutil.which('nginx'), '-c', self.path('nginx.conf'), '-p', self.folder)
-        wait_for(port)
+        wait_for(self.folder, port)
         return port
 
     def runs(self):

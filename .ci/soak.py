@@ -45,7 +45,7 @@ def drive(wecom, url, stop, count):
     rng = random.Random(threading.get_ident())
     while not stop.is_set():
         kind = rng.choices(['fast', 'repeat', 'garbage', 'fail', 'five', 'long', 'none', 'slow'],
-                           [60, 15, 15, 4, 2, 1, 2, 0.1])[0]
+                           [60, 15, 15, 4, 1, 0.5, 2, 0.1])[0]
         count[kind] = count.get(kind, 0) + 1
         if kind == 'garbage':
             data = bytes(rng.getrandbits(8) for _ in range(rng.randint(1, 3000)))
@@ -54,16 +54,14 @@ def drive(wecom, url, stop, count):
             except OSError:
                 pass
             continue
-        message = wecom.message(user='u%d' % rng.randrange(100), Content=kind)
+        message = wecom.message(user='u%d' % rng.randrange(500), Content=kind)
         for _ in range(3 if kind == 'repeat' else 1):
             wecom.deliver(url, message)
-        if kind == 'slow':
-            continue
 
 
 def main():
     wecom = simulator.WeCom()
-    wecom.users.update(('u%d' % n, 'somebody') for n in range(100))
+    wecom.users.update(('u%d' % n, 'somebody') for n in range(500))
     wecom.per_member = 10 ** 9
     env = dict(os.environ, EASYWECHAT_API_BASE=wecom.start(),
                **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items()})
