@@ -2291,7 +2291,7 @@ class Dispatcher:
         reply = b''
         try:
             self._call(run, msg)
-            if run.held is not None and not run.pushing:
+            if run.held is not None:
                 reply = self._passive(run, run.held)
         except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
             logger.error('internal error after the callback%s', _traceback())
@@ -2337,7 +2337,7 @@ class Dispatcher:
                 logger.warning('not sent to %s: only one passive reply is possible without '
                                'secret, agentid and a trusted IP', _show(run.user))
                 return False
-            self._release(run)
+            self._conclude(run, None)
         run.items.append(item)
         self._outbox.kick(run.user)
         return True
@@ -2363,25 +2363,23 @@ class Dispatcher:
                          _show(run.id), _show(e, 400))
 
     def _conclude(self, run, reply):
-        """``reply`` 是这条消息的答复:存下,交给等着的投递。已经回了空的 200,就不变了。"""
+        """``reply`` 是这条消息的答复:存下,交给等着的投递。已经有了就不变。
+
+        None 是不让企业微信再等:它得到空的 200,已有的和以后的结果都主动发送。
+        """
         with run.lock:
             if run.done.is_set():
                 return
-            self.store.set(run.name, b'+' + reply, ex=self._keep())
-            run.finish(reply)
+            if reply is None:
+                run.pushing = True
+                if run.held is not None:
+                    run.items.append(run.held)
+            self.store.set(run.name, b'+' + (reply or b''), ex=self._keep())
+            run.finish(reply or b'')
         if reply and not run.waiting:
             logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
                            'waited for it', _show(run.id), _show(run.user),
                            time.monotonic() - run.begin)
-
-    def _release(self, run):
-        """不让企业微信再等:它得到空的 200,结果都主动发送。"""
-        with run.lock:
-            if not run.done.is_set() and not run.pushing:
-                run.pushing = True
-                if run.held is not None:
-                    run.items.append(run.held)
-        self._conclude(run, b'')
 
     def _renew(self, run):
         """续租,到有答复为止。"""
@@ -2449,7 +2447,7 @@ class Dispatcher:
             self._can_send(wait=False)
         if not run.done.wait(max(0, begin + self.answer_within - time.monotonic())):
             if self._can_send(wait=False):
-                self._release(run)
+                self._conclude(run, None)
                 self._outbox.kick(run.user)
             else:
                 run.done.wait(max(0, begin + self.hold_within - time.monotonic()))
