@@ -574,16 +574,19 @@ class StoreTests(unittest.TestCase):
         self.assertIsNone(store.get('a'))
         self.assertTrue(store.set('a', b'4', nx=True))
         self.assertEqual((store.delete('a'), store.delete('a')), (1, 0))
-        self.assertEqual(store._bytes, 0)
 
     def test_it_is_bounded_and_forgets_the_oldest(self):
         store = MemoryStore()
-        store.max_entries, store.max_bytes = 3, 100
-        for name in 'abcd':
-            store.set(name, b'x')
-        self.assertEqual([store.get(n) for n in 'abcd'], [None, b'x', b'x', b'x'])
-        store.set('e', b'y' * 98)
-        self.assertEqual([store.get(n) for n in 'cde'], [None, None, b'y' * 98])
+        store.max_entries, store.max_bytes = 64, 16000
+        for n in range(200):
+            store.set('n%d' % n, b'x')
+        kept = [n for n in range(200) if store.get('n%d' % n)]
+        self.assertEqual(kept, list(range(kept[0], 200)))
+        self.assertTrue(56 <= len(kept) <= 64, len(kept))
+        for n in range(500):
+            store.set('b%d' % n, b'y' * 90)
+        self.assertLessEqual(sum(len(v) for page in store._pages for _, v in page.values()), 17000)
+        self.assertTrue(store.get('b499'))
 
 
 class FileStoreTests(unittest.TestCase):
