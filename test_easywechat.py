@@ -1772,6 +1772,14 @@ class OnceTests(ClientCase):
                 time.sleep(0.01)
         self.assertEqual([line.split(':')[0] for line in logs.output], ['ERROR', 'WARNING'])
 
+    def test_stop_waits_and_what_comes_is_still_pushed(self):
+        server, url = self.server(lambda msg: time.sleep(0.9) or 'in time')
+        server.client.get_token()
+        server.client.trusted = True
+        self.wecom.deliver(url)                 # 得到空的 200
+        server.stop()
+        self.assertEqual(self.wecom.inbox['zhangsan'], [('text', 'in time')])
+
     def test_what_stop_cuts_off_is_in_the_log(self):
         go = threading.Event()
         server, url = self.server(lambda msg: go.wait(10) and 'x')
