@@ -2843,9 +2843,11 @@ class WeChatServer(Dispatcher):
         if server is None:
             return
         deadline = time.monotonic() + self.stop_within
+        server.close(deadline)
         threads, self._threads = self._threads, _Threads(self.max_callbacks)
+        threads.close(deadline)
         helpers, self._helpers = self._helpers, _Threads(2 * self.max_callbacks)
-        server.close(deadline) & threads.close(deadline) & helpers.close(deadline)
+        helpers.close(deadline)         # 回调给的,由它们发出去,所以最后
         for run in self._outbox.left():
             logger.warning('stopped before the answer to message %s of %s was delivered',
                            _show(run.id), _show(run.user))
