@@ -1597,7 +1597,7 @@ def _safe_name(headers, default):
         stem = '_' + stem
     suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
     stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
-    return stem + suffix if stem else 'file' + suffix
+    return os.fsdecode(((stem or 'file') + suffix).encode('utf-8'))     # LANG=C 时也是 UTF-8
 
 
 def _save(f, default, caller, response):

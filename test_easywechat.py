@@ -132,8 +132,8 @@ def environment(**variables):
     for name in before:
         if name.startswith('EASYWECHAT_'):
             del os.environ[name]
-    os.environ.update(variables)
     try:
+        os.environ.update((k, os.fsdecode(v.encode('utf-8', 'surrogateescape'))) for k, v in variables.items())
         yield
     finally:
         os.environ.clear()
@@ -815,7 +815,7 @@ class ClientCase(unittest.TestCase):
         return self.wecom.calls.count(path)
 
     def file(self, name, size=100):
-        path = pathlib.Path(self.folder, name)
+        path = pathlib.Path(self.folder, os.fsdecode(name.encode('utf-8')))     # LANG=C 时也是 UTF-8
         with open(str(path), 'wb') as f:
             f.write(os.urandom(size))
         return path
@@ -1170,7 +1170,8 @@ class MediaTests(ClientCase):
             folder = tempfile.mkdtemp(dir=self.folder)
             self.wecom.script('media/get', head % given)
             got = client.download('M', folder)
-            self.assertEqual((os.listdir(folder), got.read_bytes()), ([name], b'data'), repr(given))
+            self.assertEqual((os.listdir(os.fsencode(folder)), got.read_bytes()),
+                             ([name.encode('utf-8')], b'data'), repr(given))
 
     def test_a_failed_download_leaves_nothing(self):
         client = self.make()

@@ -1,0 +1,202 @@
+"""Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS]].
+
+An echo bot of text messages of 50 Chinese characters, each with its own MsgId; verified, decrypted, answered,
+encrypted, signed. The server on one core, wrk on the other; `Connection: close`; 1, 8 and 64 connections. Each round starts every
+server afresh, in turn; medians; ratios to the first row. Replies are sampled and decrypted. Environments are thrown away.
+"""
+import contextlib
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.join(HERE, os.pardir, os.pardir)
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'examples')]
+
+import simulator  # noqa: E402
+
+ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+SECONDS = sys.argv[2] if len(sys.argv) > 2 else '2'
+TEXT = '磁盘快满了,请看一看是不是日志太多。' * 3
+PACKAGES = 'pycryptodome flask xmltodict dicttoxml wechatpy cryptography gunicorn waitress'.split()
+OFFSETS = {1: 0, 8: 10000, 64: 25000}
+
+
+def servers(python):
+    """name → the command, to which the port is added (or put where PORT stands)."""
+    app = [python, '-m']
+    return {
+        'original stack (Flask, xmltodict, dicttoxml)': [python, 'original.py'],
+        'wechatpy on Flask': [python, 'wechatpy_app.py'],
+        'wechatpy on gunicorn gthread': app + [
+            'gunicorn', '-k', 'gthread', '--threads', '16', '-b', '127.0.0.1:PORT', 'wechatpy_app:app'],
+        'wechatpy on waitress': app + ['waitress', '--threads=16', '--listen=127.0.0.1:PORT', 'wechatpy_app:app'],
+        'http.server as it comes, our codec': [python, 'stock.py'],
+        'Node, @wecom/crypto': ['node', 'node.js'],
+        'easywechat --echo': [python, os.path.join(ROOT, 'easywechat.py'), '--echo', '--host', '127.0.0.1', '--port'],
+    }
+
+
+def tree(pid):
+    """The process and its children."""
+    pids = [pid]
+    with contextlib.suppress(OSError):
+        for task in os.listdir('/proc/%d/task' % pid):
+            with open('/proc/%d/task/%s/children' % (pid, task)) as f:
+                for child in f.read().split():
+                    pids += tree(int(child))
+    return pids
+
+
+def memory(pid, field):
+    total = 0
+    for each in tree(pid):
+        with open('/proc/%d/status' % each) as f:
+            total += int(re.search(field + r':\s+(\d+)', f.read()).group(1))
+    return total / 1024
+
+
+def cpu(pid):
+    ticks = 0
+    for each in tree(pid):
+        with open('/proc/%d/stat' % each) as f:
+            ticks += sum(map(int, f.read().rpartition(')')[2].split()[11:13]))
+    return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def good_reply(wecom, url):
+    message = wecom.message(Content=TEXT)
+    status, answer = wecom.ask(url, message)
+    return status == 200 and wecom.opened(answer)['Content'] == TEXT
+
+
+def first_reply(wecom, url, begin):
+    """→ milliseconds from the start of the process to the first good reply."""
+    while time.monotonic() - begin < 20:
+        with contextlib.suppress(OSError):
+            if good_reply(wecom, url):
+                return (time.monotonic() - begin) * 1000
+        time.sleep(0.005)
+    raise SystemExit('no good reply from ' + url)
+
+
+def wrk(url, connections, env):
+    """→ (requests/s, p50 in ms, answers that were no 200)."""
+    out = subprocess.check_output(
+        ['taskset', '-c', '1', 'wrk', '-t1', '-c%d' % connections, '-d%ss' % SECONDS, '--latency', '-s',
+         os.path.join(HERE, 'requests.lua'), url], env=dict(env, OFFSET=str(OFFSETS[connections]))).decode()
+    p50, unit = re.search(r'50%\s+([0-9.]+)(us|ms|s)', out).groups()
+    bad = re.search(r'Non-2xx or 3xx responses: (\d+)', out)
+    return (float(re.search(r'Requests/sec:\s+([0-9.]+)', out).group(1)),
+            float(p50) * {'us': 0.001, 'ms': 1, 's': 1000}[unit], int(bad.group(1)) if bad else 0)
+
+
+def measure(name, command, wecom, env):
+    """One server in one round → {column: figure}."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        port = str(sock.getsockname()[1])
+    args = [a.replace('PORT', port) for a in command] if any('PORT' in a for a in command) else command + [port]
+    url = 'http://127.0.0.1:%s/weixin' % port
+    begin = time.monotonic()
+    process = subprocess.Popen(['taskset', '-c', '0'] + args, env=env, cwd=HERE, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        row = {'start ms': first_reply(wecom, url, begin), 'RSS idle': memory(process.pid, 'VmRSS')}
+        for connections in OFFSETS:
+            before = cpu(process.pid)
+            row['cl%d' % connections], p50, bad = wrk(url, connections, env)
+            if bad:
+                print('%s: %d bad answers at %d connections' % (name, bad, connections))
+            if connections == 1:
+                row['p50 ms'] = p50
+            if connections == 8:
+                row['CPU µs'] = (cpu(process.pid) - before) / (row['cl8'] * float(SECONDS)) * 1e6
+        row['RSS peak'] = memory(process.pid, 'VmHWM')
+        if not all(good_reply(wecom, url) for _ in range(20)):
+            raise SystemExit('a wrong reply from ' + name)
+        return row
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def write_requests(wecom, path):
+    with open(path, 'w', encoding='utf-8') as f:
+        for _ in range(40000):
+            query, body = wecom.request(wecom.message(Content=TEXT))
+            f.write('/weixin?%s %s\n' % (query, body.decode()))
+
+
+def codec(python):
+    """In process: verify, open, parse, build, seal, sign; ours against wechatpy's → microseconds each."""
+    code = open(os.path.join(HERE, 'codec.py')).read()
+    out = subprocess.check_output(['taskset', '-c', '1', python, '-c', code, ROOT]).decode().split()
+    return float(out[0]), float(out[1])
+
+
+def imports(python):
+    """`import easywechat` over the bare interpreter, from its .pyc → (ms CPU, MB)."""
+    def run(code):
+        env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
+        rows = []
+        for _ in range(9):
+            process = subprocess.Popen([python, '-c', code, ROOT], env=env)
+            _, _, usage = os.wait4(process.pid, 0)
+            process.returncode = 0
+            rows.append((usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024))
+        return [statistics.median(column) for column in zip(*rows)]
+    bare = run('pass')
+    ours = run('import sys; sys.path.insert(0, sys.argv[1]); import easywechat')
+    return (ours[0] - bare[0]) * 1000, ours[1] - bare[1]
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.check_call([sys.executable, '-m', 'venv', os.path.join(folder, 'venv')])
+        python = os.path.join(folder, 'venv', 'bin', 'python')
+        subprocess.check_call([python, '-m', 'pip', '-q', 'install'] + PACKAGES, stderr=subprocess.DEVNULL)
+        if shutil.which('npm'):
+            subprocess.check_call(['npm', 'install', '--silent', '--no-audit', '--no-fund', '--prefix', folder,
+                                   '@wecom/crypto@1.0.1'], stdout=subprocess.DEVNULL)
+        wecom = simulator.WeCom()
+        wecom.settings['secret'] = ''
+        env = dict(os.environ, REQUESTS=os.path.join(folder, 'requests'), XDG_CACHE_HOME=folder,
+                   NODE_PATH=os.path.join(folder, 'node_modules'), **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v})
+        rows = {name: [] for name in servers(python)}
+        for n in range(ROUNDS):
+            write_requests(wecom, env['REQUESTS'])
+            for name, command in servers(python).items():
+                rows[name].append(measure(name, command, wecom, env))
+            print('round %d of %d' % (n + 1, ROUNDS), file=sys.stderr, flush=True)
+        print_table({name: {key: statistics.median(row[key] for row in got) for key in got[0]}
+                     for name, got in rows.items()})
+        ours, theirs = codec(python)
+        print('codec in process: ours %.0f µs, wechatpy %.0f µs (%.2f)' % (ours, theirs, ours / theirs))
+        print('import easywechat: %.0f ms CPU, %.1f MB over the bare interpreter' % imports(python))
+
+
+def print_table(table):
+    with open('/proc/cpuinfo') as f:
+        model = re.search('model name\\s*: (.*)', f.read())
+    print('%s, %s, Python %s, %s, %d rounds of %s s' % (
+        time.strftime('%Y-%m-%d'), model.group(1) if model else platform.machine(), platform.python_version(),
+        subprocess.check_output(['node', '--version']).decode().strip() if shutil.which('node') else 'no node',
+        ROUNDS, SECONDS))
+    columns = ['cl1', 'cl8', 'cl64', 'p50 ms', 'CPU µs', 'RSS idle', 'RSS peak', 'start ms']
+    first = next(iter(table.values()))
+    print('%-46s' % '' + ''.join('%16s' % c for c in columns))
+    for name, row in table.items():
+        print('%-46s' % name + ''.join('%16s' % ('%.1f (%.2f)' % (row[c], row[c] / first[c])) for c in columns))
+
+
+if __name__ == '__main__':
+    main()
