@@ -842,7 +842,7 @@ class FileStore:
     """磁盘上的存储,这台机器的各个进程共用:目录 0700,文件 0600,一条一个文件,写是原子的。
 
     ``folder`` 默认是 ``$XDG_CACHE_HOME/easywechat``、``~/.cache/easywechat`` 或 ``<tmp>/easywechat-<uid>``。
-    文件名是名字的散列。不是自己的、别人能读的文件当作没有;写不了磁盘就放在内存里,警告一次。
+    文件名是名字的散列。不是自己的、别人能读的文件当作没有;写不了磁盘抛 `OSError`。
     """
 
     _now = staticmethod(time.time)
@@ -850,46 +850,38 @@ class FileStore:
     def __init__(self, folder=None):
         self._folders = [folder] if folder else None
         self._folder = None             # 第一次用到才建
-        self._memory = None             # 写不了磁盘时的 MemoryStore
         self._swept = 0
         self._memory_lock = threading.Lock()
 
     def _choose(self):
-        """第一个可用的目录;都不行就用内存。"""
-        reason = 'no folder'
+        """第一个可用的目录;都不行抛 `OSError`。"""
         for folder in self._folders or _cache_folders():
             try:
                 os.makedirs(folder, 0o700, exist_ok=True)
                 found = os.lstat(folder)
                 if os.name == 'posix' and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
                                            or found.st_uid != os.geteuid()):
-                    raise OSError(errno.EPERM, 'not a folder that only we can write')
+                    raise OSError(errno.EPERM, 'not a folder that only we can write', folder)
                 if not os.access(folder, os.W_OK):
-                    raise OSError(errno.EACCES, 'not writable')
-                self._folder = folder
-                return
+                    raise OSError(errno.EACCES, 'not writable', folder)
+                return folder
             except OSError as e:
-                reason = '%s: %s' % (folder, e.strerror)
-        self._give_up(reason)
+                failure = e
+        raise failure
 
     def _path(self, name, form='%s'):
-        """``name`` 的文件;没有可用的目录返回 None。"""
-        if self._folder is None and self._memory is None:
-            self._choose()
-        if self._memory is not None:
-            return None
+        """``name`` 的文件。"""
+        self._folder = self._folder or self._choose()
         return os.path.join(self._folder, form % hashlib.sha1(name.encode('utf-8')).hexdigest())
-
-    def _give_up(self, reason):
-        logger.warning('keeping tokens in memory, cannot write %s', reason)
-        self._memory = MemoryStore()
 
     def _read(self, path):
         """文件里的值 (bytes);没有、过期、不可信是 None。"""
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0))
-        except OSError:
-            return None
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.ELOOP):      # ELOOP:别人放的符号链接
+                return None
+            raise
         with open(fd, 'rb') as f:
             found = os.fstat(fd)
             if os.name == 'posix' and (found.st_uid != os.geteuid() or found.st_mode & 0o077
@@ -933,17 +925,17 @@ class FileStore:
                 if entry.endswith('.tmp') or self._read(path) is None:
                     os.unlink(path)
 
-    def _open_lock(self, name):
-        """锁文件(一共十六个,从不删除)的描述符;不能用文件锁是 None。"""
-        path = self._path(name, 'lock-%.1s')
+    def _open_lock(self, name, kind):
+        """锁文件(一种十六个,从不删除)的描述符;不能用文件锁是 None。"""
         with contextlib.suppress(ImportError, OSError):
             import fcntl        # noqa: F401
-            return path and os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+            return os.open(self._path(name, kind + '-%.1s'),
+                           os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
 
     @contextlib.contextmanager
-    def lock(self, name, within=20):
+    def lock(self, name, within=20, kind='lock'):
         """同一时刻这台机器上只有一个在里面;``within`` 秒还轮不到就不等了。没有 flock 时只管本进程。"""
-        fd = self._open_lock(name)
+        fd = self._open_lock(name, kind)
         if fd is None:
             with self._memory_lock:
                 yield
@@ -965,37 +957,29 @@ class FileStore:
 
     def get(self, name):
         """``name`` (str) 的值 (bytes);没有或到期了是 None。"""
-        path = self._path(name)
-        return self._read(path) if path else self._memory.get(name)
+        return self._read(self._path(name))
 
     def set(self, name, value, ex=None, nx=False):
         """同 `MemoryStore.set`。"""
         path = self._path(name)
-        try:
-            if path:
-                self._sweep()
-                with self.lock(name) if nx else contextlib.ExitStack():
-                    if nx and self._read(path) is not None:
-                        return None
-                    self._write(path, value, ex)
-                    return True
-        except OSError as e:
-            self._give_up('%s: %s' % (path, e.strerror))
-        return self._memory.set(name, value, ex, nx)
+        self._sweep()
+        with self.lock(name) if nx else contextlib.ExitStack():
+            if nx and self._read(path) is not None:
+                return None
+            self._write(path, value, ex)
+            return True
 
     def delete(self, name):
         """删掉 ``name``;返回删了几条 (int)。"""
         path = self._path(name)
-        if not path:
-            return self._memory.delete(name)
         found = self._read(path) is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         return int(found)
 
 
 class _Shared:
-    """别人的存储,例如 `redis.Redis`:它坏了就用内存,说一次,过几秒再试它。"""
+    """会坏的存储,例如 `redis.Redis`、`FileStore`:坏了就用内存,说一次,过几秒再试它。"""
 
     #: 坏了以后多少秒再试。
     retry_after = 5
@@ -1025,18 +1009,26 @@ class _Shared:
     def get(self, name):
         """同 `MemoryStore.get`。"""
         value = self._memory.get(name) or self._try('get', name)[1]
-        return value.encode('latin-1') if isinstance(value, str) else value
+        return value.encode('utf-8') if isinstance(value, str) else value
 
     def set(self, name, value, ex=None, nx=False):
         """同 `MemoryStore.set`。"""
         if nx and self._memory.get(name):
             return None
         done, result = self._try('set', name, value, ex=ex and int(-(-ex // 1)), nx=nx)
-        return result if done else self._memory.set(name, value, ex, nx)
+        if not done:
+            return self._memory.set(name, value, ex, nx)
+        self._memory.delete(name)
+        return result
 
     def delete(self, name):
         """同 `MemoryStore.delete`。"""
         return self._memory.delete(name) + (self._try('delete', name)[1] or 0)
+
+
+def _steady(store):
+    """``store``,坏了也不要紧的。"""
+    return store if isinstance(store, (MemoryStore, _Shared)) else _Shared(store)
 
 
 # ---- 消息 Messages ----------------------------------------------------------------------------
@@ -1229,20 +1221,90 @@ def _start_thread(target, *args):
             threading.stack_size(before)
 
 
+class _Threads:
+    """一些留着的线程:有空闲的就用最近用过的那条,没有才开新的,最多 ``limit`` 条。"""
+
+    #: 空闲这么多秒的线程结束。
+    idle = 10
+
+    def __init__(self, limit):
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._free = threading.Semaphore(limit)
+        self._waiting = []              # 空闲线程的座位 [叫醒它的锁, 它的活],后进先出
+
+    def submit(self, wait, job, *args):
+        """交出一件活,最多等 ``wait`` 秒有线程空出来;没有返回 False。"""
+        if not self._free.acquire(timeout=wait):
+            return False
+        with self._lock:
+            seat = self._waiting.pop() if self._waiting else None
+        if seat:
+            seat[1] = job, args
+            seat[0].release()
+            return True
+        return self._start((job, args))
+
+    def _start(self, work):
+        try:
+            _start_thread(self._run, work)
+            return True
+        except RuntimeError:            # can't start new thread
+            self._free.release()
+            return False
+
+    def _run(self, work):
+        seat = [threading.Lock(), None]
+        seat[0].acquire()
+        while work:
+            job, args = work
+            try:
+                job(*args)
+            except BaseException:       # 本文件的错;线程还要接着用
+                logger.error('internal error in a thread%s', _traceback())
+            work = job = args = seat[1] = None
+            with self._lock:
+                self._waiting.append(seat)
+            self._free.release()
+            if not seat[0].acquire(timeout=self.idle):
+                with self._lock:
+                    if seat in self._waiting:
+                        self._waiting.remove(seat)
+                        return
+                seat[0].acquire()       # 活正在路上
+            work = seat[1]
+
+    def close(self, deadline):
+        """不再接活,等手里的做完,至多到 ``deadline`` (monotonic 秒);都做完了返回 True。"""
+        done = all(self._free.acquire(timeout=max(0, deadline - time.monotonic()))
+                   for _ in range(self._limit))
+        with self._lock:
+            seats, self._waiting = self._waiting, []
+        for seat in seats:
+            seat[0].release()
+        return done
+
+
+#: 发请求的线程;被放弃的请求(比如 DNS 不答)还占着,直到它自己结束。
+_CALLS = _Threads(64)
+
+
 def _within(seconds, job, abort):
     """在另一条线程上跑 ``job()``,等到 ``seconds`` 秒为止;还没完就 ``abort()``,抛 `socket.timeout`。
 
     套接字自己的时限每收到一个字节就重新计时,DNS 根本没有时限。
     """
-    outcome = []
+    outcome, done = [], threading.Event()
 
     def run():
         try:
             outcome.append((job(), None))
         except BaseException as e:      # 到等着的线程里再抛
             outcome.append((None, e))
-    _start_thread(run).join(seconds)
-    if not outcome:
+        done.set()
+    if not _CALLS.submit(seconds, run):
+        raise RuntimeError('too many requests under way')
+    if not done.wait(seconds):
         abort()
         raise socket.timeout('no answer within %g s' % seconds)
     value, error = outcome[0]
@@ -1668,8 +1730,8 @@ class WeChatClient(_Caller):
 
     def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         super().__init__(appname, ini_name, ('corpid', 'secret'), settings)
-        self.store = FileStore() if store is None else store
-        self._machine = self.store if isinstance(self.store, FileStore) else FileStore()
+        self._machine = store if isinstance(store, FileStore) else FileStore()
+        self.store = _steady(self._machine if store is None else store)
         identity = self.api_base, self.settings['corpid'], self.settings['secret']
         self._token_name = ('easywechat:token:'
                             + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest())
@@ -1712,7 +1774,7 @@ class WeChatClient(_Caller):
         """
         token = self._cached_token(stale)
         if token is None:
-            with self._machine.lock(self._token_name):
+            with self._machine.lock(self._token_name, kind='token'):
                 token = self._cached_token(stale) or self._fetch_token()
         if token not in _secrets:
             _secrets.append(token)
@@ -1907,67 +1969,6 @@ class WeChatRobot(_Caller):
 # 顺序:限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML → 认领 → 回调。
 # 一条消息只跑一次回调:先认领(存储里的一条记录),再跑;重复投递得到存下的答复,或等同一次还没跑完的回调。
 
-class _Threads:
-    """一些留着的线程:有空闲的就用最近用过的那条,没有才开新的,最多 ``limit`` 条。"""
-
-    #: 空闲这么多秒的线程结束。
-    idle = 10
-
-    def __init__(self, limit):
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._free = threading.Semaphore(limit)
-        self._waiting = []              # 空闲线程的座位 [叫醒它的锁, 它的活],后进先出
-
-    def submit(self, wait, job, *args):
-        """交出一件活,最多等 ``wait`` 秒有线程空出来;没有返回 False。"""
-        if not self._free.acquire(timeout=wait):
-            return False
-        with self._lock:
-            seat = self._waiting.pop() if self._waiting else None
-        if seat:
-            seat[1] = job, args
-            seat[0].release()
-            return True
-        return self._start((job, args))
-
-    def _start(self, work):
-        try:
-            _start_thread(self._run, work)
-            return True
-        except RuntimeError:            # can't start new thread
-            self._free.release()
-            return False
-
-    def _run(self, work):
-        seat = [threading.Lock(), None]
-        seat[0].acquire()
-        while work:
-            job, args = work
-            job(*args)
-            work = job = args = seat[1] = None
-            with self._lock:
-                self._waiting.append(seat)
-            self._free.release()
-            if not seat[0].acquire(timeout=self.idle):
-                with self._lock:
-                    if seat in self._waiting:
-                        self._waiting.remove(seat)
-                        return
-                seat[0].acquire()       # 活正在路上
-            work = seat[1]
-
-    def close(self, deadline):
-        """不再接活,等手里的做完,至多到 ``deadline`` (monotonic 秒);都做完了返回 True。"""
-        done = all(self._free.acquire(timeout=max(0, deadline - time.monotonic()))
-                   for _ in range(self._limit))
-        with self._lock:
-            seats, self._waiting = self._waiting, []
-        for seat in seats:
-            seat[0].release()
-        return done
-
-
 class _RefusalLog:
     """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
 
@@ -2059,7 +2060,7 @@ class _Run:
     """一次正在跑的回调;重复投递在这里等同一个结果。"""
 
     __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'lock', 'done',
-                 'reply', 'waiting', 'held', 'pushing', 'items', 'ended')
+                 'reply', 'claimed', 'waiting', 'held', 'pushing', 'items', 'ended')
 
     def __init__(self, name, msg):
         self.name = name                # 在存储里
@@ -2071,6 +2072,7 @@ class _Run:
         self.lock = threading.Lock()    # 下面这些,和它在存储里的记录
         self.done = threading.Event()
         self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
+        self.claimed = False            # 是这个进程在跑,租约要续
         self.waiting = 0                # 有几次投递在等
         self.held = None                # 第一条结果:只有它一条,就是被动回复
         self.pushing = False            # 企业微信已经得到空的 200,结果都主动发送
@@ -2084,6 +2086,9 @@ class _Run:
 
 class _Outbox:
     """主动发送的队列:给一个用户的,按他的消息来的先后;各个用户互不等待。"""
+
+    #: 先来的消息没有结果,后来的最多等它多少秒:有的回调再也不返回。
+    patience = 60
 
     def __init__(self, send, submit):
         self._send = send               # send(run, 一条)
@@ -2099,12 +2104,17 @@ class _Outbox:
 
     def _turn(self, user):
         """轮到的 `_Run`,它有要发的;没有是 None。"""
-        queue = self._queues.get(user)
-        while queue and queue[0].ended and not queue[0].items:
-            queue.popleft()
+        queue = self._queues.get(user, ())
+        for run in list(queue):
+            if run.items:
+                return run
+            if run.ended:
+                queue.remove(run)
+            elif time.monotonic() - run.begin < self.patience:
+                return None
         if not queue:
             self._queues.pop(user, None)
-        return queue[0] if queue and queue[0].items else None
+        return None
 
     def kick(self, user):
         """有轮到的就发;同时只有一条线程替一个用户发。"""
@@ -2128,7 +2138,8 @@ class _Outbox:
     def left(self):
         """还没完的 (list)。"""
         with self._lock:
-            return [run for queue in self._queues.values() for run in queue]
+            return [run for queue in self._queues.values() for run in queue
+                    if run.items or not run.ended]
 
 
 class Dispatcher:
@@ -2169,11 +2180,12 @@ class Dispatcher:
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
-        self.store = MemoryStore() if store is None else (
-            store if isinstance(store, (MemoryStore, FileStore)) else _Shared(store))
-        self._token_store = None if store is None else self.store
+        self.store = MemoryStore() if store is None else _steady(store)
+        self._token_store = store
         self._client = None
         self._outbox = _Outbox(self._push, lambda *job: self._helpers.submit(0, *job))
+        self._lock = threading.Lock()   # 下面两个,和 _Run.waiting
+        self._renewing = False          # 有一条线程在续租
         self._asked = 0                 # 上次问能不能发的时刻
         self._callbacks = {}
         self._patterns = []
@@ -2300,9 +2312,13 @@ class Dispatcher:
             logger.error('internal error after the callback%s', _traceback())
         finally:
             self._conclude(run, reply)
-            run.ended = True
-            self._outbox.kick(run.user)
-            del self._running[run.name]
+            self._forget(run)
+
+    def _forget(self, run):
+        """这次完了,不会再有结果。"""
+        run.ended = True
+        self._running.pop(run.name, None)
+        self._outbox.kick(run.user)
 
     def _call(self, run, msg):
         """用户的回调,和它返回的东西。出错记日志;企业微信得到空的 200,否则它会再投递。"""
@@ -2361,7 +2377,7 @@ class Dispatcher:
             if not isinstance(item, os.PathLike):
                 item = _build_message(item, run.kind)
             self.client.send(item, to=run.user)
-        except (WeChatError, OSError, TypeError, ValueError) as e:
+        except Exception as e:          # 回调给的是什么都有可能;别的还要接着发
             logger.error('not delivered to %s, the answer to message %s: %s', _show(run.user),
                          _show(run.id), _show(e, 400))
 
@@ -2374,38 +2390,53 @@ class Dispatcher:
             if run.done.is_set():
                 return
             if reply is None:
-                run.pushing = True
                 if run.held is not None:
                     run.items.append(run.held)
+                run.pushing = True
+            late = reply and not run.waiting
+            run.finish(reply or b'')        # 先交出去:存储可能很慢
             self.store.set(run.name, b'+' + (reply or b''), ex=self._keep())
-            run.finish(reply or b'')
-        if reply and not run.waiting:
+        if late:
             logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
                            'waited for it', _show(run.id), _show(run.user),
                            time.monotonic() - run.begin)
 
-    def _renew(self, run):
-        """续租,到有答复为止。"""
-        while not run.done.wait(self.lease / 3):
-            with run.lock:
-                if not run.done.is_set():
-                    self.store.set(run.name, b'-', ex=self.lease)
+    def _renew(self):
+        """一条线程,给所有还没有答复的续租;没有了就结束。"""
+        while True:
+            time.sleep(self.lease / 3)
+            with self._lock:
+                runs = [run for run in list(self._running.values())
+                        if run.claimed and not run.done.is_set()]
+                self._renewing = bool(runs)
+            if not runs:
+                return
+            for run in runs:
+                with run.lock:
+                    if not run.done.is_set():
+                        self.store.set(run.name, b'-', ex=self.lease)
+
+    def _keep_leases(self):
+        with self._lock:
+            start = not self._renewing
+            self._renewing = True
+        if start:
+            _start_thread(self._renew)
 
     def _start(self, run, msg):
         """认领到了:交给一条线程去跑;都忙着,就等到不能再等为止。"""
+        run.claimed = True
         self._outbox.join(run)
         if self._threads.submit(0, self._work, run, msg):
             return
-        self._helpers.submit(0, self._renew, run)
+        self._keep_leases()
         if self._threads.submit(self.hold_within, self._work, run, msg):
             return
         logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
         with run.lock:
             run.finish(None)
             self.store.delete(run.name)
-        run.ended = True
-        self._outbox.kick(run.user)
-        del self._running[run.name]
+        self._forget(run)
 
     def _begin(self, run, msg):
         """认领到了就跑;别的进程认领了就等它的答复,它死了就接手。"""
@@ -2424,15 +2455,19 @@ class Dispatcher:
         while True:
             mine = _Run(name, msg)
             run = self._running.setdefault(name, mine)
-            with run.lock:
+            with self._lock:
                 run.waiting += 1
             try:
-                if run.waiting <= 3:
-                    if run is mine:
-                        self._begin(run, msg)
+                if run is mine:
+                    self._begin(run, msg)
+                if run is mine or run.waiting <= 3:
                     self._wait_for(run, mine.begin)
+            except BaseException:           # 本文件的错:不能留下一个谁也等不到的
+                run.finish(None)
+                self._forget(run)
+                raise
             finally:
-                with run.lock:
+                with self._lock:
                     run.waiting -= 1
             if run.reply is not None:
                 return run.reply
@@ -2446,7 +2481,7 @@ class Dispatcher:
         if run.done.wait(max(0, begin + first - time.monotonic())):
             return
         if begin == run.begin:          # 慢的回调,第一次投递:别让租约到期,看看能不能主动发送
-            self._helpers.submit(0, self._renew, run)
+            self._keep_leases()
             self._can_send(wait=False)
         if not run.done.wait(max(0, begin + self.answer_within - time.monotonic())):
             if self._can_send(wait=False):
@@ -2454,6 +2489,16 @@ class Dispatcher:
                 self._outbox.kick(run.user)
             else:
                 run.done.wait(max(0, begin + self.hold_within - time.monotonic()))
+
+    def finish(self, deadline):
+        """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
+        threads, self._threads = self._threads, _Threads(self.max_callbacks)
+        threads.close(deadline)
+        helpers, self._helpers = self._helpers, _Threads(2 * self.max_callbacks)
+        helpers.close(deadline)         # 回调给的,由它们发出去,所以最后
+        for run in self._outbox.left():
+            logger.warning('stopped before the answer to message %s of %s was delivered',
+                           _show(run.id), _show(run.user))
 
     # 请求 → 回答
 
@@ -2838,20 +2883,13 @@ class WeChatServer(Dispatcher):
         return self._http.server_address[:2]
 
     def stop(self):
-        """停止服务:不再接受,等正在回答的,最多 ``stop_within`` 秒。没在服务就什么也不做。"""
-        server, self._http = self._http, None
-        if server is None:
-            return
+        """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
         deadline = time.monotonic() + self.stop_within
-        server.close(deadline)
-        threads, self._threads = self._threads, _Threads(self.max_callbacks)
-        threads.close(deadline)
-        helpers, self._helpers = self._helpers, _Threads(2 * self.max_callbacks)
-        helpers.close(deadline)         # 回调给的,由它们发出去,所以最后
-        for run in self._outbox.left():
-            logger.warning('stopped before the answer to message %s of %s was delivered',
-                           _show(run.id), _show(run.user))
-        self._thread.join(1)
+        server, self._http = self._http, None
+        if server:
+            server.close(deadline)
+            self._thread.join(1)
+        self.finish(deadline)
 
     def run(self, host='0.0.0.0', port=8000, debug=False, threaded=True):
         """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。

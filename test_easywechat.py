@@ -661,11 +661,13 @@ class FileStoreTests(unittest.TestCase):
         self.assertEqual(os.stat(self.folder).st_mode, before)
 
     def test_without_a_disk_it_keeps_in_memory_and_says_so_once(self):
-        store = FileStore(os.path.join(SOURCE, 'no'))
+        disk = FileStore(os.path.join(SOURCE, 'no'))
+        self.assertRaises(OSError, disk.set, 'a', b'1')
+        store = easywechat._steady(disk)
         with self.assertLogs('easywechat', 'WARNING') as logs:
             self.assertTrue(store.set('a', b'1'))
             self.assertEqual(store.get('a'), b'1')
-            with store.lock('a'):
+            with disk.lock('a'):
                 self.assertEqual(store.delete('a'), 1)
         self.assertEqual(len(logs.output), 1)
 
@@ -1780,6 +1782,37 @@ class OnceTests(ClientCase):
         self.wecom.deliver(url)                 # 得到空的 200
         server.stop()
         self.assertEqual(self.wecom.inbox['zhangsan'], [('text', 'in time')])
+
+    def test_stop_waits_under_wsgi_too(self):
+        server, url = self.server(lambda msg: time.sleep(0.7) or 'in time')
+        server.client.trusted = True
+        query, body = self.wecom.request(self.wecom.message())
+        self.assertEqual(ask_wsgi(server, 'POST', '/weixin?' + query, body)[::2], (200, b''))
+        server.finish(time.monotonic() + 5)
+        self.assertEqual(self.wecom.inbox['zhangsan'], [('text', 'in time')])
+
+    def test_a_bad_result_does_not_stop_the_next(self):
+        results = iter([['a', {'MsgType': 'image', 'Image': 3}, {'Articles': [1]}, 'b'], ['c', 'd']])
+        server, url = self.server(lambda msg: next(results))
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.wecom.deliver(url)
+            self.wecom.deliver(url)
+            self.assertEqual([c for c in self.see('zhangsan', 4)], ['a', 'b', 'c', 'd'])
+
+    def test_an_error_of_the_store_leaves_nothing_behind(self):
+        store = MemoryStore()
+        server, url = self.server(lambda msg: '你好', store)
+        message = self.wecom.message()
+
+        def broken(*args, **kwargs):
+            raise RuntimeError('x')
+        store.set = broken
+        query, body = self.wecom.request(message)
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(server.handle('POST', '/weixin?' + query, body)[0], 500)
+        del store.set
+        self.assertEqual(self.wecom.deliver(url, message)['Content'], '你好')
+        self.assertEqual(server._running, {})
 
     def test_what_stop_cuts_off_is_in_the_log(self):
         go = threading.Event()
