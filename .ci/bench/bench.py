@@ -1,8 +1,9 @@
 """Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS]].
 
 An echo bot of text messages of 50 Chinese characters, each with its own MsgId; verified, decrypted, answered,
-encrypted, signed. The server on one core, wrk on the other; `Connection: close`; 1, 8 and 64 connections. Each round starts every
-server afresh, in turn; medians; ratios to the first row. Replies are sampled and decrypted. Environments are thrown away.
+encrypted, signed. The server on one core, wrk on the other; `Connection: close`; 1, 8 and 64 connections. Each round
+starts every server afresh, in turn; medians; ratios to the first row. Replies are sampled and decrypted. Environments
+are thrown away.
 """
 import contextlib
 import os
@@ -170,7 +171,8 @@ def main():
         wecom = simulator.WeCom()
         wecom.settings['secret'] = ''
         env = dict(os.environ, REQUESTS=os.path.join(folder, 'requests'), XDG_CACHE_HOME=folder,
-                   NODE_PATH=os.path.join(folder, 'node_modules'), **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v})
+                   NODE_PATH=os.path.join(folder, 'node_modules'),
+                   **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v})
         rows = {name: [] for name in servers(python)}
         for n in range(ROUNDS):
             write_requests(wecom, env['REQUESTS'])
