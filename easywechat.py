@@ -1484,6 +1484,8 @@ class _Pace:
                 del self._slots[who]
             for who in receivers:
                 slots = self._slots.setdefault(who, collections.deque(maxlen=limit))
+                while slots and slots[0][0] < now - 60:
+                    slots.popleft()
                 if slots:
                     full = slots[0][0] + 60 if len(slots) == limit else 0
                     slot[0] = max(slot[0], slots[-1][0], full)
