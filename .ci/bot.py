@@ -36,5 +36,7 @@ def five(msg, seconds):
         yield 'answer %s %d' % (msg['Label'], n)
 
 
+print('ready', file=sys.stderr, flush=True)
+
 if __name__ == '__main__':
     server.run('127.0.0.1', int(sys.argv[1]))

@@ -61,7 +61,7 @@ class Cluster:
     """The processes of one scenario, in a folder of their own."""
 
     def __init__(self, folder, secret=True):
-        self.folder, self.processes = folder, []
+        self.folder, self.processes, self.workers = folder, [], 0
         os.makedirs(folder)
         self.wecom = simulator.WeCom()
         self.wecom.users.update(('u%d' % n, 'somebody') for n in range(100))
@@ -92,6 +92,12 @@ class Cluster:
         process = self.spawn(sys.executable, '-m', 'gunicorn', '-b', '127.0.0.1:%d' % port, '-k', 'gthread', '-w',
                              str(workers), '--threads', '32', '--graceful-timeout', '1', 'bot:server')
         wait_for(self.folder, port)
+        self.workers += workers
+        for _ in range(400):        # the port listens before the workers have begun
+            with open(self.path('log')) as log:
+                if log.read().count('ready') >= self.workers:
+                    break
+            time.sleep(0.05)
         return port, process
 
     def redis(self):
