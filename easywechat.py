@@ -1200,8 +1200,9 @@ def _normal_base(text):
     base = text if '://' in text else 'https://' + text
     base = re.sub('(/cgi-bin)?/*$', '', base)
     port = re.search(r':([0-9]+)(/|$)', base.partition('//')[2])
-    if port and int(port.group(1)) > 65535 or not re.fullmatch(r'https?://[A-Za-z0-9.\-]+(:[0-9]{1,5})?(/[!-~]*)?|https?://\[[0-9A-Fa-f:.]+\].*',
-                        base) or re.search('[?#@\\s]', base):
+    form = r'https?://([A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?'
+    if (port and int(port.group(1)) > 65535 or not re.fullmatch(form, base)
+            or re.search('[?#@]', base)):
         raise ConfigError('api_base must look like https://vps.example.com[:port][/path]')
     return base
 
@@ -1294,7 +1295,7 @@ def _within(seconds, job, abort):
 
     套接字自己的时限每收到一个字节就重新计时,DNS 根本没有时限。
     """
-    outcome, done = [], threading.Event()
+    outcome, done, deadline = [], threading.Event(), time.monotonic() + seconds
 
     def run():
         try:
@@ -1304,7 +1305,7 @@ def _within(seconds, job, abort):
         done.set()
     if not _CALLS.submit(seconds, run):
         raise RuntimeError('too many requests under way')
-    if not done.wait(seconds):
+    if not done.wait(max(0, deadline - time.monotonic())):
         abort()
         raise socket.timeout('no answer within %g s' % seconds)
     value, error = outcome[0]
@@ -1510,7 +1511,6 @@ class _Caller:
     per_minute = 30
     #: 上传时每发一块调用一次:``progress(sent, total)``,字节。
     progress = None
-
     #: 连不上时一直试到这么多秒,例如断网时的警报;0 是只试 ``tries`` 次。
     retry_within = 0
 
@@ -2196,6 +2196,8 @@ class Dispatcher:
         self._helpers = _Threads(2 * self.max_callbacks)
         self._refusals = _RefusalLog()
         self._clock_warned = False
+        if self.settings['secret']:
+            self.client     # noqa: B018    写错的 api_base 现在就报,不等到第一个慢的回调
 
     def __repr__(self):
         return '<%s %s, corpid %s>' % (type(self).__name__, self.appname,
@@ -2422,8 +2424,12 @@ class Dispatcher:
         with self._lock:
             start = not self._renewing
             self._renewing = True
-        if start:
-            _start_thread(self._renew)
+        try:
+            if start:
+                _start_thread(self._renew)
+        except RuntimeError as e:       # can't start new thread:少一次续租,不耽误答复
+            self._renewing = False
+            logger.error('the lease of a running callback is not renewed: %s', e)
 
     def _start(self, run, msg):
         """认领到了:交给一条线程去跑;都忙着,就等到不能再等为止。"""

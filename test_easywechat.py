@@ -550,6 +550,7 @@ class ConfigTests(unittest.TestCase):
                 WeChatServer('x', **dict(SETTINGS, **{key: ''}))
             self.assertIn(key, str(caught.exception))
         self.assertRaises(ConfigError, WeChatServer, 'x', route_name='a b', **SETTINGS)
+        self.assertRaises(ConfigError, WeChatServer, 'x', secret='s', api_base='ftp://x', **SETTINGS)
 
     def test_the_example_is_what_init_writes(self):
         with open(os.path.join(HERE, 'config.ini.example'), encoding='utf-8') as f:
