@@ -386,7 +386,7 @@ class CryptoTests(unittest.TestCase):
 
     def sealed(self, plaintext):
         """任意明文字节(连同填充)→ 密文。"""
-        return binascii.b2a_base64(CRYPT._cipher().encrypt(plaintext), newline=False)
+        return binascii.b2a_base64(CRYPT._encrypt(plaintext), newline=False)
 
     def test_padding_length_and_receive_id_are_strict(self):
         rid = SETTINGS['corpid'].encode()

@@ -6,6 +6,7 @@ starts every server afresh, in turn; medians; ratios to the first row. Replies a
 are thrown away.
 """
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, os.pardir, os.pardir)
@@ -27,11 +30,11 @@ import simulator  # noqa: E402
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 SECONDS = sys.argv[2] if len(sys.argv) > 2 else '2'
 TEXT = '磁盘快满了,请看一看是不是日志太多。' * 3
-PACKAGES = 'pycryptodome flask xmltodict dicttoxml wechatpy cryptography gunicorn waitress'.split()
+PACKAGES = 'pycryptodome flask xmltodict dicttoxml wechatpy==2.0.0a26 werobot cryptography gunicorn waitress'.split()
 OFFSETS = {1: 0, 8: 10000, 64: 25000}
 
 
-def servers(python):
+def servers(python, folder):
     """name → the command, to which the port is added (or put where PORT stands)."""
     app = [python, '-m']
     return {
@@ -40,8 +43,10 @@ def servers(python):
         'wechatpy on gunicorn gthread': app + [
             'gunicorn', '-k', 'gthread', '--threads', '16', '-b', '127.0.0.1:PORT', 'wechatpy_app:app'],
         'wechatpy on waitress': app + ['waitress', '--threads=16', '--listen=127.0.0.1:PORT', 'wechatpy_app:app'],
+        'WeRoBot on its own server': [python, 'werobot_app.py'],
         'http.server as it comes, our codec': [python, 'stock.py'],
         'Node, @wecom/crypto': ['node', 'node.js'],
+        'Go, net/http by hand': [os.path.join(folder, 'server')],
         'easywechat --echo': [python, os.path.join(ROOT, 'easywechat.py'), '--echo', '--host', '127.0.0.1', '--port'],
     }
 
@@ -73,10 +78,19 @@ def cpu(pid):
     return ticks / os.sysconf('SC_CLK_TCK')
 
 
+def request(wecom):
+    """→ (query, body) of one message; WeRoBot wants 公众号's signature as well, the others pass over it."""
+    query, body = wecom.request(wecom.message(Content=TEXT))
+    given = dict(urllib.parse.parse_qsl(query))
+    parts = sorted([wecom.settings['token'], given['timestamp'], given['nonce']])
+    return query + '&signature=' + hashlib.sha1(''.join(parts).encode()).hexdigest(), body
+
+
 def good_reply(wecom, url):
-    message = wecom.message(Content=TEXT)
-    status, answer = wecom.ask(url, message)
-    return status == 200 and wecom.opened(answer)['Content'] == TEXT
+    query, body = request(wecom)
+    post = urllib.request.Request(url + '?' + query, body, {'Content-Type': 'text/xml'})
+    with urllib.request.urlopen(post, timeout=5) as response:
+        return wecom.opened(response.read())['Content'] == TEXT
 
 
 def first_reply(wecom, url, begin):
@@ -133,7 +147,7 @@ def measure(name, command, wecom, env):
 def write_requests(wecom, path):
     with open(path, 'w', encoding='utf-8') as f:
         for _ in range(40000):
-            query, body = wecom.request(wecom.message(Content=TEXT))
+            query, body = request(wecom)
             f.write('/weixin?%s %s\n' % (query, body.decode()))
 
 
@@ -168,15 +182,16 @@ def main():
         if shutil.which('npm'):
             subprocess.check_call(['npm', 'install', '--silent', '--no-audit', '--no-fund', '--prefix', folder,
                                    '@wecom/crypto@1.0.1'], stdout=subprocess.DEVNULL)
+        subprocess.check_call(['go', 'build', '-o', folder, 'server.go'], cwd=HERE, env=dict(os.environ, GOCACHE=folder))
         wecom = simulator.WeCom()
         wecom.settings['secret'] = ''
         env = dict(os.environ, REQUESTS=os.path.join(folder, 'requests'), XDG_CACHE_HOME=folder,
                    NODE_PATH=os.path.join(folder, 'node_modules'),
                    **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v})
-        rows = {name: [] for name in servers(python)}
+        rows = {name: [] for name in servers(python, folder)}
         for n in range(ROUNDS):
             write_requests(wecom, env['REQUESTS'])
-            for name, command in servers(python).items():
+            for name, command in servers(python, folder).items():
                 rows[name].append(measure(name, command, wecom, env))
             print('round %d of %d' % (n + 1, ROUNDS), file=sys.stderr, flush=True)
         print_table({name: {key: statistics.median(row[key] for row in got) for key in got[0]}
