@@ -328,6 +328,11 @@ _BEGINS_WITH_ROOT = re.compile(r'(?:<\?xml\s[^<>]*\?>\s*)?<[^!?]')
 _NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]{0,127}')
 
 
+def _xml_chars(text):
+    """去掉 XML 1.0 不许的字符。它们都不可打印,所以多数文字看一眼就过了,不用正则。"""
+    return text if text.isprintable() else _NOT_XML.sub('', text)
+
+
 class _DictBuilder:
     """`ET.XMLParser` 的 target:一边解析一边生成 dict,超过限制就停。"""
 
@@ -383,7 +388,7 @@ def xml_to_dict(text):
             text = text.decode('utf-8')
         if len(text) > _XML_SIZE:
             raise ValueError('longer than %d' % _XML_SIZE)
-        text = _NOT_XML.sub('', text).lstrip('\ufeff \t\r\n')
+        text = _xml_chars(text).lstrip('\ufeff \t\r\n')
         if not _BEGINS_WITH_ROOT.match(text):
             raise ValueError('does not begin with its root element')
         parser = ET.XMLParser(target=_DictBuilder(), encoding='utf-8')
@@ -394,12 +399,17 @@ def xml_to_dict(text):
                               'cannot read XML: %s' % _show(e)) from None
 
 
-def _write_element(name, value, depth):
+@functools.lru_cache(maxsize=500)       # 来来去去就那几个名字
+def _check_name(name):
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error,
                               'not a name for an XML element: %s' % _show(repr(name)))
+
+
+def _write_element(name, value, depth):
+    _check_name(name)
     if isinstance(value, str):
-        text = _NOT_XML.sub('', value).replace(']]>', ']]]]><![CDATA[>')
+        text = _xml_chars(value).replace(']]>', ']]]]><![CDATA[>')
         return '<%s><![CDATA[%s]]></%s>' % (name, text, name)
     if isinstance(value, (list, tuple)) and depth <= _XML_DEPTH:
         return ''.join([_write_element(name, item, depth + 1) for item in value])
@@ -445,7 +455,7 @@ _AES_INSTALL = """AES is missing. Install it with the line for this system:
 _SIGNATURE = re.compile('[0-9a-f]{40}')
 _TIMESTAMP = re.compile('[1-9][0-9]{9}')
 _NONCE = re.compile('[!-~]{1,63}')
-_BASE64 = re.compile(b'[A-Za-z0-9+/]+={0,2}')
+_BASE64 = b'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 
 
 @functools.lru_cache(maxsize=None)
@@ -559,7 +569,8 @@ class WXBizMsgCrypt:
             if not value or not form.fullmatch(str(value)):
                 raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, '%s is %s' % (
                     name, 'malformed: ' + _show(value) if value else 'missing in the query'))
-        if not _BASE64.fullmatch(encrypt) or len(encrypt) % 4:
+        data = encrypt.rstrip(b'=')
+        if not data or data.translate(None, _BASE64) or len(encrypt) % 4 or len(encrypt) - len(data) > 2:
             raise CryptoError(ierror.WXBizMsgCrypt_DecodeBase64_Error)
         expected = self._signature(str(timestamp), nonce, encrypt)
         if not hmac.compare_digest(expected.encode(), msg_signature.encode()):
@@ -1064,8 +1075,10 @@ def _split_text(text, limit=2048):
 
     依次在段落、行、句子之间分,找不到才在字与字之间;太靠前的断点不用,免得分得太碎。
     """
-    text = _NOT_XML.sub('', text)
-    begin = 0
+    text, begin = _xml_chars(text), 0
+    if text and len(text.encode('utf-8')) <= limit:
+        yield text
+        return
     while begin < len(text):
         piece = text[begin:begin + limit].encode('utf-8')[:limit].decode('utf-8', 'ignore')
         if begin + len(piece) < len(text):
@@ -1075,9 +1088,7 @@ def _split_text(text, limit=2048):
                     piece = piece[:ends[-1]]
                     break
         begin += len(piece)
-        if len(piece) == len(text):
-            yield piece
-        elif piece.strip():
+        if piece.strip():
             yield piece.strip('\r\n')
 
 
@@ -1989,6 +2000,11 @@ class WeChatRobot(_Caller):
 # 顺序:限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML → 认领 → 回调。
 # 一条消息只跑一次回调:先认领(存储里的一条记录),再跑;重复投递得到存下的答复,或等同一次还没跑完的回调。
 
+def _at_once(job, *args):
+    job(*args)
+    return True
+
+
 class _RefusalLog:
     """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
 
@@ -2080,10 +2096,10 @@ def _body_length(fields, limit):
 class _Run:
     """一次正在跑的回调;重复投递在这里等同一个结果。"""
 
-    __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'lock', '_gate',
-                 'done', 'reply', 'claimed', 'waiting', 'held', 'pushing', 'items', 'ended')
+    __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'lock', 'first',
+                 '_gate', 'done', 'reply', 'leased', 'waiting', 'held', 'pushing', 'items', 'ended')
 
-    def __init__(self, name, msg):
+    def __init__(self, name, msg, first):
         self.name = name                # 在存储里
         # 回调可以改它的 dict,所以先记下
         self.kind, self.user, self.corp, self.id, self.response_code = (
@@ -2091,12 +2107,13 @@ class _Run:
                                           'ResponseCode'))
         self.begin = time.monotonic()
         self.lock = threading.Lock()    # 下面这些,和它在存储里的记录
+        self.first = first              # 怎样回答第一次投递;回答过了是 None
         self._gate = threading.Lock()   # 开着就是有了答案
         self._gate.acquire()
         self.done = False
         self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
-        self.claimed = False            # 是这个进程在跑,租约要续
-        self.waiting = 0                # 有几次投递在等
+        self.leased = 0                 # 是这个进程在跑,上次续租的时刻
+        self.waiting = 0                # 还有几次投递在等
         self.held = None                # 第一条结果,和它写成的被动回复:只有它一条,就是答复
         self.pushing = False            # 企业微信已经得到空的 200,结果都主动发送
         self.items = []                 # 等着主动发送的
@@ -2109,10 +2126,16 @@ class _Run:
             self._gate.release()
 
     def wait(self, until):
-        """等答案,至多到 ``until`` (monotonic 秒);返回有没有。"""
+        """等答案,至多到 ``until`` (monotonic 秒)。"""
         if not self.done and self._gate.acquire(timeout=max(0, until - time.monotonic())):
             self._gate.release()        # 还有别的投递在等
-        return self.done
+
+    def answer(self):
+        """回答第一次投递:有答案就是答案,没有就断开。已经回答过就算了。"""
+        with self.lock:
+            first, self.first = self.first, None
+        if first:
+            first(self.reply)
 
 
 class _Outbox:
@@ -2215,12 +2238,13 @@ class Dispatcher:
         self._token_store = store
         self._client = None
         self._outbox = _Outbox(self._push, lambda *job: self._helpers.submit(0, *job))
-        self._lock = threading.Lock()   # 下面两个,和 _Run.waiting
-        self._renewing = False          # 有一条线程在续租
+        self._lock = threading.Lock()   # 下面一个,和 _Run.waiting
+        self._watching = False          # 有一条线程在看时间
         self._asked = 0                 # 上次问能不能发的时刻
         self._callbacks = {}
         self._patterns = []
-        self._running = {}
+        self._running = {}              # 存储里的名字 → _Run
+        self._slots = threading.Semaphore(self.max_callbacks)
         self._threads = _Threads(self.max_callbacks)
         self._helpers = _Threads(2 * self.max_callbacks)
         self._refusals = _RefusalLog()
@@ -2335,7 +2359,7 @@ class Dispatcher:
         return max(2 * self.max_skew, 600)
 
     def _work(self, run, msg):
-        """在留着的线程上:跑回调,存下答复,叫醒等着的投递。"""
+        """跑回调,回答,存下答复。"""
         reply = b''
         try:
             self._call(run, msg)
@@ -2345,6 +2369,7 @@ class Dispatcher:
             logger.error('internal error after the callback%s', _traceback())
         finally:
             self._conclude(run, reply)
+            self._slots.release()
             self._forget(run)
 
     def _forget(self, run):
@@ -2411,7 +2436,7 @@ class Dispatcher:
                          _show(run.id), _show(e, 400))
 
     def _conclude(self, run, reply):
-        """``reply`` 是这条消息的答复:存下,交给等着的投递。已经有了就不变。
+        """``reply`` 是这条消息的答复:交给等着的投递,存下。已经有了就不变。
 
         None 是不让企业微信再等:它得到空的 200,已有的和以后的结果都主动发送。
         """
@@ -2422,109 +2447,121 @@ class Dispatcher:
                 if run.held:
                     run.items.append(run.held[0])
                 run.pushing = True
-            late = reply and not run.waiting
-            run.finish(reply or b'')        # 先交出去:存储可能很慢
-            self.store.set(run.name, b'+' + (reply or b''), ex=self._keep())
+            late = reply and not run.waiting and not run.first
+            run.finish(reply or b'')
+        run.answer()                        # 先交出去:存储可能很慢
+        self.store.set(run.name, b'+' + run.reply, ex=self._keep())
         if late:
             logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
                            'waited for it', _show(run.id), _show(run.user),
                            time.monotonic() - run.begin)
 
-    def _renew(self):
-        """一条线程,给所有还没有答复的续租;没有了就结束。"""
-        while True:
-            time.sleep(self.lease / 3)
-            with self._lock:
-                runs = [run for run in list(self._running.values())
-                        if run.claimed and not run.done]
-                self._renewing = bool(runs)
-            if not runs:
-                return
-            for run in runs:
-                with run.lock:
-                    if not run.done:
-                        self.store.set(run.name, b'-', ex=self.lease)
-
-    def _keep_leases(self):
+    def _watch(self):
+        """有回调在跑的时候,一条线程看着时间;十秒没有回调就结束。"""
+        slow, quiet = min(self.lease / 3, self.answer_within), 0
+        while quiet < 10:
+            time.sleep(slow / 10)
+            quiet = 0 if self._running else quiet + slow / 10
+            for run in list(self._running.values()):
+                if run.leased and not run.done and time.monotonic() - run.begin >= slow:
+                    self._look_at(run)
         with self._lock:
-            start = not self._renewing
-            self._renewing = True
+            self._watching = False
+        if self._running:                   # 刚来的,它以为还有人看着
+            self._keep_watch()
+
+    def _keep_watch(self):
+        with self._lock:
+            start, self._watching = not self._watching, True
         try:
             if start:
-                _start_thread(self._renew)
-        except RuntimeError as e:       # can't start new thread:少一次续租,不耽误答复
-            self._renewing = False
-            logger.error('the lease of a running callback is not renewed: %s', e)
+                _start_thread(self._watch)
+        except RuntimeError as e:           # can't start new thread:企业微信自己会断开
+            self._watching = False
+            logger.error('nobody watches the time of running callbacks: %s', e)
 
-    def _start(self, run, msg):
-        """认领到了:交给一条线程去跑;都忙着,就等到不能再等为止。"""
-        run.claimed = True
+    def _look_at(self, run):
+        """慢的回调:续租;到时候替它回答第一次投递。会等网络、等存储的,别的线程去做。"""
+        now = time.monotonic()
+        if now - run.leased >= self.lease / 3:
+            run.leased = now
+            self._helpers.submit(0, self._renew, run)
+        can_send = self._can_send(wait=False)
+        if now - run.begin >= self.answer_within and can_send:
+            self._helpers.submit(0, self._push_later, run)
+        elif now - run.begin >= self.hold_within:
+            run.answer()
+
+    def _renew(self, run):
+        with run.lock:
+            if not run.done:
+                self.store.set(run.name, b'-', ex=self.lease)
+
+    def _push_later(self, run):
+        self._conclude(run, None)
+        self._outbox.kick(run.user)
+
+    def _start(self, run, msg, spawn):
+        """认领到了:去跑;同时跑着的太多,就等到不能再等为止。"""
+        run.leased = run.begin
         self._outbox.join(run)
-        if self._threads.submit(0, self._work, run, msg):
-            return
-        self._keep_leases()
-        if self._threads.submit(self.hold_within, self._work, run, msg):
-            return
+        self._keep_watch()
+        if self._slots.acquire(timeout=self.hold_within):
+            if spawn(self._work, run, msg):
+                return
+            self._slots.release()
         logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
         with run.lock:
             run.finish(None)
             self.store.delete(run.name)
+        run.answer()
         self._forget(run)
 
-    def _begin(self, run, msg):
+    def _begin(self, run, msg, spawn):
         """认领到了就跑;别的进程认领了就等它的答复,它死了就接手。"""
         while not self.store.set(run.name, b'-', ex=self.lease, nx=True):
             stored = self.store.get(run.name) or b'-'
             if stored[:1] == b'+' or time.monotonic() - run.begin > self.hold_within:
                 del self._running[run.name]
                 run.finish(stored[1:] if stored[:1] == b'+' else None)
+                run.answer()
                 return
             time.sleep(self.lease / 60)
-        self._start(run, msg)
+        self._start(run, msg, spawn)
 
-    def _deliver(self, msg):
-        """一次投递:跑回调,或等同一条消息正在跑的那次。返回回复的 XML (bytes),空的是没有回复。"""
+    def _deliver(self, msg, answer, spawn):
+        """一次投递:跑回调,或等同一条消息正在跑的那次;``answer(回复的 XML,或没有答案的 None)`` 恰好一次。"""
         name, begin = self._claim_name(msg), time.monotonic()
         while True:
-            mine = _Run(name, msg)
+            mine = _Run(name, msg, answer)
             run = self._running.setdefault(name, mine)
-            with self._lock:
-                run.waiting += 1
+            if run is not mine:
+                self._wait_for(run, begin)
+                # 等的那次也只是在等别的进程,比这次先到时限:接着等
+                if run.done and run.reply is None and time.monotonic() - begin < self.hold_within:
+                    continue
+                return answer(run.reply)
             try:
-                if run is mine:
-                    self._begin(run, msg)
-                if run is mine or run.waiting <= 3:
-                    self._wait_for(run, mine.begin)
+                return self._begin(run, msg, spawn)
             except BaseException:           # 本文件的错:不能留下一个谁也等不到的
+                logger.error('internal error in a delivery%s', _traceback())
                 run.finish(None)
-                self._forget(run)
-                raise
-            finally:
-                with self._lock:
-                    run.waiting -= 1
-            if run.reply is not None:
-                return run.reply
-            # 等的那次也只是在等别的进程,比这次先到时限:接着等
-            if not run.done or time.monotonic() - begin >= self.hold_within:
-                raise WeChatError(503, 'no answer yet; the next delivery joins the callback')
+                run.answer()
+                return self._forget(run)
 
     def _wait_for(self, run, begin):
-        """等 ``run`` 的答复;从 ``begin`` 算起等不到,能主动发送的应用就不再等它。"""
-        first = min(self.lease / 3, self.answer_within)
-        if run.wait(begin + first):
-            return
-        if begin == run.begin:          # 慢的回调,第一次投递:别让租约到期,看看能不能主动发送
-            self._keep_leases()
-            self._can_send(wait=False)
-        if not run.wait(begin + self.answer_within):
-            if self._can_send(wait=False):
-                self._conclude(run, None)
-                self._outbox.kick(run.user)
-            else:
-                run.wait(begin + self.hold_within)
+        """等 ``run`` 的答案,最多三次投递一起等,各占一条线程。"""
+        with self._lock:
+            run.waiting += 1
+        if run.waiting <= 3:
+            run.wait(begin + self.hold_within)
+        with self._lock:
+            run.waiting -= 1
 
     def finish(self, deadline):
         """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.02)
         threads, self._threads = self._threads, _Threads(self.max_callbacks)
         threads.close(deadline)
         helpers, self._helpers = self._helpers, _Threads(2 * self.max_callbacks)
@@ -2555,36 +2592,44 @@ class Dispatcher:
                               % (timestamp, now, self.max_skew))
 
     def _receive(self, query, body):
-        """POST 的信封 → 回复的信封 (bytes)。"""
+        """POST 的信封 → 消息 (dict)。"""
         text = self._open(query, _cut_encrypt(body))
         try:
             msg = xml_to_dict(text)
         except FormatException as e:
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, e.errmsg) from None
         logger.debug('message %.2000s', msg)
-        reply = self._deliver(msg)
-        if not reply:
-            return b''
-        # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
-        return self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
+        return msg
 
-    def _answer(self, method, target, body):
-        """(Content-Type, 正文 bytes);拒绝抛 `WeChatError`。"""
+    def _query_of(self, method, target):
+        """路径和方法对了 → 查询串的参数;没有查询串的 GET 是 None。"""
         path, _, query = target.partition('?')
         if not (path.rstrip('/') if path[-2:] != '//' else path).endswith('/' + self.route):
             raise WeChatError(404, 'path %s, expected /%s' % (_show(path), self.route))
         if method not in ('GET', 'HEAD', 'POST'):
             raise WeChatError(405)
-        if method == 'POST':
-            if len(body) > self.max_body:
-                raise WeChatError(413)
-            return 'text/xml; charset=utf-8', self._receive(_parse_query(query), body)
-        if not query:
-            return 'text/plain; charset=utf-8', b'' if method == 'HEAD' else \
-                b'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
-        query = _parse_query(query)
-        echo = self._open(query, _echostr(query.get('echostr')))
-        return 'text/plain; charset=utf-8', b'' if method == 'HEAD' else echo.encode('utf-8')
+        return _parse_query(query) if query or method == 'POST' else None
+
+    def _echo_back(self, method, query):
+        """GET:校验的 echostr,或一句话;→ 正文 (bytes)。"""
+        if query is None:
+            text = 'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
+        else:
+            text = self._open(query, _echostr(query.get('echostr')))
+        return b'' if method == 'HEAD' else text.encode('utf-8')
+
+    def _reply_to(self, query, client, send, reply):
+        """被动回复的 XML (bytes;空的是没有,None 是没有答案) → 加密,``send`` 出去。"""
+        if reply is None:
+            return send(*self.refuse(WeChatError(503), client))
+        if reply:       # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
+            reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
+        return send(*self._ok('text/xml', reply))
+
+    @staticmethod
+    def _ok(content_type, body):
+        return 200, [('Content-Type', content_type + '; charset=utf-8'),
+                     ('Content-Length', str(len(body))), ('X-Content-Type-Options', 'nosniff')], body
 
     def refuse(self, error, client=''):
         """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""
@@ -2596,21 +2641,47 @@ class Dispatcher:
             headers.append(('Allow', 'GET, HEAD, POST'))
         return error.status, headers, b''
 
+    def respond(self, method, target, body, client, send, spawn=_at_once):
+        """一个请求 → 恰好一次 ``send(status, headers, body)``,不抛异常;参数同 `handle`。
+
+        回调就在这条线程上跑(``spawn`` 可以把它交给别的):它慢,到时候另一条线程会替它 ``send``,所以
+        返回的时候早就回答过了。``send`` 不许抛异常。
+        """
+        try:
+            query = self._query_of(method, target)
+            if method != 'POST':
+                answer = self._ok('text/plain', self._echo_back(method, query))
+            elif len(body) > self.max_body:
+                raise WeChatError(413)
+            else:
+                msg = self._receive(query, body)
+                return self._deliver(
+                    msg, functools.partial(self._reply_to, query, client, send), spawn)
+        except WeChatError as e:
+            answer = self.refuse(e, client)
+        except Exception:               # 最后一道:不许有请求让服务器停下
+            logger.error('internal error%s', _traceback())
+            answer = self.refuse(WeChatError(500), client)
+        return send(*answer)
+
     def handle(self, method, target, body=b'', client=''):
         """一个请求 → ``(status, headers, body)``,不抛异常。任何线程都可以用。
 
         ``method`` 和 ``target``(路径和查询串,没有解码过)是 str,``body`` 是 bytes,``client`` 是对方的
         地址,只用于日志。``status`` (int) 503 是现在没有答案:能断开连接的外壳断开,企业微信就会再投递。
+        回调在另一条留着的线程上跑,等它到 ``answer_within`` 或 ``hold_within``。
         """
-        try:
-            content_type, answer = self._answer(method, target, body)
-        except WeChatError as e:
-            return self.refuse(e, client)
-        except Exception:               # 最后一道:不许有请求让服务器停下
-            logger.error('internal error%s', _traceback())
-            return self.refuse(WeChatError(500), client)
-        return 200, [('Content-Type', content_type), ('Content-Length', str(len(answer))),
-                     ('X-Content-Type-Options', 'nosniff')], answer
+        answers, ready = [], threading.Lock()
+        ready.acquire()
+
+        def send(*answer):
+            answers.append(answer)
+            ready.release()
+        self.respond(method, target, body, client, send,
+                     functools.partial(self._threads.submit, self.hold_within))
+        if not ready.acquire(timeout=self.hold_within + 1):     # 开不出看时间的线程
+            return self.refuse(WeChatError(503), client)
+        return answers[0]
 
     def __call__(self, environ, start_response):
         """WSGI (PEP 3333)。"""
@@ -2689,12 +2760,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 method, target, body = self._read_request(app)
             except WeChatError as e:
                 self._refused = True
-                answer = app.refuse(e, client)
+                self._send(*app.refuse(e, client))
             else:
                 self.server.done_reading(self.request)
-                answer = app.handle(method, target, body, client)
-            if answer[0] != 503:    # 503:断开,企业微信就会再投递;答了 503 却未必
-                self._write(*answer)
+                app.respond(method, target, body, client, self._send)
         except (_Gone, OSError) as e:
             logger.debug('%s is gone: %s', client, _show(e))
 
@@ -2750,10 +2819,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             missing -= len(data)
         return method, target, b''.join(parts)
 
+    def _send(self, status, headers, body):
+        """写出回答,关闭;慢的回调,是别的线程替它写。503:断开,企业微信就会再投递;答了 503 却未必。"""
+        try:
+            if status != 503:
+                self._write(status, headers, body)
+        except (_Gone, OSError) as e:
+            logger.debug('%s is gone: %s', self.client_address[0], _show(e))
+        finally:
+            self.request.close()
+
     def _write(self, status, headers, body):
         head = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         for name, value in headers:
-            if _UNPRINTABLE.search(value):
+            if not value.isprintable():
                 raise ValueError('control character in header %s' % name)
             head.append('%s: %s' % (name, value))
         head.append('Connection: close\r\n\r\n')

@@ -224,6 +224,9 @@ class XmlTests(unittest.TestCase):
         self.assertEqual(xml_to_dict(dict_to_xml(data)), data)
 
     def test_forbidden_characters_are_dropped_both_ways(self):
+        allowed = {9, 10, 13} | set(range(0x20, 0xd800)) | set(range(0xe000, 0xfffe)) | set(range(0x10000, 0x11000))
+        for code in range(0x11000):
+            self.assertEqual(easywechat._xml_chars(chr(code)), chr(code) if code in allowed else '', hex(code))
         dirty = 'a\x00b\x0bc\ufffed\ud800e\x1f'
         self.assertEqual(xml_to_dict(dict_to_xml({'C': dirty})), {'C': 'abcde'})
         self.assertEqual(xml_to_dict('<xml><C>%s</C></xml>' % dirty), {'C': 'abcde'})
@@ -1810,9 +1813,10 @@ class OnceTests(ClientCase):
         store.set = broken
         query, body = self.wecom.request(message)
         with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(server.handle('POST', '/weixin?' + query, body)[0], 500)
+            self.assertEqual(server.handle('POST', '/weixin?' + query, body)[0], 503)
         del store.set
         self.assertEqual(self.wecom.deliver(url, message)['Content'], '你好')
+        server.stop()
         self.assertEqual(server._running, {})
 
     def test_what_stop_cuts_off_is_in_the_log(self):
