@@ -390,7 +390,6 @@ class Corp:
         self._tokens = {}
         self._codes = {}            # response_code → (到什么时候, {成员: 他的那张卡片是哪件事})
         self._asked = {}            # 成员 → 他上一次说话的时候
-        self._seen = {}             # 消息的摘要 → 到什么时候,同样的不再发
         self._scripts = collections.defaultdict(list)
         self._times = collections.defaultdict(list)
         self._count = 0
@@ -537,44 +536,23 @@ class Corp:
         need(not (kind == 'news' and message.get('safe')), 40074, 'news can not be safe')
         CHECKS[kind](self, message[kind])
         users, wrong = self._receivers(message)
-        if self._repeated(message):
-            self._log('note', text='同样的消息,enable_duplicate_check 让它不再发')
-            return dict(wrong, msgid=self._next('msg'))
         return dict(wrong, **self._deliver(message, users))
 
     def _receivers(self, message):
-        """→ (收得到的成员, {'invaliduser': …} 等)。"""
-        found, wrong = [], {}
-        limits = {'touser': (self.users, 1000, 40032), 'toparty': (self.parties, 100, 82002),
-                  'totag': (self.tags, 100, 82003)}
-        asked = {}
-        for key, (known, most, errcode) in limits.items():
+        """→ (收得到的成员, {'invaliduser': …} 等)。部门和标签里是全部成员。"""
+        found, wrong, anybody = set(), {}, False
+        for key, known, most, errcode in (('touser', self.users, 1000, 40032), ('toparty', self.parties, 100, 82002),
+                                          ('totag', self.tags, 100, 82003)):
             need(isinstance(message.get(key) or '', str), 40031, 'invalid %s list' % key)
-            asked[key] = [i for i in (message.get(key) or '').split('|') if i]
-            need(len(asked[key]) <= most, errcode, 'invalid %s list size' % key)
-            unknown = [i.lower() for i in asked[key] if i.lower() not in known and i != '@all']
-            wrong['invalid' + key[2:]] = '|'.join(unknown)
-            found += [i for i in asked[key] if i.lower() in known]
-        need(any(asked.values()), 82001, 'user & party & tag all empty')
-        if '@all' in asked['touser']:
-            return list(self.users), {'invaliduser': ''}
+            asked = [i.lower() for i in (message.get(key) or '').split('|') if i]
+            need(len(asked) <= most, errcode, 'invalid %s list size' % key)
+            right = [i for i in asked if i in known or key + i == 'touser@all']
+            found.update(right if key == 'touser' and '@all' not in right else self.users if right else ())
+            wrong['invalid' + key[2:]] = '|'.join(i for i in asked if i not in right)
+            anybody = anybody or asked
+        need(anybody, 82001, 'user & party & tag all empty')
         need(found, 81013, 'user & party & tag all invalid')
-        some = [u for u in self.users if u in [i.lower() for i in asked['touser']]]
-        groups = len(found) > len([i for i in asked['touser'] if i.lower() in self.users])
-        return list(self.users) if groups else some, wrong
-
-    def _repeated(self, message):
-        """打开了 enable_duplicate_check,而且刚刚发过同样的。"""
-        seconds = message.get('duplicate_check_interval') or 1800
-        need(seconds <= 14400, 40035, 'invalid duplicate_check_interval')
-        if not message.get('enable_duplicate_check'):
-            return False
-        digest = json.dumps([message.get(k) for k in ('touser', 'toparty', 'totag', message['msgtype'])],
-                            sort_keys=True)
-        before, now = self._seen.get(digest, 0), time.monotonic()
-        if before <= now:
-            self._seen[digest] = now + seconds
-        return before > now
+        return [u for u in self.users if u in found], wrong
 
     def _deliver(self, message, users):
         kind, msgid = message['msgtype'], self._next('msg')
@@ -956,16 +934,18 @@ header small, .meta, .note { color: var(--faint); font-size: 12px; }
 header small { display: block; }
 select, input:not([type]), textarea { border: 1px solid var(--line); border-radius: 8px; padding: 6px 8px;
   background: var(--theirs); max-width: 100%; }
-#log { scrollbar-width: thin; flex: 1; overflow: hidden auto; padding: 12px; display: flex; flex-direction: column; gap: 12px; }
+#log { flex: 1; overflow: hidden auto; scrollbar-width: thin; padding: 12px; display: flex; flex-direction: column;
+  gap: 12px; }
 .row { display: flex; gap: 8px; max-width: 100%; }
 .row > div { min-width: 0; max-width: calc(100% - 84px); display: flex; flex-direction: column;
   align-items: flex-start; }
 .row.me { flex-direction: row-reverse; } .row.me > div { align-items: flex-end; }
-.row > .face { flex: none; width: 34px; height: 34px; border-radius: 8px; background: var(--accent); color: var(--on);
+.face { flex: none; width: 34px; height: 34px; border-radius: 8px; background: var(--accent); color: var(--on);
   display: flex; align-items: center; justify-content: center; font-size: 14px; }
-.row.me > .face { background: #d98a2b; color: #fff; } .row.robot > .face { background: #7a5bd0; color: #fff; }
+.me > .face { background: #d98a2b; color: #fff; } .robot > .face { background: #7a5bd0; color: #fff; }
 .bubble { background: var(--theirs); border-radius: 4px 12px 12px; padding: 8px 12px; overflow-wrap: anywhere;
   white-space: pre-wrap; max-width: 100%; }
+.me .meta { text-align: right; }
 .me .bubble { background: var(--mine); border-radius: 12px 4px 12px 12px; }
 .bubble.card { white-space: normal; width: 272px; } .bubble.bare { padding: 4px; }
 .bubble img, .bubble video { display: block; max-width: 100%; max-height: 280px; border-radius: 8px; }
@@ -980,7 +960,7 @@ code, pre { background: var(--code); border-radius: 4px; padding: 0 4px; font: 1
 .info, .highlight, .c3 { color: var(--good); } .comment, .gray, .c0, .faint { color: var(--faint); }
 .warning, .c2 { color: var(--bad); }
 .faint { font-size: 13px; } .card > * + * { margin-top: 8px; } .bubble :empty:is(div, b, span) { display: none; }
-.big { font-size: 26px; text-align: center; line-height: 1.2; }
+.big { font-size: 26px; text-align: center; line-height: 1.2; } .big + .faint { text-align: center; }
 .pair { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; }
 .pair > :first-child { color: var(--faint); flex: none; } .pair > :last-child { text-align: right; }
 .jump { border-top: 1px solid var(--line); padding-top: 8px; font-size: 14px; }
@@ -1002,7 +982,10 @@ footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px
 #menu button { width: 100%; background: var(--phone); }
 #menu ul { position: absolute; bottom: 100%; left: 0; right: 0; margin: 0 0 6px; padding: 4px; list-style: none;
   z-index: 2; background: var(--bar); border: 1px solid var(--line); border-radius: 10px; min-width: 104px; }
-#menu > :last-child:not(:first-child) ul { left: auto; width: 100%; }
+#menu ul button { background: none; }
+.top details { position: relative; } summary { cursor: pointer; } .top summary { list-style: none; padding: 0 6px; }
+.top details div { position: absolute; right: 0; display: grid; z-index: 1; background: var(--bar); white-space: nowrap;
+  border: 1px solid var(--line); border-radius: 10px; }
 aside { width: 264px; display: flex; flex-direction: column; gap: 12px; }
 aside h2, dialog h2 { font-size: 15px; margin: 0; } aside p { margin: 0; color: var(--faint); font-size: 13px; }
 aside label { display: flex; justify-content: space-between; gap: 8px; align-items: center; }
@@ -1013,6 +996,8 @@ dialog form { display: flex; flex-direction: column; gap: 10px; } dialog h3 { ma
 dialog label { display: flex; flex-direction: column; font-size: 13px; } dialog pre { white-space: pre-wrap;
   overflow-wrap: anywhere; padding: 8px; margin: 0; max-height: 40vh; overflow: auto; }
 .end { display: flex; flex-direction: row-reverse; gap: 8px; margin-top: 10px; }
+#raw .top { position: sticky; top: -16px; flex-direction: row; margin-top: -16px; padding: 16px 0 8px;
+  background: var(--bar); }
 #switch { display: none; }
 @media (min-width: 800px) { main { height: min(100vh - 40px, 860px); border-radius: 22px; border: 1px solid var(--line);
   box-shadow: 0 12px 40px #0002; } }
@@ -1078,7 +1063,7 @@ const faint = (...text) => el('div', {className: 'faint'}, text);
 const source = id => '/media/' + encodeURIComponent(id);
 function file(body, event, name) {
   const [title, bytes] = event.files[body.media_id] || ['素材不存在', 0];
-  return el('a', {href: source(body.media_id), download: title, className: 'link'}, (name || '📄 ') + title,
+  return el('a', {href: source(body.media_id), download: title, className: 'link'}, (name || '文件 · ') + title,
     faint(bytes < 1024 ? bytes + ' 字节' : (bytes / 1024).toFixed(0) + ' KB'));
 }
 const articles = draw => body => list(body.articles).map((a, n) => el('div', {className: n ? 'jump' : ''}, draw(a)));
@@ -1086,13 +1071,13 @@ const articles = draw => body => list(body.articles).map((a, n) => el('div', {cl
 const render = {
   text: body => rich(body.content),
   image: body => picture(source(body.media_id)),
-  voice: (body, event) => /\.(amr|speex)$/i.test((event.files[body.media_id] || [''])[0]) ? file(body, event, '🎤 ')
+  voice: (body, event) => /\.(amr|speex)$/i.test((event.files[body.media_id] || [''])[0]) ? file(body, event, '语音 · ')
     : el('audio', {controls: true, src: source(body.media_id)}),
   video: (body, event) => [el('video', {controls: true, preload: 'metadata', src: source(body.media_id)}),
     el('b', {}, body.title), faint(body.description)],
   file,
   markdown, markdown_v2: markdown,
-  location: body => ['📍 ', body.label, faint(body.x + ', ' + body.y)],
+  location: body => ['位置 · ', body.label, faint(body.x + ', ' + body.y)],
   link: body => [link(body.url, el('b', {}, body.title)), faint(body.description)],
   textcard: body => [el('b', {}, body.title), faint(pieces(body.description,
     /<div class="(gray|highlight|normal)">([\s\S]*?)<\/div>|<br\s*\/?>/g,
@@ -1138,19 +1123,19 @@ function card(body, event) {
     ...(menu ? {} : chosen(root))}, event.id);
   const button = b => String(b.type) === '1' ? link(b.url, b.text)
     : el('button', {type: 'button', className: 's' + (b.style || 1), onclick: () => press(b.key)}, b.text);
-  const titled = (part, className) => part && [el('div', {className}, part.title), faint(part.desc)];
+  const titled = (part, className) => part && el('div', {}, el('div', {className}, part.title), faint(part.desc));
   const boxed = (part, image, text) => el('div', {className: 'quote'}, image, link(part.url, el('b', {}, part.title)),
     el('div', {}, text));
   const {source: from, action_menu: menu, main_title: main, quote_area: quote, image_text_area: area} = body;
-  const actions = menu && el('details', {}, el('summary', {title: menu.desc || '更多'}, '⋯'), list(menu.action_list)
-    .map(a => el('button', {type: 'button', onclick: () => press(a.key, true)}, a.text)));
+  const actions = menu && el('details', {}, el('summary', {title: menu.desc || '更多'}, '⋯'), el('div', {},
+    list(menu.action_list).map(a => el('button', {type: 'button', onclick: () => press(a.key, true)}, a.text))));
   const root = el('div', {className: 'card'},
     (from || menu) && el('div', {className: 'top'},
       el('span', {className: 'faint c' + (from && from.desc_color || 0)}, from && from.desc), actions),
     titled(main, 'h'), body.card_image && picture(body.card_image.url),
     area && boxed(area, picture(area.image_url), area.desc), quote && boxed(quote, '', quote.quote_text),
     titled(body.emphasis_content, 'big'), faint(body.sub_title_text),
-    list(body.vertical_content_list).map(line => el('div', {}, titled(line, ''))),
+    list(body.vertical_content_list).map(line => titled(line, '')),
     list(body.horizontal_content_list).map(line => pair(line.keyname, String(line.type) === '2'
       ? el('a', {href: source(line.media_id), download: ''}, line.value) : link(line.url, line.value || line.userid))),
     body.button_selection && choice(body.button_selection), list(body.select_list).map(choice),
@@ -1182,7 +1167,7 @@ function bubble(event, who, face, type, body) {
     (render[type] || (b => JSON.stringify(b)))(body, event));
   entry.meta = el('div', {className: 'meta'});
   bubbles.set(event.id, entry);
-  $('log').append(el('article', {className: 'row ' + who}, el('div', {className: 'face', ariaHidden: 'true'}, face),
+  $('log').append(el('article', {className: 'row ' + who}, el('span', {className: 'face', ariaHidden: 'true'}, face),
     el('div', {}, entry.bubble, entry.meta)));
   return entry;
 }
@@ -1191,7 +1176,8 @@ function note(event, text, className) {
   const entry = {event, raws: event.raw || [], meta: el('span')};
   if (event.raw) entry.meta.append(' ', rawButton(entry));
   bubbles.set(event.id, entry);
-  $('log').append(el('div', {className: 'note ' + (className || '')}, text, ' ', el('span', {className: 'meta'}, entry.meta)));
+  $('log').append(el('div', {className: 'note ' + (className || '')}, text, ' ',
+    el('span', {className: 'meta'}, entry.meta)));
 }
 
 const heard = {                                 // 用户发的消息 → 气泡
@@ -1305,8 +1291,9 @@ function ask(title, fields) {                   // 一张小表 → {名字: 值
   });
 }
 
-function showRaw(raws) {
-  $('raws').replaceChildren(...raws.flatMap(([title, text]) => [el('h3', {}, title), el('pre', {tabIndex: 0}, text)]));
+function showRaw(raws) {                        // 元素之间换行,好读
+  $('raws').replaceChildren(...raws.flatMap(([title, text]) => [el('h3', {}, title),
+    el('pre', {tabIndex: 0}, text.replace(/(<xml>|<\/\w+>)(?=<\w)/g, '$1\n'))]));
   $('raw').showModal();
 }
 
@@ -1428,8 +1415,8 @@ PAGE = '''<!doctype html>
   <button id="expire" type="button">让 access_token 过期</button>
   <p>等机器人 5 秒,等不到就断开、再投递,一共 3 次。气泡下面的「原文」是加密前后的 XML 和 JSON。</p></aside>
 <dialog id="ask" aria-label="填写"></dialog>
-<dialog id="raw" aria-label="原文"><h2>原文</h2><div id="raws"></div>
-  <form method="dialog" class="end"><button class="solid">关闭</button></form></dialog>
+<dialog id="raw" aria-label="原文">
+  <form method="dialog" class="top"><h2>原文</h2><button class="solid">关闭</button></form><div id="raws"></div></dialog>
 <script>%s</script></body></html>
 ''' % (STYLE, SCRIPT)
 
