@@ -1416,7 +1416,8 @@ PAGE = '''<!doctype html>
   <p>等机器人 5 秒,等不到就断开、再投递,一共 3 次。气泡下面的「原文」是加密前后的 XML 和 JSON。</p></aside>
 <dialog id="ask" aria-label="填写"></dialog>
 <dialog id="raw" aria-label="原文">
-  <form method="dialog" class="top"><h2>原文</h2><button class="solid">关闭</button></form><div id="raws"></div></dialog>
+  <form method="dialog" class="top"><h2>原文</h2><button class="solid">关闭</button></form>
+  <div id="raws"></div></dialog>
 <script>%s</script></body></html>
 ''' % (STYLE, SCRIPT)
 
