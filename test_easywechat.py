@@ -2400,7 +2400,8 @@ class SimulatorApiTests(SimulatorCase):
     def test_media_have_sizes_types_and_an_age(self):
         for errcode, kind, name, data in (
                 (40004, 'poem', b'a.txt', b'x' * 9), (44001, 'file', b'a.txt', b'x' * 5),
-                (40005, 'image', b'a.gif', b'x' * 9), (40005, 'voice', b'a.mp3', b'x' * 9), (40006, 'voice', b'a.amr', b'x' * ((2 << 20) + 1))):
+                (40005, 'image', b'a.gif', b'x' * 9), (40005, 'voice', b'a.mp3', b'x' * 9),
+                (40006, 'voice', b'a.amr', b'x' * ((2 << 20) + 1))):
             self.assertEqual(self.call('media/upload', files=(name, data), type=kind)['errcode'], errcode)
         self.assertEqual(self.call('media/upload', b'x' * 99, type='file')['errcode'], 44001)
         done = self.call('media/upload', files=('报告.txt'.encode(), b'%PDF-1.7'), type='file')
@@ -2486,7 +2487,8 @@ class SimulatorPageTests(SimulatorCase):
         own = self.url[len('http://'):]
         for target, headers, status in (
                 ('/', {'Host': 'evil.example'}, 403), ('/', {'Host': own + '.evil.example'}, 403),
-                ('/events', {'Host': 'evil.example:80'}, 403), ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
+                ('/events', {'Host': 'evil.example:80'}, 403),
+                ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
                 ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
                 ('/cgi-bin/gettoken', {'Host': own, 'Origin': 'http://evil.example'}, 403), ('/x', {}, 404)):
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
@@ -2609,8 +2611,8 @@ class SimulatorCommandTests(SimulatorCase):
         env = dict(os.environ, PYTHONIOENCODING='utf-8', EASYWECHAT_SECRET=PLANTED)
         process = subprocess.Popen([sys.executable, simulator.__file__] + list(args), cwd=self.folder, env=env,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(process.communicate)
-        self.addCleanup(process.kill)
+        self.addCleanup(process.__exit__, None, None, None)
+        self.addCleanup(process.terminate)
         return process
 
     def test_one_command_starts_a_bot_and_ends_it(self):
@@ -2629,10 +2631,10 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertFalse(os.path.exists(os.path.dirname(config)))
 
     def test_a_bot_that_exits_and_one_that_is_not_ours(self):
-        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'),
-                                    ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9'),
-                                    ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr,'
-                                     ' flush=True)\ntime.sleep(60)', 2, '没有通过校验')):
+        foreign = ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr, flush=True)\n'
+                   'time.sleep(60)')
+        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'), (foreign, 2, '没有通过校验'),
+                                    ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9')):
             process = self.command(self.bot(code))
             err = process.communicate(timeout=20)[1].decode('utf-8')
             self.assertEqual((process.returncode, words in err), (status, True), err)
