@@ -58,7 +58,6 @@ def checks(client):
     yield client.message.send_text_card(AGENT, 'zhangsan', '备份', '失败', 'https://e.x/')['errcode'], 0
     yield client.user.get('lisi')['name'], '李四'
     yield sorted(u['userid'] for u in client.user.list(1, simple=True)), ['lisi', 'wangwu', 'zhangsan']
-    yield [d['id'] for d in client.department.get(1)], [1, 2]
     yield client.agent.get(AGENT)['agentid'], AGENT
     yield client.menu.create(AGENT, MENU)['errcode'], 0
     yield client.menu.get(AGENT)['button'], MENU['button']
