@@ -166,7 +166,9 @@ def checks(page, folder):
     raw = '\n'.join(page.texts('#raw pre'))
     page.click('#raw button', '关闭')
     yield 'the raw text is there', '"content": "慢!"' in raw and '"msgid"' in raw
-    Select(page.driver.find_element(By.ID, 'user')).select_by_value('zhangsan')
+    Select(page.driver.find_element(By.ID, 'user')).select_by_value('wangwu')
+    page.say('早上好')
+    page.heard('早上好!')
     page.say('备份好了吗')
     page.wait(lambda: page.count('.acts button', '再试一次'))
     page.look(800, 640)

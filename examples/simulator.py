@@ -785,7 +785,8 @@ class Corp:
 
     def _exchange(self, url, query, body=None):
         """一个请求,等 ``patience`` 秒 → (状态, 正文)。"""
-        time.sleep(min(self.delay, self.patience))
+        if self.delay:
+            time.sleep(min(self.delay, self.patience))
         if self.delay >= self.patience:
             raise TimeoutError('the network is too slow')
         parts = urllib.parse.urlsplit(url)
@@ -1137,7 +1138,7 @@ function card(body, event) {
     titled(body.emphasis_content, 'big'), faint(body.sub_title_text),
     list(body.vertical_content_list).map(line => titled(line, '')),
     list(body.horizontal_content_list).map(line => pair(line.keyname, String(line.type) === '2'
-      ? el('a', {href: source(line.media_id), download: ''}, line.value) : link(line.url, line.value || line.userid))),
+      ? el('a', {href: source(line.media_id), download: ''}, line.value) : link(line.url, line.value || state.users[line.userid] || line.userid))),
     body.button_selection && choice(body.button_selection), list(body.select_list).map(choice),
     body.checkbox && boxes(body.checkbox, 'box' + event.id),
     el('div', {className: 'acts'}, event.replaced ? el('button', {disabled: true}, event.replaced)
@@ -1154,7 +1155,7 @@ const bubbles = new Map();                      // 事件的 id → {bubble, met
 let all = [], user = null, state = {}, run = null, low = true;
 const bare = ['image', 'video'], wide = ['textcard', 'news', 'mpnews', 'template_card', 'miniprogram_notice'];
 const took = seconds => seconds === null || seconds === undefined ? ''
-  : seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + ' ms' : seconds.toFixed(1) + ' s';
+  : seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + '\u00a0ms' : seconds.toFixed(1) + '\u00a0s';
 const clock = at => new Date(at * 1000).toTimeString().slice(0, 5);
 
 function rawButton(entry) {
@@ -1194,7 +1195,7 @@ const on = {
   in(event) {
     const m = event.message, draw = heard[m.MsgType];
     if (draw) bubble(event, 'me', state.users[event.user].slice(0, 1), ...draw(m));
-    else note(event, [EVENTS[m.Event] || '事件 ' + m.Event, ' ', m.EventKey]);
+    else note(event, [EVENTS[m.Event] || '事件 ' + m.Event, ' ', link(m.EventKey, m.EventKey)]);
   },
   attempt(event) {
     const entry = bubbles.get(event.of);
@@ -1373,6 +1374,7 @@ $('trusted').onchange = () => change({trusted: !$('trusted').checked});
 $('expire').onclick = () => change({expire: true});
 $('log').onscroll = () => { low = $('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 90; };
 $('switch').onclick = () => $('switch').setAttribute('aria-expanded', String($('panel').classList.toggle('open')));
+new ResizeObserver(settle).observe($('log'));
 document.onkeydown = e => { if (e.key === 'Escape') { closeMenus(); $('panel').classList.remove('open'); } };
 
 new EventSource('/events').onmessage = message => {
@@ -1657,7 +1659,7 @@ def run_bot(wecom, command, app, stopping):
     with tempfile.TemporaryDirectory() as folder:
         write_config(os.path.join(folder, 'config.ini'), app, dict(wecom.settings, api_base=wecom.url))
         process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
-                                   stderr=subprocess.PIPE)
+                                   stderr=subprocess.PIPE, bufsize=0)
         problems = []
         reader = threading.Thread(target=relay, args=(wecom, process, problems), daemon=True)
         reader.start()
@@ -1666,8 +1668,9 @@ def run_bot(wecom, command, app, stopping):
             time.sleep(0.05)
         left = process.poll()
         end(process)
-        reader.join(2)
-        process.stderr.close()
+        reader.join(2)              # 它自己的子进程可能还拿着 stderr
+        if not reader.is_alive():
+            process.stderr.close()
     if stopping:
         return 0
     if left is None:
@@ -1679,6 +1682,7 @@ def run_bot(wecom, command, app, stopping):
 
 def serve(wecom, app, url, stopping):
     """没有要启动的机器人:打印设置,和收到的消息,到被停下为止 → 退出码。"""
+    tell('聊天页: %s/' % wecom.url, sys.stderr)
     tell('[%s]\napi_base = %s' % (app, wecom.url))
     for item in wecom.settings.items():
         tell('%s = %s' % item)
@@ -1694,7 +1698,7 @@ def serve(wecom, app, url, stopping):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='桌上的企业微信:聊天页、回调、API。')
-    parser.add_argument('--port', type=int, default=int(os.environ.get('PORT', 0)),
+    parser.add_argument('--port', type=int, default=os.environ.get('PORT') or 0,
                         help='聊天页和 API 的端口(默认由系统挑)')
     parser.add_argument('--url', help='机器人已经在别处运行:它的回调 URL')
     parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
