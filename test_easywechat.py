@@ -2357,7 +2357,7 @@ class SimulatorCase(ClientCase):
         return seen
 
 
-class SimulatorApiTests(SimulatorCase):
+class SimulatorTests(SimulatorCase):
 
     def test_it_refuses_what_wecom_refuses(self):
         token = self.call('getcallbackip') and list(self.wecom._tokens)[0]
@@ -2447,6 +2447,31 @@ class SimulatorApiTests(SimulatorCase):
         self.wecom.has_callback = False
         self.assertEqual(self.call('message/send', card(task_id='new'))['errcode'], 43012)
 
+    def test_the_page_is_one_file_with_a_strict_policy(self):
+        status, headers, page = self.http('GET', '/')
+        self.assertEqual((status, headers['X-Content-Type-Options']), (200, 'nosniff'))
+        policy = headers['Content-Security-Policy']
+        for kind in 'style', 'script':
+            text = re.search('<%s>(.*?)</%s>' % (kind, kind), page.decode('utf-8'), re.S).group(1)
+            digest = binascii.b2a_base64(hashlib.sha256(text.encode('utf-8')).digest(), newline=False).decode()
+            self.assertIn("%s-src 'sha256-%s'" % (kind, digest), policy)
+        self.assertIn("default-src 'none'", policy)
+        self.assertNotRegex(policy, 'unsafe|https?:|\\*')
+        self.assertNotRegex(page.decode('utf-8'), r'innerHTML|insertAdjacent|document\.write|eval\(|<link|src="http')
+
+    def test_foreign_pages_are_refused(self):
+        own = self.url[len('http://'):]
+        for target, headers, status in (
+                ('/', {'Host': 'evil.example'}, 403), ('/', {'Host': own + '.evil.example'}, 403),
+                ('/events', {'Host': 'evil.example:80'}, 403),
+                ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
+                ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
+                ('/cgi-bin/gettoken', {'Host': own, 'Origin': 'http://evil.example'}, 403), ('/x', {}, 404)):
+            self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
+        body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
+        self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
+        self.assertEqual(list(self.wecom.events), [])
+
 
 class SimulatorPageTests(SimulatorCase):
 
@@ -2471,36 +2496,11 @@ class SimulatorPageTests(SimulatorCase):
     def say(self, message, user='zhangsan', **more):
         return self.post('/say', dict({'user': user, 'message': message}, **more))
 
-    def test_the_page_is_one_file_with_a_strict_policy(self):
-        status, headers, page = self.http('GET', '/')
-        self.assertEqual((status, headers['X-Content-Type-Options']), (200, 'nosniff'))
-        policy = headers['Content-Security-Policy']
-        for kind in 'style', 'script':
-            text = re.search('<%s>(.*?)</%s>' % (kind, kind), page.decode('utf-8'), re.S).group(1)
-            digest = binascii.b2a_base64(hashlib.sha256(text.encode('utf-8')).digest(), newline=False).decode()
-            self.assertIn("%s-src 'sha256-%s'" % (kind, digest), policy)
-        self.assertIn("default-src 'none'", policy)
-        self.assertNotRegex(policy, 'unsafe|https?:|\\*')
-        self.assertNotRegex(page.decode('utf-8'), r'innerHTML|insertAdjacent|document\.write|eval\(|<link|src="http')
-
-    def test_foreign_pages_are_refused(self):
-        own = self.url[len('http://'):]
-        for target, headers, status in (
-                ('/', {'Host': 'evil.example'}, 403), ('/', {'Host': own + '.evil.example'}, 403),
-                ('/events', {'Host': 'evil.example:80'}, 403),
-                ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
-                ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
-                ('/cgi-bin/gettoken', {'Host': own, 'Origin': 'http://evil.example'}, 403), ('/x', {}, 404)):
-            self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
-        body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
-        self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
-        self.assertEqual([e['kind'] for e in self.wecom.events], ['changed'])
-
     def test_what_is_said_and_answered_is_shown_with_its_raw_text(self):
         self.assertEqual(self.say({'MsgType': 'text', 'Content': '<b>状态'}), {})
         seen = self.events('state', 'in', 'attempt', 'answer', 'out')
         state, seen = seen[0], seen[-1]
-        self.assertEqual((state['users']['lisi'], state['run']), ('李四', self.wecom._server.run))
+        self.assertEqual((state['users']['lisi'], state['run']), ('李四', self.wecom.run))
         self.assertEqual((seen['how'], seen['type'], seen['body'], seen['user']),
                          ('passive', 'text', {'content': '<b>状态!'}, 'zhangsan'))
         self.assertLess(seen['seconds'], 5)

@@ -164,8 +164,8 @@ CARD_TEXTS = {'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033
               'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
               'submit_button.text': (10, 10, 42049)}
 #: 列表 → 最多几项,和多了的错误码。
-CARD_LISTS = {'button_list': (6, 42035), 'horizontal_content_list': (6, 42036), 'jump_list': (3, 42037),
-              'select_list': (3, 42042), 'vertical_content_list': (4, 42047)}
+CARD_LISTS = {'button_list': (6, 42035), 'horizontal_content_list': (6, 42036),
+              'jump_list': (3, 42037), 'select_list': (3, 42042), 'vertical_content_list': (4, 42047)}
 
 
 def check_key(value, errcode, errmsg):
@@ -241,8 +241,8 @@ def check_template_card(wecom, body, robot=False):
          or kind == 'text_notice' and body.get('sub_title_text'), 42033, 'main_title.title missing')
     check_sizes(body, robot)
     if kind == 'news_notice':
-        need((body.get('card_image') or {}).get('url') or body.get('image_text_area') and not robot, 42044,
-             'card_image.url missing')
+        need((body.get('card_image') or {}).get('url')
+             or body.get('image_text_area') and not robot, 42044, 'card_image.url missing')
     if body.get('card_action') and str(body['card_action'].get('type')) != '0':
         check_target(body['card_action'], 42045)
     check_buttons(body)
@@ -276,8 +276,8 @@ CHECKS.update((kind, check_media(kind)) for kind in MEDIA)
 
 # ---- 菜单 (path/90231) ------------------------------------------------------------------------
 
-BUTTONS = ('click', 'view', 'scancode_push', 'scancode_waitmsg', 'pic_sysphoto', 'pic_photo_or_album',
-           'pic_weixin', 'location_select', 'view_miniprogram')
+BUTTONS = ('click', 'view', 'scancode_push', 'scancode_waitmsg', 'pic_sysphoto',
+           'pic_photo_or_album', 'pic_weixin', 'location_select', 'view_miniprogram')
 
 
 def check_menu_button(button, errcodes):
@@ -310,6 +310,9 @@ def check_menu(buttons):
 
 # ---- 被动回复 (path/90241) --------------------------------------------------------------------
 
+#: 类型 → 它的节点。
+REPLIES = {'image': 'Image', 'voice': 'Voice', 'video': 'Video', 'update_button': 'Button',
+           'update_template_card': 'TemplateCard'}
 #: XML 的名字里不照规矩变成 JSON 的。
 JSON_NAMES = {'pic_url': 'picurl', 'key_name': 'keyname', 'app_id': 'appid', 'user_id': 'userid',
               'page_path': 'pagepath', 'check_box': 'checkbox'}
@@ -331,17 +334,15 @@ def json_names(value):
 
 def reply_body(wecom, reply):
     """被动回复 (dict) → 它的正文,用主动发送的名字,不合规矩就 Refused。"""
-    kind = reply['MsgType']
+    kind = reply.get('MsgType') or ''
     if kind == 'text':
         body = {'content': reply.get('Content')}
     elif kind == 'news':
         items = (reply.get('Articles') or {}).get('item') or []
         body = {'articles': json_names(items if isinstance(items, list) else [items])}
     else:
-        name = {'update_template_card': 'TemplateCard', 'update_button': 'Button'}.get(kind, kind.capitalize())
-        need(kind in ('image', 'voice', 'video', 'update_button', 'update_template_card')
-             and isinstance(reply.get(name), dict), 40008, '%s is no passive reply' % kind)
-        body = json_names(reply[name])
+        body = json_names(reply.get(REPLIES.get(kind)))
+        need(isinstance(body, dict), 40008, '%s is no passive reply' % kind)
     if kind == 'update_template_card':
         check_template_card(wecom, body)
     elif kind != 'update_button':
@@ -386,6 +387,7 @@ class Corp:
         self.task_ids = set()
         self.name, self.url, self.bot = '监控', '', ''      # 应用的名字、api_base、回调 URL
         self.events = collections.deque(maxlen=1000)
+        self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
         self._serial = 0
         self._tokens = {}
         self._codes = {}            # response_code → (到什么时候, {成员: 他的那张卡片是哪件事})
@@ -402,9 +404,12 @@ class Corp:
         """记一件事 → 它的 dict;提到的素材,把文件名和大小带上。"""
         with self._changed:
             self._serial += 1
-            known = re.findall('media[0-9]+_[0-9a-f]{20}', json.dumps([fields.get('body'), fields.get('message')]))
-            files = {i: [self.media[i]['name'], len(self.media[i]['data'])] for i in known if i in self.media}
-            event = dict(fields, id=self._serial, kind=kind, at=time.time(), files=files)
+            event = dict(fields, id=self._serial, kind=kind, at=time.time(), files={})
+            shown = json.dumps([fields.get('body'), fields.get('message')])
+            for media_id in re.findall('media[0-9]+_[0-9a-f]{20}', shown):
+                if media_id in self.media:
+                    media = self.media[media_id]
+                    event['files'][media_id] = media['name'], len(media['data'])
             self.events.append(event)
             self._changed.notify_all()
         return event
@@ -417,9 +422,8 @@ class Corp:
 
     def state(self):
         """聊天页一打开要知道的。"""
-        return {'kind': 'state', 'users': self.users, 'name': self.name, 'bot': self.bot, 'menu': self.menu,
-                'deliveries': self.deliveries, 'delay': self.delay, 'lost': self.lost,
-                'wrong_token': self.wrong_token, 'trusted': self.trusted}
+        names = 'users', 'name', 'bot', 'menu', 'delay', 'lost', 'wrong_token', 'trusted'
+        return dict({name: getattr(self, name) for name in names}, kind='state', run=self.run)
 
     def change(self, **values):
         """改几个属性,并让聊天页知道。"""
@@ -479,16 +483,17 @@ class Corp:
             return answer
 
     def _refusal(self, errcode, errmsg):
-        return {'errcode': errcode, 'errmsg': '%s, hint: [%d_1_ab], from ip: 203.0.113.9, more info at '
-                'https://open.work.weixin.qq.com/devtool/query?e=%d' % (errmsg, time.time(), errcode)}
+        return {'errcode': errcode, 'errmsg': '%s, hint: [%d_1_ab], from ip: 203.0.113.9, more info '
+                'at https://open.work.weixin.qq.com/devtool/query?e=%d' % (errmsg, time.time(), errcode)}
 
     def _show_call(self, before, path, body, answer):
         """这次调用里发生的事都带上它的原文;被拒绝的本身也是一件事。"""
         if answer['errcode']:
-            self._log('call', path=path, errcode=answer['errcode'], errmsg=answer['errmsg'].partition(', hint')[0])
+            errmsg = answer['errmsg'].partition(', hint')[0]
+            self._log('call', path=path, errcode=answer['errcode'], errmsg=errmsg)
         if self._serial > before:
-            text = '(%d 字节)' % len(body) if b'\0' in body else body[:20000].decode('utf-8', 'replace')
-            raw = [['机器人 → 企业微信 · /cgi-bin/' + path, text],
+            shown = b'(%d bytes)' % len(body) if b'\0' in body else body[:20000]
+            raw = [['机器人 → 企业微信 · /cgi-bin/' + path, shown.decode('utf-8', 'replace')],
                    ['企业微信 → 机器人', json.dumps(answer, ensure_ascii=False)]]
             for event in self.events:
                 if event['id'] > before:
@@ -514,7 +519,8 @@ class Corp:
         """JSON 里的 agentid:整数,而且是自己的。"""
         need('agentid' in data, 41011, 'missing agentid')
         need(isinstance(data['agentid'], int), 40056, 'invalid agentid')
-        need(str(data['agentid']) == self.settings['agentid'], 301002, 'not allow operate another agent')
+        need(str(data['agentid']) == self.settings['agentid'], 301002,
+             'not allow operate another agent')
 
     def api_gettoken(self, query, body, headers):
         need(query.get('corpid'), 41002, 'corpid missing')
@@ -541,13 +547,15 @@ class Corp:
     def _receivers(self, message):
         """→ (收得到的成员, {'invaliduser': …} 等)。部门和标签里是全部成员。"""
         found, wrong, anybody = set(), {}, False
-        for key, known, most, errcode in (('touser', self.users, 1000, 40032), ('toparty', self.parties, 100, 82002),
+        for key, known, most, errcode in (('touser', self.users, 1000, 40032),
+                                          ('toparty', self.parties, 100, 82002),
                                           ('totag', self.tags, 100, 82003)):
             need(isinstance(message.get(key) or '', str), 40031, 'invalid %s list' % key)
             asked = [i.lower() for i in (message.get(key) or '').split('|') if i]
             need(len(asked) <= most, errcode, 'invalid %s list size' % key)
             right = [i for i in asked if i in known or key + i == 'touser@all']
-            found.update(right if key == 'touser' and '@all' not in right else self.users if right else ())
+            everybody = right and (key != 'touser' or '@all' in right)
+            found.update(self.users if everybody else right)
             wrong['invalid' + key[2:]] = '|'.join(i for i in asked if i not in right)
             anybody = anybody or asked
         need(anybody, 82001, 'user & party & tag all empty')
@@ -565,8 +573,8 @@ class Corp:
                 continue
             self.inbox[user].append((kind, message[kind].get('content', message[kind])))
             asked = self._asked.get(user)
-            shown[user] = self._log('out', user=user, how='active', type=kind, body=message[kind], msgid=msgid,
-                                    seconds=asked and time.monotonic() - asked)['id']
+            shown[user] = self._log('out', user=user, how='active', type=kind, body=message[kind],
+                                    msgid=msgid, seconds=asked and time.monotonic() - asked)['id']
         if kind != 'template_card':
             return {'msgid': msgid}
         card = message[kind]
@@ -593,7 +601,8 @@ class Corp:
     def api_message_update_template_card(self, query, body, headers):
         update = self._json(body)
         self._check_agent(update)
-        for key, most, errcode in ('userids', 1000, 40032), ('partyids', 100, 82002), ('tagids', 100, 82003):
+        for key, most, errcode in (('userids', 1000, 40032), ('partyids', 100, 82002),
+                                   ('tagids', 100, 82003)):
             need(isinstance(update.get(key, []), list), 40031, 'invalid %s' % key)
             need(len(update.get(key, [])) <= most, errcode, 'invalid %s size' % key)
         groups = update.get('partyids') or update.get('tagids') or update.get('atall')
@@ -603,7 +612,8 @@ class Corp:
         until, cards = self._codes.get(update['response_code'], (0, {}))
         need(until > time.monotonic(), 60140, 'invalid response_code')
         button, card = update.get('button'), update.get('template_card')
-        need(isinstance(button, dict) or isinstance(card, dict), 40035, 'button or template_card missing')
+        need(isinstance(button, dict) or isinstance(card, dict), 40035,
+             'button or template_card missing')
         if card:
             check_template_card(self, card)
         else:
@@ -619,7 +629,8 @@ class Corp:
     def keep(self, kind, name, data, owner='app'):
         """放一个素材 → media_id。"""
         media_id = self._next('media')
-        self.media[media_id] = {'type': kind, 'name': name, 'data': data, 'owner': owner, 'at': time.time()}
+        self.media[media_id] = {'type': kind, 'name': name, 'data': data, 'owner': owner,
+                                'at': time.time()}
         return media_id
 
     def _file(self, body, headers, field=b'media'):
@@ -628,8 +639,8 @@ class Corp:
         need(boundary, 44001, 'empty media data')
         head, _, rest = body.partition(b'\r\n\r\n')
         name = re.search(b'name="' + field + b'"; filename="([^"]*)"', head)
-        data, end, _ = rest.rpartition(b'\r\n--' + boundary.group(1).encode() + b'--')
-        need(name and end and len(data) > 5, 44001, 'empty media data')
+        data, tail, _ = rest.rpartition(b'\r\n--' + boundary.group(1).encode() + b'--')
+        need(name and tail and len(data) > 5, 44001, 'empty media data')
         return name.group(1).decode('utf-8'), data
 
     def _upload(self, query, body, headers, kinds, owner='app'):
@@ -729,11 +740,12 @@ class Corp:
 
     def api_user_simplelist(self, query, body, headers):
         need(query.get('department_id') in self.parties, 60003, 'department not found')
-        return {'userlist': [{'userid': u, 'name': name, 'department': [1]} for u, name in self.users.items()]}
+        return {'userlist': [{'userid': u, 'name': name, 'department': [1]}
+                             for u, name in self.users.items()]}
 
     def api_department_list(self, query, body, headers):
-        return {'department': [{'id': int(i), 'name': name, 'parentid': int(i != '1'), 'order': int(i)}
-                               for i, name in self.parties.items()]}
+        return {'department': [{'id': int(i), 'name': name, 'parentid': int(i != '1'),
+                                'order': int(i)} for i, name in self.parties.items()]}
 
     def api_getcallbackip(self, query, body, headers):
         return {'ip_list': ['127.0.0.1']}
@@ -745,23 +757,24 @@ class Corp:
         with self._lock:
             self._count += 1
         full = {'ToUserName': self.settings['corpid'], 'FromUserName': user,
-                'CreateTime': int(time.time()), 'MsgType': 'text', 'AgentID': self.settings['agentid']}
+                'CreateTime': int(time.time()), 'MsgType': 'text',
+                'AgentID': self.settings['agentid']}
         full.update(fields)
         if full['MsgType'] != 'event':
             full.setdefault('MsgId', 7 * 10 ** 15 + self._count)
         return full
 
-    def _crypt(self):
-        return WXBizMsgCrypt(*(self.settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
+    def _crypt(self, **other):
+        settings = dict(self.settings, **other)
+        return WXBizMsgCrypt(*(settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
 
     def _signed(self, text):
         """→ (查询参数 dict, 密文 str);每次的 nonce 和密文都不同。"""
-        crypt = self._crypt()
-        encrypt = crypt.seal(text)
-        if self.wrong_token:
-            crypt = WXBizMsgCrypt('not the Token', self.settings['encoding_aes_key'], self.settings['corpid'])
-        now, nonce = str(int(time.time())), str(int.from_bytes(os.urandom(4), 'big'))
-        return {'msg_signature': crypt.sign(now, nonce, encrypt), 'timestamp': now, 'nonce': nonce}, encrypt.decode()
+        crypt = self._crypt(token='wrong') if self.wrong_token else self._crypt()
+        encrypt, now = crypt.seal(text), str(int(time.time()))
+        nonce = str(int.from_bytes(os.urandom(4), 'big'))
+        query = {'msg_signature': crypt.sign(now, nonce, encrypt), 'timestamp': now, 'nonce': nonce}
+        return query, encrypt.decode()
 
     def request(self, message):
         """一次投递的 (查询串, 正文 bytes)。"""
@@ -775,8 +788,8 @@ class Corp:
         if answer in (b'', b'success'):
             return ''
         envelope = xml_to_dict(answer)
-        return self._crypt().decrypt_message(answer, envelope.get('MsgSignature'), envelope.get('TimeStamp'),
-                                             envelope.get('Nonce'))
+        return self._crypt().decrypt_message(answer, envelope.get('MsgSignature'),
+                                             envelope.get('TimeStamp'), envelope.get('Nonce'))
 
     def opened(self, answer):
         """回答的信封 (bytes) → 里面的 dict;空的是 {}。"""
@@ -790,10 +803,10 @@ class Corp:
         if self.delay >= self.patience:
             raise TimeoutError('the network is too slow')
         parts = urllib.parse.urlsplit(url)
-        connect = http.client.HTTPSConnection if parts.scheme == 'https' else http.client.HTTPConnection
+        connect = getattr(http.client, parts.scheme.upper() + 'Connection')
         connection = connect(parts.hostname, parts.port, timeout=self.patience - self.delay)
         try:
-            connection.request('GET' if body is None else 'POST', '%s?%s' % (parts.path or '/', query), body,
+            connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query), body,
                                {'Content-Type': 'text/xml'} if body else {})
             response = connection.getresponse()
             return response.status, response.read()
@@ -808,8 +821,9 @@ class Corp:
         """像后台的「保存」那样校验回调 URL → 哪里不对,'' 是通过。"""
         echo = str(int.from_bytes(os.urandom(8), 'big'))
         query, encrypt = self._signed(echo)
+        query['echostr'] = encrypt
         try:
-            status, answer = self._exchange(url, urllib.parse.urlencode(dict(query, echostr=encrypt)))
+            status, answer = self._exchange(url, urllib.parse.urlencode(query))
         except (OSError, http.client.HTTPException) as e:
             return '%s 没有回答: %s' % (url, e)
         if (status, answer) != (200, echo.encode()):
@@ -842,27 +856,26 @@ class Corp:
         raw = [['企业微信 → 机器人 · 明文', dict_to_xml(message)],
                ['企业微信 → 机器人 · 密文', 'POST %s?%s\n\n%s' % (url, query, body.decode('utf-8'))]]
         self._log('attempt', of=said, n=n)
-        begin, status, answer, error, plain = time.monotonic(), 0, b'', '', ''
+        begin, status, reply, error = time.monotonic(), 0, {}, ''
         try:
             status, answer = self._exchange(url, query, body)
+            text = answer[:20000].decode('utf-8', 'replace')
+            raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
             if n <= self.lost:
                 raise ConnectionError('the answer was lost')
-            if status == 200:
-                plain = self._opened_text(answer)
+            if status == 200 and self._opened_text(answer):
+                raw.append(['机器人 → 企业微信 · 明文', self._opened_text(answer)])
+                reply = self.opened(answer)
         except (OSError, http.client.HTTPException) as e:
-            error = '回答丢在路上' if status else '连不上' if isinstance(e, ConnectionRefusedError) else '没有回答'
+            refused = isinstance(e, ConnectionRefusedError)
+            error = '回答丢在路上' if status else '连不上' if refused else '没有回答'
             status = 0
         except WeChatError as e:
             error = '回答读不懂: %s' % e.errmsg
-        if status and answer:
-            raw += [['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, answer[:20000].decode('utf-8', 'replace'))],
-                    ['机器人 → 企业微信 · 明文', plain]]
-        again = n < self.deliveries and (not status or status != 200 and self.retry_status)
-        self._log('answer', of=said, n=n, status=status, error=error, again=again, raw=raw,
-                  seconds=time.monotonic() - begin)
-        if not status or status != 200 and self.retry_status:
-            return None, raw
-        return xml_to_dict(plain) if plain else {}, raw
+        failed = not status or status != 200 and self.retry_status
+        self._log('answer', of=said, n=n, status=status, error=error, raw=raw,
+                  again=failed and n < self.deliveries, seconds=time.monotonic() - begin)
+        return None if failed else reply, raw
 
     def _passive(self, message, reply, raw, seconds):
         """被动回复到了用户那里。"""
@@ -872,10 +885,11 @@ class Corp:
             try:
                 body = reply_body(self, reply)
             except (Refused, AttributeError, TypeError) as e:
-                self._log('note', user=user, text='企业微信不认这个被动回复: %s' % (e.args[-1],), raw=raw)
+                self._log('note', user=user, text='企业微信不认这个被动回复: %s' % e.args[-1], raw=raw)
                 return
             if not kind.startswith('update_'):
-                self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds, raw=raw)
+                self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds,
+                          raw=raw)
                 return
             cards = self._codes.get(message.get('ResponseCode'), (0, {}))[1]
             self._log('update', user=user, of=cards.get(user), raw=raw,
@@ -899,8 +913,8 @@ class Corp:
         with self._lock:
             media_id = self.keep(kind, name, data)
         url = '%s/media/%s' % (self.url, media_id)
-        more = {'image': {'PicUrl': url}, 'voice': {'Format': 'amr'}, 'video': {'ThumbMediaId': media_id},
-                'file': {'FileName': name}}
+        more = {'image': {'PicUrl': url}, 'voice': {'Format': 'amr'},
+                'video': {'ThumbMediaId': media_id}, 'file': {'FileName': name}}
         self.say(user, dict({'MsgType': kind, 'MediaId': media_id}, **more[kind]))
 
 
@@ -1138,7 +1152,8 @@ function card(body, event) {
     titled(body.emphasis_content, 'big'), faint(body.sub_title_text),
     list(body.vertical_content_list).map(line => titled(line, '')),
     list(body.horizontal_content_list).map(line => pair(line.keyname, String(line.type) === '2'
-      ? el('a', {href: source(line.media_id), download: ''}, line.value) : link(line.url, line.value || state.users[line.userid] || line.userid))),
+      ? el('a', {href: source(line.media_id), download: ''}, line.value)
+      : link(line.url, line.value || state.users[line.userid] || line.userid))),
     body.button_selection && choice(body.button_selection), list(body.select_list).map(choice),
     body.checkbox && boxes(body.checkbox, 'box' + event.id),
     el('div', {className: 'acts'}, event.replaced ? el('button', {disabled: true}, event.replaced)
@@ -1428,14 +1443,16 @@ PAGE = '''<!doctype html>
 # 一个端口:/cgi-bin/ 是 API,其余是聊天页。聊天页只给本机的浏览器:别的网站的脚本不能借它的手进来
 # (Host 防 DNS 重绑定,Origin 防跨站的请求)。
 
-TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.gif': 'image/gif', '.webp': 'image/webp',
-         '.mp4': 'video/mp4', '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
+TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
+         '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
          '.m4a': 'audio/mp4'}
 #: 页面里只有这一段样式、这一段脚本能用,图片和声音只从这里来。
-POLICY = "default-src 'none'; %s; img-src 'self'; media-src 'self'; connect-src 'self'; base-uri 'none'; " \
-         "form-action 'none'; frame-ancestors 'none'" % '; '.join(
-             "%s-src 'sha256-%s'" % (kind, base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode())
-             for kind, text in (('style', STYLE), ('script', SCRIPT)))
+POLICY = "default-src 'none'; img-src 'self'; media-src 'self'; connect-src 'self'; " \
+         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+for kind, text in ('style', STYLE), ('script', SCRIPT):
+    digest = base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()
+    POLICY += "; %s-src 'sha256-%s'" % (kind, digest)
+LOOPBACK = re.compile(r'(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?')
 #: 页面上的开关能改的属性。
 SWITCHES = {'delay': float, 'lost': int, 'wrong_token': bool, 'trusted': bool}
 
@@ -1453,8 +1470,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             prefix, api, path = parts.path.rpartition('/cgi-bin/')
             query = dict(urllib.parse.parse_qsl(parts.query))
             host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
-            if origin and origin != 'http://' + host or \
-                    not api and not re.fullmatch(r'(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?', host):
+            if origin and origin != 'http://' + host or not (api or LOOPBACK.fullmatch(host)):
                 self._write(403, 'text/plain', b'only for this machine\n')
             elif api:
                 self._api(path, query, body)
@@ -1480,8 +1496,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_error(404)
             elif isinstance(answer, tuple):
                 name, data = answer
-                self._write(200, 'application/octet-stream', data, ('Content-Disposition', 'attachment; filename="%s"'
-                                                                    % name.encode('utf-8').decode('latin-1')))
+                name = name.encode('utf-8').decode('latin-1')
+                self._write(200, 'application/octet-stream', data,
+                            ('Content-Disposition', 'attachment; filename="%s"' % name))
             else:
                 self._json(answer)
 
@@ -1499,7 +1516,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
 
     def _json(self, answer):
-        self._write(200, 'application/json; charset=UTF-8', json.dumps(answer, ensure_ascii=False).encode('utf-8'))
+        self._write(200, 'application/json; charset=UTF-8',
+                    json.dumps(answer, ensure_ascii=False).encode('utf-8'))
 
     def _write(self, status, kind, data, *headers):
         self.send_response(status)
@@ -1513,8 +1531,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _page(self, what, path, query, body):
         if what == 'GET /' and path == '/':
-            self._write(200, 'text/html; charset=utf-8', PAGE.encode('utf-8'), ('Content-Security-Policy', POLICY),
-                        ('Referrer-Policy', 'no-referrer'), ('Cache-Control', 'no-store'))
+            self._write(200, 'text/html; charset=utf-8', PAGE.encode('utf-8'),
+                        ('Content-Security-Policy', POLICY), ('Referrer-Policy', 'no-referrer'),
+                        ('Cache-Control', 'no-store'))
         elif what == 'GET /events':
             self._events()
         elif what == 'GET /media' and path[7:] in self.server.wecom.media:
@@ -1533,7 +1552,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.wecom.say(asked['user'], asked['message'], asked.get('card'))
 
     def _file(self, query, body):
-        self.server.wecom.send_file(query.get('user'), query.get('type'), query.get('name', 'file'), body)
+        self.server.wecom.send_file(query['user'], query['type'], query['name'], body)
 
     def _switch(self, query, body):
         asked = json.loads(body.decode('utf-8'))
@@ -1544,10 +1563,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _media(self, media):
         """一个素材。不是图片、声音、视频的,只能下载:这里是页面自己的源。"""
         kind = TYPES.get(os.path.splitext(media['name'].lower())[1])
+        how = 'inline' if kind else 'attachment'
         name = urllib.parse.quote(media['name'], safe='')
         self._write(200, kind or 'application/octet-stream', media['data'],
                     ('Content-Security-Policy', "default-src 'none'; sandbox"),
-                    ('Content-Disposition', "%s; filename*=UTF-8''%s" % ('inline' if kind else 'attachment', name)))
+                    ('Content-Disposition', "%s; filename*=UTF-8''%s" % (how, name)))
 
     def _events(self):
         """Server-Sent Events:先是现状,然后每件事一个,断了从 Last-Event-ID 接着。"""
@@ -1557,14 +1577,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header('Content-Type', 'text/event-stream; charset=utf-8')
         self.send_header('Cache-Control', 'no-store')
         self.end_headers()
-        state = dict(wecom.state(), run=self.server.run)
-        self.wfile.write(b'data: %s\n\n' % json.dumps(state).encode())
+        self.wfile.write(b'data: %s\n\n' % json.dumps(wecom.state()).encode())
         while not self.server.stopping:
             events = wecom.events_after(last, 15)
             for event in events:
                 last = event['id']
-                if event['kind'] == 'changed':
-                    event = dict(wecom.state(), run=self.server.run)
+                event = wecom.state() if event['kind'] == 'changed' else event
                 self.wfile.write(b'id: %d\ndata: %s\n\n' % (last, json.dumps(event).encode()))
             self.wfile.write(b'' if events else b': still here\n\n')
 
@@ -1582,7 +1600,7 @@ class WeCom(Corp):
     def start(self, host='127.0.0.1', port=0):
         """开始服务,返回 api_base。"""
         self._server = Server((host, port), Handler)
-        self._server.wecom, self._server.run = self, '%x' % int.from_bytes(os.urandom(8), 'big')
+        self._server.wecom = self
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = 'http://%s:%d' % self._server.server_address[:2]
         return self.url
@@ -1605,7 +1623,8 @@ def tell(text, stream=None):
 
 
 def write_config(path, app, settings):
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w', encoding='utf-8') as f:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(handle, 'w', encoding='utf-8') as f:
         f.write('[%s]\n' % app + ''.join('%s = %s\n' % item for item in settings.items()))
 
 
@@ -1620,7 +1639,8 @@ def child_environment(folder):
 def callback_url(line):
     """`WeChatServer.run` 在 stderr 上说它在哪里听 (bytes) → 本机能用的 URL,别的行是 None。"""
     found = re.match(rb'EasyWeChat \S+ (http://[!-~]+)', line)
-    return found and found.group(1).decode().replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
+    url = found and found.group(1).decode()
+    return url and url.replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
 
 
 def introduce(wecom, url):
@@ -1633,14 +1653,17 @@ def introduce(wecom, url):
     return not problem
 
 
-def relay(wecom, process, problems):
+def relay(wecom, process, problems, stopping):
     """机器人的 stderr 照样给用户看;从里面知道它在哪里听。"""
-    for line in process.stderr:
-        sys.stderr.buffer.write(line)
-        sys.stderr.buffer.flush()
-        url = callback_url(line)
-        if url and not introduce(wecom, url):
-            problems.append(url)
+    try:
+        for line in process.stderr:
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+            url = callback_url(line)
+            if url and not introduce(wecom, url):
+                problems.append(url)
+    except OSError:             # 没有人看了
+        stopping.append(None)
 
 
 def end(process):
@@ -1657,17 +1680,20 @@ def end(process):
 def run_bot(wecom, command, app, stopping):
     """启动机器人,到它退出或被停下为止 → 退出码。"""
     with tempfile.TemporaryDirectory() as folder:
-        write_config(os.path.join(folder, 'config.ini'), app, dict(wecom.settings, api_base=wecom.url))
+        write_config(os.path.join(folder, 'config.ini'), app,
+                     dict(wecom.settings, api_base=wecom.url))
         process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
                                    stderr=subprocess.PIPE, bufsize=0)
         problems = []
-        reader = threading.Thread(target=relay, args=(wecom, process, problems), daemon=True)
-        reader.start()
-        # 信号只记在 stopping 里,不抛异常:没有哪个瞬间会丢下机器人不管
-        while not (stopping or problems or process.poll() is not None):
-            time.sleep(0.05)
-        left = process.poll()
-        end(process)
+        reader = threading.Thread(target=relay, args=(wecom, process, problems, stopping), daemon=True)
+        try:
+            reader.start()
+            # 信号只记在 stopping 里,不抛异常:没有哪个瞬间会丢下机器人不管
+            while not (stopping or problems or process.poll() is not None):
+                time.sleep(0.05)
+            left = process.poll()
+        finally:
+            end(process)
         reader.join(2)              # 它自己的子进程可能还拿着 stderr
         if not reader.is_alive():
             process.stderr.close()
@@ -1682,7 +1708,8 @@ def run_bot(wecom, command, app, stopping):
 
 def serve(wecom, app, url, stopping):
     """没有要启动的机器人:打印设置,和收到的消息,到被停下为止 → 退出码。"""
-    tell('聊天页: %s/' % wecom.url, sys.stderr)
+    if not url:
+        tell('聊天页: %s/' % wecom.url, sys.stderr)
     tell('[%s]\napi_base = %s' % (app, wecom.url))
     for item in wecom.settings.items():
         tell('%s = %s' % item)
