@@ -2548,7 +2548,11 @@ class SimulatorPageTests(SimulatorCase):
         message = self.wecom.message()
         self.assertIsNone(self.wecom.deliver(self.wecom.bot, message))
         self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有回答'] * 3)
-        self.post('/switch', {'trusted': False, 'expire': True})
+        self.server.client.send('x')
+        self.post('/switch', {'delay': 0, 'expire': True})
+        self.server.client.send('x')
+        self.assertEqual(self.count('gettoken'), 2)
+        self.post('/switch', {'trusted': False})
         with raises(APIError) as caught:
             self.server.client.send('x')
         self.assertEqual(caught[0].errcode, 60020)
@@ -2608,7 +2612,7 @@ class SimulatorCommandTests(SimulatorCase):
         return path
 
     def command(self, *args):
-        env = dict(os.environ, PYTHONIOENCODING='utf-8', EASYWECHAT_SECRET=PLANTED)
+        env = dict(os.environ, PYTHONIOENCODING='utf-8', EASYWECHAT_ROUTE_NAME='elsewhere')
         process = subprocess.Popen([sys.executable, simulator.__file__] + list(args), cwd=self.folder, env=env,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.addCleanup(process.__exit__, None, None, None)
@@ -2620,11 +2624,15 @@ class SimulatorCommandTests(SimulatorCase):
         word, pid, *args = process.stdout.readline().decode().split()
         self.assertEqual((word, args), ('bot', ['--port', '7']))
         url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
-        self.assertIn(b'EasyWeChat ', process.stderr.readline())
+        self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
         config = self.events('out', url=url)[-1]['body']['content'][1:]
         self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
+        with open(config) as f:
+            text = f.read()
+        for key in 'secret', 'token', 'encoding_aes_key', 'robot':
+            self.assertNotIn(self.wecom.settings[key], text)
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(10), 0)
         self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)

@@ -31,6 +31,7 @@ import http.server
 import json
 import os
 import re
+import secrets
 import signal
 import socketserver
 import subprocess
@@ -1628,6 +1629,12 @@ def write_config(path, app, settings):
         f.write('[%s]\n' % app + ''.join('%s = %s\n' % item for item in settings.items()))
 
 
+def fresh_secrets():
+    """只有这一次用的密钥。机器人多半听着 0.0.0.0:写在这个文件里的人人知道,同一个网里的谁都能指使它。"""
+    return {'token': secrets.token_hex(16), 'encoding_aes_key': secrets.token_hex(22)[:43],
+            'secret': secrets.token_hex(16), 'robot': secrets.token_hex(16)}
+
+
 def child_environment(folder):
     """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置:否则 easywechat 会找到用户真的 config.ini,
     把这里的话发给真的人;环境里的设置也不能漏进来。token 存在临时的目录里,用完就没有了。
@@ -1747,6 +1754,7 @@ def main(argv=None):
         return 2
     try:
         if args.bot:
+            wecom.settings.update(fresh_secrets())
             return run_bot(wecom, [args.bot] + args.args, args.app, stopping)
         return serve(wecom, args.app, args.url, stopping)
     finally:
