@@ -1339,12 +1339,12 @@ async function press(button) {                  // 菜单的一个按钮
   } else if (kind === 'location') {
     const where = await place();
     if (!where) return;
-    event({SendLocationInfo: {...where, Scale: '15', Poiname: ''}, AppType: 'wxwork'});
+    await event({SendLocationInfo: {...where, Scale: '15', Poiname: ''}, AppType: 'wxwork'});
     say({MsgType: 'location', Scale: '15', AppType: 'wxwork', ...where});
   } else if (kind === 'pic') {                  // 图片自己随后作为消息到
     const input = el('input', {type: 'file', accept: '.jpg,.jpeg,.png'});
-    input.onchange = () => {
-      event({SendPicsInfo: {Count: '1', PicList: {item: {PicMd5Sum: '0'.repeat(32)}}}});
+    input.onchange = async () => {
+      await event({SendPicsInfo: {Count: '1', PicList: {item: {PicMd5Sum: '0'.repeat(32)}}}});
       pick('image', input.files[0]);
     };
     input.click();
