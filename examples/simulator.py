@@ -25,6 +25,7 @@
 import argparse
 import base64
 import collections
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -1617,10 +1618,13 @@ class WeCom(Corp):
 # 退出码:0 是被停下,2 是用法或校验不对;机器人自己退出了,是它的。
 
 def tell(text, stream=None):
-    """打印一行;终端显示不了的字转义。"""
+    """打印一行;终端显示不了的字转义,没有人读就算了。"""
     stream = stream or sys.stdout
     encoding = stream.encoding or 'utf-8'
-    print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
+    try:
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def write_config(path, app, settings):
@@ -1660,17 +1664,15 @@ def introduce(wecom, url):
     return not problem
 
 
-def relay(wecom, process, problems, stopping):
+def relay(wecom, process, problems):
     """机器人的 stderr 照样给用户看;从里面知道它在哪里听。"""
-    try:
-        for line in process.stderr:
+    for line in process.stderr:
+        with contextlib.suppress(BrokenPipeError):      # 没有人看,也要替它读走
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-            url = callback_url(line)
-            if url and not introduce(wecom, url):
-                problems.append(url)
-    except OSError:             # 没有人看了
-        stopping.append(None)
+        url = callback_url(line)
+        if url and not introduce(wecom, url):
+            problems.append(url)
 
 
 def end(process):
@@ -1692,7 +1694,7 @@ def run_bot(wecom, command, app, stopping):
         process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
                                    stderr=subprocess.PIPE, bufsize=0)
         problems = []
-        reader = threading.Thread(target=relay, args=(wecom, process, problems, stopping), daemon=True)
+        reader = threading.Thread(target=relay, args=(wecom, process, problems), daemon=True)
         try:
             reader.start()
             # 信号只记在 stopping 里,不抛异常:没有哪个瞬间会丢下机器人不管
