@@ -826,7 +826,7 @@ class Corp:
         query['echostr'] = encrypt
         try:
             status, answer = self._exchange(url, urllib.parse.urlencode(query))
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             return '%s 没有回答: %s' % (url, e)
         if (status, answer) != (200, echo.encode()):
             return '%s 答的是 %d,不是 echostr' % (url, status)
@@ -1443,17 +1443,22 @@ PAGE = '''<!doctype html>
 
 # ---- HTTP -------------------------------------------------------------------------------------
 # 一个端口:/cgi-bin/ 是 API,其余是聊天页。聊天页只给本机的浏览器:别的网站的脚本不能借它的手进来
-# (Host 防 DNS 重绑定,Origin 防跨站的请求)。
+# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它。
 
 TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
          '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
          '.m4a': 'audio/mp4'}
-#: 页面里只有这一段样式、这一段脚本能用,图片和声音只从这里来。
-POLICY = "default-src 'none'; img-src 'self'; media-src 'self'; connect-src 'self'; " \
-         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-for kind, text in ('style', STYLE), ('script', SCRIPT):
+
+
+def only(kind, text):
+    """策略里的一条:只有这一段样式或脚本。"""
     digest = base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()
-    POLICY += "; %s-src 'sha256-%s'" % (kind, digest)
+    return "%s-src 'sha256-%s'" % (kind, digest)
+
+
+POLICY = '; '.join(["default-src 'none'", "img-src 'self'", "media-src 'self'", "connect-src 'self'",
+                    "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+                    only('style', STYLE), only('script', SCRIPT)])
 LOOPBACK = re.compile(r'(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?')
 #: 页面上的开关能改的属性。
 SWITCHES = {'delay': float, 'lost': int, 'wrong_token': bool, 'trusted': bool}
@@ -1743,6 +1748,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.bot and args.url:
         parser.error('--url 是机器人已经在运行,不用再启动一个')
+    if args.url and not re.match('https?://[^/]', args.url):
+        parser.error('--url 要整个网址,例如 http://127.0.0.1:8000/weixin')
     stopping = []
     for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
         if hasattr(signal, name):           # Windows 没有 SIGHUP
