@@ -9,6 +9,7 @@ import binascii
 import collections
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import logging
@@ -2228,6 +2229,437 @@ class SendCommandTests(ClientCase):
                    EASYWECHAT_API_BASE=self.url, XDG_CACHE_HOME=self.folder)
         self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=dict(os.environ, **env)), 0)
         self.assertEqual(len(self.wecom.messages), 1)
+
+
+# ---- 示例 Examples ----------------------------------------------------------------------------
+
+CARD = {'card_type': 'button_interaction', 'main_title': {'title': '重启?'}, 'task_id': 'job-7',
+        'button_list': [{'text': '重启', 'key': 'ok'}]}
+NOTICE = {'card_type': 'text_notice', 'main_title': {'title': 't'}, 'card_action': {'type': 1, 'url': 'https://e.x'}}
+VOTE = {'card_type': 'vote_interaction', 'main_title': {'title': 't'}, 'task_id': 'v',
+        'checkbox': {'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
+        'submit_button': {'text': '提交', 'key': 's'}}
+
+
+def app_message(kind='text', body=None, **fields):
+    """一条应用消息的 JSON;没写的是一条没有毛病的文本。"""
+    message = {'touser': 'zhangsan', 'agentid': 1000002, 'msgtype': kind,
+               kind: {'content': 'x'} if body is None else body}
+    message.update(fields)
+    return {k: v for k, v in message.items() if v is not None}
+
+
+def card(base=CARD, **fields):
+    return app_message('template_card', {k: v for k, v in dict(base, **fields).items() if v is not None})
+
+
+def article(**fields):
+    return {'articles': [dict({'title': 't', 'url': 'https://e.x'}, **fields)]}
+
+
+#: message/send 不收的,和它的错误码。
+WRONG_MESSAGES = [
+    (41011, app_message(agentid=None)), (40056, app_message(agentid='1000002')), (301002, app_message(agentid=1000003)),
+    (40008, app_message('poem', {})), (40035, app_message('text', 'x')), (44004, app_message('text', {'content': ''})),
+    (40035, app_message('news', {'articles': [7]})), (45002, app_message('markdown', {'content': 'x' * 2049})),
+    (40007, app_message('image', {'media_id': 'nosuch'})), (41016, app_message('textcard', {'description': 'd'})),
+    (41033, app_message('textcard', {'title': 't'})),
+    (40035, app_message('textcard', {'title': 't', 'description': 'd'})),
+    (40094, app_message('textcard', {'title': 't', 'description': 'd', 'url': 'e.x'})),
+    (40039, app_message('textcard', {'title': 't', 'description': 'd', 'url': 'http://' + 'x' * 2048})),
+    (45002, app_message('textcard', {'title': '长' * 43, 'description': 'd', 'url': 'http://e.x'})),
+    (44004, app_message('news', {'articles': []})),
+    (45008, app_message('news', {'articles': article()['articles'] * 9})),
+    (40074, app_message('news', article(), safe=1)),
+    (40007, app_message('mpnews', article(thumb_media_id='nosuch', content='x'))),
+    (90200, app_message('miniprogram_notice', {'appid': 'wx1', 'title': '短'})),
+    (82001, app_message(touser=None)), (81013, app_message(touser='nobody')),
+    (81013, app_message(touser=None, totag='9')),
+    (40031, app_message(touser=['zhangsan'])), (40032, app_message(touser='zhangsan|' * 1001)),
+    (82002, app_message(toparty='9|' * 101)), (82003, app_message(totag='9|' * 101)),
+    (42031, card(card_type='poem')), (42033, card(main_title=None)), (42033, card(main_title={'title': '长' * 37})),
+    (42014, card(task_id=None)), (42014, card(task_id='a b')), (42035, card(button_list=[])),
+    (42035, card(button_list=CARD['button_list'] * 7)), (42038, card(button_list=[{'text': '长' * 11, 'key': 'k'}])),
+    (42017, card(button_list=[{'text': 'b'}])), (42028, card(button_list=[{'text': 'b', 'type': 1}])),
+    (42027, card(horizontal_content_list=[{'keyname': '太长的名字'[:3] * 2}])),
+    (42029, card(horizontal_content_list=[{'keyname': 'k', 'type': 2, 'media_id': 'nosuch'}])),
+    (42050, card(horizontal_content_list=[{'keyname': 'k', 'type': 3, 'userid': 'nobody'}])),
+    (42036, card(horizontal_content_list=[{'keyname': 'k'}] * 7)), (42037, card(jump_list=[{'title': 't'}] * 4)),
+    (42030, card(jump_list=[{'title': 't', 'type': 2}])), (42045, card(NOTICE, card_action=None)),
+    (42045, card(NOTICE, card_action={'type': 1})), (42044, card(NOTICE, card_type='news_notice')),
+    (42014, card(NOTICE, action_menu={'action_list': [{'text': 'a', 'key': 'a'}]})),
+    (42051, card(action_menu={'action_list': [{'text': 'a', 'key': 'a'}] * 2})),
+    (42047, card(action_menu={'action_list': [{'text': str(n), 'key': str(n)} for n in range(4)]})),
+    (42043, card(VOTE, checkbox={'option_list': []})),
+    (42040, card(VOTE, checkbox={'question_key': 'q', 'option_list': [{}]})),
+    (42041, card(VOTE, checkbox={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 18}]})),
+    (42046, card(VOTE, submit_button={'text': 's'})), (42046, card(VOTE, submit_button=None)),
+    (42049, card(VOTE, submit_button={'text': '长' * 11, 'key': 's'})),
+]
+CLICK = {'type': 'click', 'name': '状态', 'key': 's'}
+WRONG_MENUS = [
+    (40016, []), (40016, [CLICK] * 4), (40017, [dict(CLICK, type='poem')]), (40018, [dict(CLICK, name='六个汉字啊啊')]),
+    (40019, [dict(CLICK, key='k' * 129)]), (40020, [{'type': 'view', 'name': 'v', 'url': ''}]),
+    (40055, [{'type': 'view', 'name': 'v', 'url': 'e.x'}]),
+    (40022, [{'name': 'a', 'sub_button': [{'name': 'b', 'sub_button': [CLICK]}]}]),
+    (40023, [{'name': 'a', 'sub_button': [CLICK] * 6}]), (40024, [{'name': 'a', 'sub_button': [{'name': 'b'}]}]),
+    (40025, [{'name': 'a', 'sub_button': [dict(CLICK, name='长' * 14)]}]),
+    (40026, [{'name': 'a', 'sub_button': [dict(CLICK, key='')]}]),
+    (40027, [{'name': 'a', 'sub_button': [{'type': 'view', 'name': 'v', 'url': 'http://' + 'x' * 1024}]}]),
+]
+WRONG_ROBOT = [
+    (40008, {'msgtype': 'video', 'video': {}}), (45002, {'msgtype': 'text', 'text': {'content': 'x' * 2049}}),
+    (45002, {'msgtype': 'markdown', 'markdown': {'content': 'x' * 4097}}),
+    (301019, {'msgtype': 'image', 'image': {'base64': 'AAAA', 'md5': '0'}}),
+    (42031, {'msgtype': 'template_card', 'template_card': CARD}),
+    (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, main_title={'title': '长' * 27})}),
+]
+
+
+class SimulatorCase(ClientCase):
+    """企业微信的一次次请求,不经过 easywechat:它自己会先看一遍。"""
+
+    def http(self, method, target, body=None, **headers):
+        """→ (状态, 头部, 正文)。"""
+        connection = http.client.HTTPConnection(*self.wecom._server.server_address[:2], timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, target, body, headers)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def call(self, path, body=None, token=True, **query):
+        if token is True:
+            token = self.api('gettoken', corpid=self.wecom.settings['corpid'],
+                             corpsecret=self.wecom.settings['secret'])['access_token']
+        return self.api(path, body, access_token=token, **query)
+
+    def api(self, path, body=None, files=None, **query):
+        headers = {}
+        if files:
+            body = b'--B\r\nContent-Disposition: form-data; name="media"; filename="%s"\r\n\r\n%s\r\n--B--\r\n' % files
+            headers['Content-Type'] = 'multipart/form-data; boundary=B'
+        elif isinstance(body, dict):
+            body = json.dumps(body, ensure_ascii=False).encode('utf-8')
+        method = 'GET' if body is None else 'POST'
+        answer = self.http(method, '/cgi-bin/%s?%s' % (path, urllib.parse.urlencode(query)), body, **headers)[2]
+        return json.loads(answer.decode('utf-8'))
+
+    def events(self, *kinds, url='', last=0):
+        """聊天页看到的事:到每个 ``kinds`` 依次都来过为止。"""
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(url or self.url).netloc, timeout=10)
+        seen, kinds = [], list(kinds)
+        with contextlib.closing(connection):
+            connection.request('GET', '/events', headers={'Last-Event-ID': str(last)})
+            response = connection.getresponse()
+            while kinds:
+                line = response.readline()
+                if line.startswith(b'data: '):
+                    seen.append(json.loads(line[6:].decode()))
+                    if seen[-1]['kind'] == kinds[0]:
+                        del kinds[0]
+            response.close()
+        return seen
+
+
+class SimulatorTests(SimulatorCase):
+
+    def test_it_refuses_what_wecom_refuses(self):
+        token = self.call('getcallbackip') and list(self.wecom._tokens)[0]
+        for errcode, message in WRONG_MESSAGES:
+            self.assertEqual(self.call('message/send', message, token)['errcode'], errcode, message)
+        for errcode, buttons in WRONG_MENUS:
+            self.assertEqual(self.call('menu/create', {'button': buttons}, token, agentid='1000002')['errcode'],
+                             errcode, buttons)
+        for errcode, message in WRONG_ROBOT:
+            answer = self.api('webhook/send', message, key=self.wecom.settings['robot'])
+            self.assertEqual(answer['errcode'], errcode, message)
+        self.assertEqual((self.wecom.messages, self.wecom.robot_messages, self.wecom.menu), ([], [], None))
+        refused = [e['errcode'] for e in self.wecom.events if e['kind'] == 'call']
+        self.assertEqual(refused, [row[0] for row in WRONG_MESSAGES + WRONG_MENUS + WRONG_ROBOT])
+
+    def test_credentials_and_parameters(self):
+        settings, call = self.wecom.settings, self.call
+        for errcode, query in ((41002, {}), (41004, {'corpid': 'x'}), (40013, {'corpid': 'x', 'corpsecret': 'x'}),
+                               (40001, {'corpid': settings['corpid'], 'corpsecret': 'x'})):
+            self.assertEqual(self.api('gettoken', **query)['errcode'], errcode)
+        self.assertEqual(call('getcallbackip')['ip_list'], ['127.0.0.1'])
+        old = list(self.wecom._tokens)[0]
+        self.assertEqual([call('user/get', token=t)['errcode'] for t in ('', 'x')], [41001, 40014])
+        self.wecom.expire_tokens()
+        self.assertEqual(call('user/get', token=old)['errcode'], 42001)
+        for errcode, path, body, query in (
+                (40063, 'message/send', b'{', {}), (40063, 'message/send', b'[]', {}),
+                (40033, 'message/send', json.dumps(app_message('text', {'content': '中'})).encode(), {}),
+                (41009, 'user/get', None, {}), (60111, 'user/get', None, {'userid': 'nobody'}),
+                (60003, 'user/simplelist', None, {'department_id': '9'}),
+                (40056, 'agent/get', None, {'agentid': '7'}), (46003, 'menu/get', None, {'agentid': '1000002'}),
+                (40056, 'menu/create', {'button': []}, {}), (41006, 'media/get', None, {}),
+                (40007, 'media/get', None, {'media_id': 'nosuch'}), (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
+                (93000, 'webhook/send', {}, {'key': 'nosuch'})):
+            self.assertEqual(call(path, body, **query)['errcode'], errcode, path)
+        self.wecom.trusted = False
+        self.assertEqual(call('user/get', userid='lisi')['errcode'], 60020)
+        self.assertEqual(self.http('GET', '/cgi-bin/no/such')[0], 404)
+
+    def test_media_have_sizes_types_and_an_age(self):
+        for errcode, kind, name, data in (
+                (40004, 'poem', b'a.txt', b'x' * 9), (44001, 'file', b'a.txt', b'x' * 5),
+                (40005, 'image', b'a.gif', b'x' * 9), (40005, 'voice', b'a.mp3', b'x' * 9),
+                (40006, 'voice', b'a.amr', b'x' * ((2 << 20) + 1))):
+            self.assertEqual(self.call('media/upload', files=(name, data), type=kind)['errcode'], errcode)
+        self.assertEqual(self.call('media/upload', b'x' * 99, type='file')['errcode'], 44001)
+        done = self.call('media/upload', files=('报告.txt'.encode(), b'%PDF-1.7'), type='file')
+        self.assertEqual((done['type'], done['created_at'].isdigit()), ('file', True))
+        with self.wecom._lock:
+            mine = self.wecom.keep('file', 'a.txt', b'robot', 'robot')
+        send = {'msgtype': 'file', 'file': {'media_id': done['media_id']}}
+        self.assertEqual(self.api('webhook/send', send, key=self.wecom.settings['robot'])['errcode'], 40007)
+        self.assertEqual(self.call('message/send', app_message('file', {'media_id': mine}))['errcode'], 40007)
+        self.assertEqual(self.call('message/send', app_message('image', send['file']))['errcode'], 40007)
+        self.assertEqual(self.call('message/send', app_message('file', send['file']))['errcode'], 0)
+        picture = self.call('media/uploadimg', files=(b'a.png', b'\x89PNG\r\n'))['url']
+        self.assertEqual(self.http('GET', picture[len(self.url):])[2], b'\x89PNG\r\n')
+        self.wecom.media_life = 0
+        self.assertEqual(self.call('message/send', app_message('file', send['file']))['errcode'], 40007)
+
+    def test_too_many_messages(self):
+        self.wecom.per_member = self.wecom.per_robot = 2
+        for _ in range(3):
+            self.assertEqual(self.call('message/send', app_message())['errcode'], 0)        # 悄悄丢掉
+        self.assertEqual((len(self.wecom.messages), len(self.wecom.dropped)), (2, 1))
+        robot = [self.api('webhook/send', {'msgtype': 'text', 'text': {'content': 'x'}},
+                          key=self.wecom.settings['robot'])['errcode'] for _ in range(3)]
+        self.assertEqual(robot, [0, 0, 45009])
+
+    def test_a_message_is_recalled_for_a_day(self):
+        done = self.call('message/send', app_message(touser='zhangsan|Nobody', toparty='9'))
+        self.assertEqual((done['invaliduser'], done['invalidparty']), ('nobody', '9'))
+        self.assertEqual(self.call('message/recall', {'msgid': done['msgid']})['errcode'], 0)
+        self.assertEqual(self.events('recall')[-1]['of'], self.events('out')[-1]['id'])
+        self.wecom.recall_within = 0
+        self.assertEqual(self.call('message/recall', {'msgid': done['msgid']})['errcode'], 40058)
+
+    def test_a_response_code_updates_a_card_once(self):
+        self.assertNotIn('response_code', self.call('message/send', card(NOTICE)))
+        code = self.call('message/send', card(touser='zhangsan|lisi'))['response_code']
+        self.assertEqual(self.call('message/send', card())['errcode'], 42014)        # task_id 用过了
+        update = {'agentid': 1000002, 'userids': ['lisi'], 'response_code': code}
+        for errcode, more in ((40035, {}), (40063, {'button': {}}), (42031, {'template_card': {'card_type': 'x'}}),
+                              (60140, {'response_code': 'x', 'button': {'replace_name': 'n'}}),
+                              (0, {'button': {'replace_name': '好了'}}), (60140, {'button': {'replace_name': 'n'}})):
+            self.assertEqual(self.call('message/update_template_card', dict(update, **more))['errcode'], errcode, more)
+        self.wecom.has_callback = False
+        self.assertEqual(self.call('message/send', card(task_id='new'))['errcode'], 43012)
+
+    def test_the_page_is_one_file_with_a_strict_policy(self):
+        status, headers, page = self.http('GET', '/')
+        self.assertEqual((status, headers['X-Content-Type-Options']), (200, 'nosniff'))
+        policy = headers['Content-Security-Policy']
+        for kind in 'style', 'script':
+            text = re.search('<%s>(.*?)</%s>' % (kind, kind), page.decode('utf-8'), re.S).group(1)
+            digest = binascii.b2a_base64(hashlib.sha256(text.encode('utf-8')).digest(), newline=False).decode()
+            self.assertIn("%s-src 'sha256-%s'" % (kind, digest), policy)
+        self.assertIn("default-src 'none'", policy)
+        self.assertNotRegex(policy, 'unsafe|https?:|\\*')
+        self.assertNotRegex(page.decode('utf-8'), r'innerHTML|insertAdjacent|document\.write|eval\(|<link|src="http')
+
+    def test_foreign_pages_are_refused(self):
+        own = self.url[len('http://'):]
+        for target, headers, status in (
+                ('/', {'Host': 'evil.example'}, 403), ('/', {'Host': own + '.evil.example'}, 403),
+                ('/events', {'Host': 'evil.example:80'}, 403),
+                ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
+                ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
+                ('/cgi-bin/gettoken', {'Host': own, 'Origin': 'http://evil.example'}, 403), ('/x', {}, 404)):
+            self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
+        body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
+        self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
+        self.assertEqual(list(self.wecom.events), [])
+
+
+class SimulatorPageTests(SimulatorCase):
+
+    def setUp(self):
+        super().setUp()
+        server = WeChatServer('test', store=MemoryStore(), **dict(self.wecom.settings, api_base=self.url))
+        server.register_callback('*', self.callback)
+        self.answers = {'text': lambda msg: msg['Content'] + '!'}
+        host, port = server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+        self.server = server
+        self.assertEqual(self.wecom.verify('http://127.0.0.1:%d/weixin' % port), '')
+
+    def callback(self, msg):
+        answer = self.answers[msg.get('Event') or msg['MsgType']]
+        return answer(msg) if callable(answer) else answer
+
+    def post(self, path, body):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return json.loads(self.http('POST', path, body)[2].decode())
+
+    def say(self, message, user='zhangsan', **more):
+        return self.post('/say', dict({'user': user, 'message': message}, **more))
+
+    def test_what_is_said_and_answered_is_shown_with_its_raw_text(self):
+        self.assertEqual(self.say({'MsgType': 'text', 'Content': '<b>状态'}), {})
+        seen = self.events('state', 'in', 'attempt', 'answer', 'out')
+        state, seen = seen[0], seen[-1]
+        self.assertEqual((state['users']['lisi'], state['run']), ('李四', self.wecom.run))
+        self.assertEqual((seen['how'], seen['type'], seen['body'], seen['user']),
+                         ('passive', 'text', {'content': '<b>状态!'}, 'zhangsan'))
+        self.assertLess(seen['seconds'], 5)
+        plain, sealed, sealed_answer, plain_answer = [text for _, text in seen['raw']]
+        self.assertIn('<![CDATA[<b>状态]]>', plain)
+        self.assertIn('<![CDATA[<b>状态!]]>', plain_answer)
+        self.assertNotIn('状态', sealed + sealed_answer)
+        self.assertIn('msg_signature=', sealed)
+        self.assertEqual(self.say({'MsgType': 'text'}, user='nobody')['error'], '没有这个成员')
+        self.assertIn('must be', self.say({'MsgType': 'text', 'Content': None})['error'])
+        self.server.client.send('主动')
+        active = self.events('out', last=seen['id'])[-1]
+        self.assertEqual((active['how'], active['body']['content']), ('active', '主动'))
+        self.assertIn('msgid', active['raw'][1][1])
+
+    def test_a_file_goes_out_and_comes_back(self):
+        self.answers['image'] = lambda msg: msg
+        png = b'\x89PNG\r\n\x1a\n' + bytes(range(256))
+        self.assertEqual(self.post('/file?user=lisi&type=image&name=%E7%85%A7.png', png), {})
+        said, shown = [e for e in self.events('in', 'out') if e['kind'] in ('in', 'out')]
+        media_id = said['message']['MediaId']
+        self.assertEqual((shown['body'], shown['files']), ({'media_id': media_id}, {media_id: ['照.png', len(png)]}))
+        self.assertEqual(self.server.client.download(media_id, self.folder).read_bytes(), png)
+        for target in said['message']['PicUrl'][len(self.url):], '/media/' + media_id:
+            status, headers, data = self.http('GET', target)
+            self.assertEqual((data, headers['Content-Type'], headers['X-Content-Type-Options']),
+                             (png, 'image/png', 'nosniff'))
+        page = self.wecom.keep('file', 'x.html', b'<script>alert(1)</script>')
+        headers = self.http('GET', '/media/' + page)[1]
+        self.assertEqual(headers['Content-Type'], 'application/octet-stream')
+        self.assertRegex(headers['Content-Disposition'], '^attachment;')
+        self.assertEqual(self.http('GET', '/media/nosuch')[0], 404)
+
+    def test_lost_answers_slow_networks_and_wrong_tokens(self):
+        self.post('/switch', {'lost': 2})
+        self.say({'Content': 'x'})
+        seen = self.events('answer', 'answer', 'answer', 'out')
+        self.assertEqual([(e['n'], e['error'], e['again']) for e in seen if e['kind'] == 'answer'],
+                         [(1, '回答丢在路上', True), (2, '回答丢在路上', True), (3, '', False)])
+        self.post('/switch', {'lost': 0, 'wrong_token': True})
+        self.say({'Content': 'x'})
+        self.assertEqual(self.events('answer', last=seen[-1]['id'])[-1]['status'], 403)
+        self.wecom.patience = 0.05
+        self.post('/switch', {'wrong_token': False, 'delay': 1})
+        message = self.wecom.message()
+        self.assertIsNone(self.wecom.deliver(self.wecom.bot, message))
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有回答'] * 3)
+        self.server.client.send('x')
+        self.post('/switch', {'delay': 0, 'expire': True})
+        self.server.client.send('x')
+        self.assertEqual(self.count('gettoken'), 2)
+        self.post('/switch', {'trusted': False})
+        with raises(APIError) as caught:
+            self.server.client.send('x')
+        self.assertEqual(caught[0].errcode, 60020)
+        self.assertIn('error', self.post('/switch', {'settings': {}}))
+
+    def test_a_pressed_button_changes_its_card(self):
+        self.answers['template_card_event'] = {'MsgType': 'update_button', 'Button': {'ReplaceName': '已处理'}}
+        self.answers['template_card_menu_event'] = {'MsgType': 'update_template_card', 'TemplateCard': {
+            'CardType': 'text_notice', 'MainTitle': {'Title': '新的'}, 'CardAction': {'Type': 1, 'Url': 'https://e.x'},
+            'HorizontalContentList': {'KeyName': 'k', 'Value': 'v'}}}
+        self.server.client.send({'msgtype': 'template_card', 'template_card': CARD})
+        sent = self.events('out')[-1]
+        press = {'MsgType': 'event', 'Event': 'template_card_event', 'EventKey': 'ok', 'TaskId': 'job-7'}
+        self.say(press, card=sent['id'])
+        seen = self.events('in', 'update')
+        self.assertEqual((seen[-1]['of'], seen[-1]['button']), (sent['id'], {'replace_name': '已处理'}))
+        self.say(dict(press, Event='template_card_menu_event'), card=sent['id'])
+        changed = self.events('update', last=seen[-1]['id'])[-1]
+        self.assertEqual((changed['of'], changed['body']['horizontal_content_list']),
+                         (sent['id'], [{'keyname': 'k', 'value': 'v'}]))
+        code = [e['message']['ResponseCode'] for e in self.wecom.events if e['kind'] == 'in'][0]
+        update = {'userids': ['zhangsan'], 'response_code': code, 'agentid': 1000002,
+                  'button': {'replace_name': '再来'}}
+        self.server.client.call('message/update_template_card', update)
+        self.assertEqual(self.wecom.events[-1]['of'], sent['id'])
+        with raises(APIError) as caught:
+            self.server.client.call('message/update_template_card', update)
+        self.assertEqual(caught[0].errcode, 60140)
+
+    def test_menus_and_replies_wecom_would_not_take_are_told(self):
+        self.server.client.call('menu/create', {'button': [CLICK]}, agentid=1000002)
+        self.assertEqual(self.events('state', 'state')[-1]['menu'], {'button': [CLICK]})
+        self.answers['click'] = {'MsgType': 'image', 'Image': {'MediaId': 'nosuch'}}
+        self.say({'MsgType': 'event', 'Event': 'click', 'EventKey': 's'})
+        self.assertIn('invalid media_id', self.events('note')[-1]['text'])
+
+
+BOT = '''
+import os, sys
+sys.path.insert(0, %r)
+import easywechat
+print('bot', os.getpid(), *sys.argv[1:], flush=True)
+server = easywechat.WeChatServer('shop')
+server.register_callback('text', lambda msg: msg['Content'] + os.environ['EASYWECHAT_CONFIG'])
+server.run(host='127.0.0.1', port=0)
+'''
+
+
+class SimulatorCommandTests(SimulatorCase):
+
+    def bot(self, code):
+        path = os.path.join(self.folder, 'bot.py')
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(code)
+        with open(os.path.join(self.folder, 'config.ini'), 'w') as f:       # 真的那个:不许用
+            f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n' % ('k' * 43))
+        return path
+
+    def command(self, *args):
+        env = dict(os.environ, PYTHONIOENCODING='utf-8', EASYWECHAT_ROUTE_NAME='elsewhere')
+        process = subprocess.Popen([sys.executable, simulator.__file__] + list(args), cwd=self.folder, env=env,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.__exit__, None, None, None)
+        self.addCleanup(process.terminate)
+        return process
+
+    def test_one_command_starts_a_bot_and_ends_it(self):
+        process = self.command('--app', 'shop', self.bot(BOT % HERE), '--port', '7')
+        word, pid, *args = process.stdout.readline().decode().split()
+        self.assertEqual((word, args), ('bot', ['--port', '7']))
+        url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
+        self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
+        self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
+        self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
+        config = self.events('out', url=url)[-1]['body']['content'][1:]
+        self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
+        with open(config) as f:
+            text = f.read()
+        for key in 'secret', 'token', 'encoding_aes_key', 'robot':
+            self.assertNotIn(self.wecom.settings[key], text)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(10), 0)
+        self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
+        self.assertFalse(os.path.exists(os.path.dirname(config)))
+
+    def test_a_bot_that_exits_and_one_that_is_not_ours(self):
+        foreign = ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr, flush=True)\n'
+                   'time.sleep(60)')
+        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'), (foreign, 2, '没有通过校验'),
+                                    ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9')):
+            process = self.command(self.bot(code))
+            err = process.communicate(timeout=20)[1].decode('utf-8')
+            self.assertEqual((process.returncode, words in err), (status, True), err)
+
+    def test_a_bot_that_runs_elsewhere(self):
+        process = self.command('--url', 'http://127.0.0.1:9/weixin')
+        out, err = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, out[:6]), (2, b'[demo]'))
+        self.assertIn('没有回答', err.decode('utf-8'))
+        for said, url in (b'0.0.0.0', '127.0.0.1'), (b'[::]', '[::1]'), (b'127.0.0.1', '127.0.0.1'):
+            line = b'EasyWeChat \xe5\x9c\xa8 http://' + said + b':80/weixin ,\xe5'
+            self.assertEqual(simulator.callback_url(line), 'http://%s:80/weixin' % url)
+        self.assertIsNone(simulator.callback_url(b'GET http://127.0.0.1:80/weixin'))
 
 
 class PromiseTests(unittest.TestCase):

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""本机的企业微信:API 的那一半,和投递消息的那一半。给测试用,也给没有账号的人看看发出去的是什么。
+"""桌上的企业微信:一个文件,标准库。API、投递消息、聊天页都在里面。
 
-    python examples/simulator.py            # 打印地址和要写进 config.ini 的设置,收到的消息一条一条打印
+    python examples/simulator.py examples/demo.py       # 启动机器人,打印聊天页的地址:在那里和它说话
+    python examples/simulator.py --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
+    python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
+
+机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。
 
 程序里::
 
@@ -10,29 +14,37 @@
     WeChatClient('demo', api_base=url, **wecom.settings).send('你好')
     wecom.messages[-1]['text']['content']   # 用户看到的
     wecom.script('message/send', {'errcode': -1, 'errmsg': 'system busy'}, 'lost')
-                                            # 下面两次这样答;见 `WeCom.script`
+                                            # 下面两次这样答;见 `Corp.script`
     wecom.deliver('http://127.0.0.1:8000/weixin', Content='状态')     # 用户说了一句话
     wecom.inbox['zhangsan']                 # 他看到的,被动回复和主动发来的,依次
 
-类型、限制、错误码照 path/90236(发消息)、90253(素材)、91770(群机器人)、91039 (gettoken)。
+类型、限制、错误码照 path/90236(发消息)、94888(更新卡片)、90231(菜单)、90253(素材)、91770(群机器人)、
+91039 (gettoken)、90313(错误码)。文档只给出一段号码的地方(卡片的 42014–42051),挑了意思最近的那个。
 """
 
+import argparse
+import base64
 import collections
+import contextlib
 import hashlib
 import http.client
 import http.server
 import json
 import os
 import re
+import secrets
+import signal
 import socketserver
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-from easywechat import WXBizMsgCrypt, dict_to_xml, xml_to_dict  # noqa: E402
+from easywechat import WeChatError, WXBizMsgCrypt, dict_to_xml, xml_to_dict  # noqa: E402
 
 
 class Refused(Exception):
@@ -51,7 +63,7 @@ def size(value):
 
 
 # ---- 消息的类型 (path/90236) -------------------------------------------------------------------
-# 每个函数看一种类型:message[msgtype] 是 body,不合规矩就 Refused。
+# 每个函数看一种类型:message[msgtype] 是 body,不合规矩就 Refused。素材分两家:应用的,和群机器人自己的。
 
 MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
          'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
@@ -68,10 +80,15 @@ def check_markdown(wecom, body):
     need(size(body['content']) <= 2048, 45002, 'content size out of limit')
 
 
+def check_media_id(wecom, media_id, kind=None, owner='app'):
+    media = wecom.media.get(media_id)
+    need(media and media['owner'] == owner and kind in (None, media['type'])
+         and time.time() < media['at'] + wecom.media_life, 40007, 'invalid media_id')
+
+
 def check_media(kind):
     def check(wecom, body):
-        media = wecom.media.get(body.get('media_id'))
-        need(media and media['type'] == kind, 40007, 'invalid media_id')
+        check_media_id(wecom, body.get('media_id'), kind)
         need(size(body.get('title')) <= 128 and size(body.get('description')) <= 512, 45002,
              'content size out of limit')
     return check
@@ -88,6 +105,7 @@ def check_textcard(wecom, body):
     need(size(body.get('description')), 41033, 'missing description')
     need(size(body['title']) <= 128 and size(body['description']) <= 512, 45002,
          'content size out of limit')
+    need(len(body.get('btntxt') or '') <= 4, 45002, 'btntxt size out of limit')
     check_url(body.get('url'))
 
 
@@ -110,14 +128,17 @@ def check_news(wecom, body):
 
 def check_mpnews(wecom, body):
     for article in check_articles(body):
-        need(article.get('thumb_media_id') in wecom.media, 40007, 'invalid thumb_media_id')
+        check_media_id(wecom, article.get('thumb_media_id'))
         need(size(article.get('content')), 44004, 'empty content')
+        need(size(article['content']) <= 666 << 10 and size(article.get('digest')) <= 512, 45002,
+             'content size out of limit')
         need(size(article.get('author')) <= 64, 45032, 'author size out of limit')
 
 
 def check_miniprogram_notice(wecom, body):
     need(size(body.get('appid')), 90200, 'missing appid')
     need(4 <= len(body.get('title') or '') <= 12, 90200, 'invalid title')
+    need(size(body.get('page')) <= 1024, 90204, 'invalid page')
     items = body.get('content_item') or []
     need(len(items) <= 10, 90201, 'too many items')
     for item in items:
@@ -125,53 +146,229 @@ def check_miniprogram_notice(wecom, body):
         need(len(item.get('value') or '') <= 30, 90203, 'invalid value')
 
 
+# ---- 模板卡片 ---------------------------------------------------------------------------------
+# 五种 (path/90236);更新卡片的 (path/94888) 和群机器人的 (path/91770) 是同一个样子。
+
 #: card_type → 必须有的字段和没有时的错误码。
 CARDS = {
     'text_notice': [('card_action', 42045)],
     'news_notice': [('main_title', 42033), ('card_action', 42045)],
-    'button_interaction': [('main_title', 42033), ('button_list', 42035), ('task_id', 42014)],
-    'vote_interaction': [('main_title', 42033), ('checkbox', 42043), ('submit_button', 42046),
-                         ('task_id', 42014)],
+    'button_interaction': [('main_title', 42033), ('button_list', 42035)],
+    'vote_interaction': [('main_title', 42033), ('checkbox', 42043), ('submit_button', 42046)],
     'multiple_interaction': [('main_title', 42033), ('select_list', 42043),
-                             ('submit_button', 42046), ('task_id', 42014)],
+                             ('submit_button', 42046)],
 }
+#: 点了要回调的几种:必须有 task_id,发出去时有 response_code。
+INTERACTIVE = 'button_interaction', 'vote_interaction', 'multiple_interaction'
+#: 字段 → 应用、群机器人各最多几个字,和超了的错误码。
+CARD_TEXTS = {'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033),
+              'main_title.desc': (44, 30, 45002), 'emphasis_content.title': (14, 10, 45002),
+              'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
+              'submit_button.text': (10, 10, 42049)}
+#: 列表 → 最多几项,和多了的错误码。
+CARD_LISTS = {'button_list': (6, 42035), 'horizontal_content_list': (6, 42036),
+              'jump_list': (3, 42037), 'select_list': (3, 42042), 'vertical_content_list': (4, 42047)}
 
 
-def check_template_card(wecom, body):
-    need(body.get('card_type') in CARDS, 42031, 'invalid card_type')
-    for field, errcode in CARDS[body['card_type']]:
+def check_key(value, errcode, errmsg):
+    need(0 < size(value) <= 1024, errcode, errmsg)
+
+
+def check_target(target, errcode):
+    """跳到哪里:网址,或小程序。"""
+    url = target.get('url')
+    need(url or target.get('appid') and target.get('pagepath'), errcode, 'url or appid missing')
+    need(not url or re.match('[a-z]+://', url), 42028, 'invalid url')
+
+
+def check_options(question, most):
+    check_key(question.get('question_key'), 42043, 'invalid question_key')
+    options = question.get('option_list') or []
+    need(len(options) <= most, 42042, 'too many options')
+    for option in options:
+        need(0 < size(option.get('id')) <= 128, 42040, 'invalid option id')
+        need(0 < len(option.get('text') or '') <= 17, 42041, 'invalid option text')
+    need(len({option['id'] for option in options}) == len(options), 42040, 'duplicate option id')
+
+
+def check_buttons(body):
+    for button in body.get('button_list') or []:
+        need(0 < len(button.get('text') or '') <= 10, 42038, 'invalid button text')
+        if str(button.get('type', 0)) == '1' or 'key' not in button and button.get('url'):
+            check_target(button, 42028)
+        else:
+            check_key(button.get('key'), 42017, 'button key missing')
+    actions = (body.get('action_menu') or {}).get('action_list') or []
+    need(len(actions) <= 3, 42047, 'too many actions')
+    for action in actions:
+        need(action.get('text'), 42049, 'invalid action text')
+        check_key(action.get('key'), 42039, 'action key missing')
+    need(len({action['key'] for action in actions}) == len(actions), 42051, 'duplicate menu key')
+
+
+def check_content(wecom, body):
+    """列在卡片中间的几行,和下面的跳转。"""
+    for line in body.get('horizontal_content_list') or []:
+        need(0 < len(line.get('keyname') or '') <= 5, 42027, 'invalid keyname')
+        need(len(line.get('value') or '') <= 30, 45002, 'value size out of limit')
+        kind = str(line.get('type', 0))
+        if kind == '1':
+            check_target(line, 42028)
+        need(kind != '2' or line.get('media_id') in wecom.media, 42029, 'invalid media_id')
+        need(kind != '3' or str(line.get('userid')).lower() in wecom.users, 42050, 'invalid userid')
+    for jump in body.get('jump_list') or []:
+        need(0 < len(jump.get('title') or '') <= 18, 42033, 'invalid jump title')
+        if str(jump.get('type', 0)) != '0':
+            check_target(jump, 42030 if str(jump['type']) == '2' else 42028)
+
+
+def check_sizes(body, robot):
+    for path, (most, of_robot, errcode) in CARD_TEXTS.items():
+        value = body
+        for name in path.split('.'):
+            value = (value or {}).get(name)
+        need(len(value or '') <= (of_robot if robot else most), errcode, '%s too long' % path)
+    for name, (most, errcode) in CARD_LISTS.items():
+        need(isinstance(body.get(name, []), list), 40035, 'template_card.%s is no list' % name)
+        need(len(body.get(name, [])) <= most, errcode, '%s has too many items' % name)
+
+
+def check_template_card(wecom, body, robot=False):
+    """``task_id`` 不在这里看:更新的卡片不用写。"""
+    kind = body.get('card_type')
+    need(kind in CARDS and not (robot and kind in INTERACTIVE), 42031, 'invalid card_type')
+    for field, errcode in CARDS[kind]:
         need(body.get(field), errcode, 'template_card.%s missing' % field)
-    if body['card_type'] == 'text_notice':
-        need((body.get('main_title') or {}).get('title') or body.get('sub_title_text'), 42033,
-             'main_title.title or sub_title_text missing')
-    if body['card_type'] == 'news_notice':
-        need(body.get('card_image') or body.get('image_text_area'), 42044, 'card_image.url missing')
-    task_id = body.get('task_id', 'x')
-    need(re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
-    buttons = body.get('button_list') or []
-    need(len(buttons) <= 6, 42035, 'too many buttons')
-    for button in buttons:
-        need(button.get('text') and len(button['text']) <= 10, 42038, 'invalid button text')
-        need(button.get('key') or button.get('url'), 42017, 'button key missing')
+    need((body.get('main_title') or {}).get('title')
+         or kind == 'text_notice' and body.get('sub_title_text'), 42033, 'main_title.title missing')
+    check_sizes(body, robot)
+    if kind == 'news_notice':
+        need((body.get('card_image') or {}).get('url')
+             or body.get('image_text_area') and not robot, 42044, 'card_image.url missing')
+    if body.get('card_action') and str(body['card_action'].get('type')) != '0':
+        check_target(body['card_action'], 42045)
+    check_buttons(body)
+    check_content(wecom, body)
+    for question, most in ((body.get('button_selection'), 10), (body.get('checkbox'), 20)):
+        if question:
+            check_options(question, most)
+    for question in body.get('select_list') or []:
+        check_options(question, 10)
+    if body.get('submit_button'):
+        check_key(body['submit_button'].get('key'), 42046, 'submit_button.key missing')
+
+
+def check_sent_card(wecom, body):
+    """message/send 的卡片:能点的要有 task_id,没有用过的,而且应用要有回调 URL。"""
+    check_template_card(wecom, body)
+    task_id = body.get('task_id')
+    if body['card_type'] in INTERACTIVE or body.get('action_menu'):
+        need(task_id, 42014, 'task_id missing')
+        need(wecom.has_callback, 43012, 'no callback url')
+    if task_id:
+        need(re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
+        need(task_id not in wecom.task_ids, 42014, 'duplicate task_id')
 
 
 CHECKS = {'text': check_text, 'markdown': check_markdown, 'textcard': check_textcard,
-          'news': check_news, 'mpnews': check_mpnews, 'template_card': check_template_card,
+          'news': check_news, 'mpnews': check_mpnews, 'template_card': check_sent_card,
           'miniprogram_notice': check_miniprogram_notice}
 CHECKS.update((kind, check_media(kind)) for kind in MEDIA)
 
 
-# ---- 企业微信 ---------------------------------------------------------------------------------
+# ---- 菜单 (path/90231) ------------------------------------------------------------------------
 
-class WeCom:
+BUTTONS = ('click', 'view', 'scancode_push', 'scancode_waitmsg', 'pic_sysphoto',
+           'pic_photo_or_album', 'pic_weixin', 'location_select', 'view_miniprogram')
+
+
+def check_menu_button(button, errcodes):
+    """一个能点的按钮;``errcodes`` 是 (类型, key, url) 的错误码,一级和二级的不同。"""
+    kind = button.get('type')
+    need(kind in BUTTONS, errcodes[0], 'invalid button type')
+    if kind == 'view':
+        need(0 < size(button.get('url')) <= 1024, errcodes[2], 'invalid button url size')
+        need(re.match('[a-z]+://', button['url']), 40055, 'invalid button url domain')
+    elif kind == 'view_miniprogram':
+        need(button.get('appid') and button.get('pagepath'), errcodes[2], 'appid or pagepath missing')
+    else:
+        need(0 < size(button.get('key')) <= 128, errcodes[1], 'invalid button key size')
+
+
+def check_menu(buttons):
+    need(isinstance(buttons, list) and 1 <= len(buttons) <= 3, 40016, 'invalid button size')
+    for button in buttons:
+        need(0 < size(button.get('name')) <= 16, 40018, 'invalid button name size')
+        subs = button.get('sub_button')
+        if not subs:
+            check_menu_button(button, (40017, 40019, 40020))
+            continue
+        need(isinstance(subs, list) and len(subs) <= 5, 40023, 'invalid sub button size')
+        for sub in subs:
+            need(not sub.get('sub_button'), 40022, 'menu is too deep')
+            need(0 < size(sub.get('name')) <= 40, 40025, 'invalid sub button name size')
+            check_menu_button(sub, (40024, 40026, 40027))
+
+
+# ---- 被动回复 (path/90241) --------------------------------------------------------------------
+
+#: 类型 → 它的节点。
+REPLIES = {'image': 'Image', 'voice': 'Voice', 'video': 'Video', 'update_button': 'Button',
+           'update_template_card': 'TemplateCard'}
+#: XML 的名字里不照规矩变成 JSON 的。
+JSON_NAMES = {'pic_url': 'picurl', 'key_name': 'keyname', 'app_id': 'appid', 'user_id': 'userid',
+              'page_path': 'pagepath', 'check_box': 'checkbox'}
+
+
+def json_names(value):
+    """XML 的 dict → JSON 的名字 (CamelCase → snake_case);只有一项的列表还是列表。"""
+    if isinstance(value, list):
+        return [json_names(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    result = {}
+    for name, inner in value.items():
+        name = re.sub('(?<!^)(?=[A-Z])', '_', name).lower()
+        name, inner = JSON_NAMES.get(name, name), json_names(inner)
+        result[name] = [inner] if name.endswith('_list') and not isinstance(inner, list) else inner
+    return result
+
+
+def reply_body(wecom, reply):
+    """被动回复 (dict) → 它的正文,用主动发送的名字,不合规矩就 Refused。"""
+    kind = reply.get('MsgType') or ''
+    if kind == 'text':
+        body = {'content': reply.get('Content')}
+    elif kind == 'news':
+        items = (reply.get('Articles') or {}).get('item') or []
+        body = {'articles': json_names(items if isinstance(items, list) else [items])}
+    else:
+        body = json_names(reply.get(REPLIES.get(kind)))
+        need(isinstance(body, dict), 40008, '%s is no passive reply' % kind)
+    if kind == 'update_template_card':
+        check_template_card(wecom, body)
+    elif kind != 'update_button':
+        CHECKS[kind](wecom, body)
+    return body
+
+
+# ---- 企业微信 ---------------------------------------------------------------------------------
+# 这里没有监听的套接字:一次 API 调用进来,一个回答出去 (`Corp.answer`);一条消息投递出去 (`Corp.deliver`)。
+# 发生的每件事记在 ``events`` 里,聊天页照着画。
+
+class Corp:
     """一个企业、一个应用、一个群机器人。类属性是企业微信的限制和脾气,测试可以改。"""
 
-    #: token 活多少秒;不可信时别的 API 都答 60020;一分钟内给一个成员的,再多就悄悄丢掉;群机器人的是报错。
-    token_life = 7200
-    trusted = True
+    #: token、素材、response_code 活多少秒;发出去多少秒以内可以撤回。
+    token_life, media_life, code_life, recall_within = 7200, 3 * 86400, 86400, 86400
+    #: 不可信时 gettoken 以外的 API 都答 60020;没有回调 URL 的应用不能发要回调的卡片。
+    trusted, has_callback = True, True
+    #: 一分钟内给一个成员的,再多就悄悄丢掉;群机器人的是报错。
     per_member, per_robot = 30, 20
     #: 等回调几秒,一共投递几次;不是 200 的回答要不要再投递(文档前后不一)。
     patience, deliveries, retry_status = 5, 3, False
+    #: 捣乱:每次投递路上多花几秒,每条消息的前几次回答丢在路上,用错的 Token 签名。
+    delay, lost, wrong_token = 0, 0, False
 
     def __init__(self):
         self.settings = {'corpid': 'wwsimulator0000001', 'agentid': '1000002', 'touser': 'zhangsan',
@@ -180,32 +377,61 @@ class WeCom:
                          'token': 'SimulatorToken',
                          'encoding_aes_key': 'SimulatorKeyIsPublicDoNotUseItAnywhere00000'}
         self.users = {'zhangsan': '张三', 'lisi': '李四', 'wangwu': '王五'}
+        self.parties, self.tags = {'1': '总公司', '2': '运维部'}, {'1': '值班'}     # 每个都有全部成员
         self.messages = []          # 送到了的消息,依次
         self.robot_messages = []
         self.updates = []           # 更新过的卡片
         self.dropped = []           # 悄悄丢掉的
         self.inbox = collections.defaultdict(list)      # 成员 → 他看到的 (类型, 内容),依次
         self.calls = []             # 每次调用的路径
-        self.media = {}             # media_id → {'type', 'name', 'data'}
+        self.media = {}             # media_id → {'type', 'name', 'data', 'owner', 'at'}
         self.menu = None
+        self.task_ids = set()
+        self.name, self.url, self.bot = '监控', '', ''      # 应用的名字、api_base、回调 URL
+        self.events = collections.deque(maxlen=1000)
+        self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
+        self._serial = 0
         self._tokens = {}
+        self._codes = {}            # response_code → (到什么时候, {成员: 他的那张卡片是哪件事})
+        self._asked = {}            # 成员 → 他上一次说话的时候
         self._scripts = collections.defaultdict(list)
         self._times = collections.defaultdict(list)
         self._count = 0
         self._lock = threading.RLock()
-        self._server = None
+        self._changed = threading.Condition(self._lock)
 
-    def start(self, host='127.0.0.1', port=0):
-        """开始服务,返回 api_base。"""
-        server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer),
-                      {'daemon_threads': True, 'request_queue_size': 128, 'wecom': self})
-        self._server = server((host, port), Handler)
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return 'http://%s:%d' % self._server.server_address[:2]
+    # 发生的事
 
-    def stop(self):
-        self._server.shutdown()
-        self._server.server_close()
+    def _log(self, kind, **fields):
+        """记一件事 → 它的 dict;提到的素材,把文件名和大小带上。"""
+        with self._changed:
+            self._serial += 1
+            event = dict(fields, id=self._serial, kind=kind, at=time.time(), files={})
+            shown = json.dumps([fields.get('body'), fields.get('message')])
+            for media_id in re.findall('media[0-9]+_[0-9a-f]{20}', shown):
+                if media_id in self.media:
+                    media = self.media[media_id]
+                    event['files'][media_id] = media['name'], len(media['data'])
+            self.events.append(event)
+            self._changed.notify_all()
+        return event
+
+    def events_after(self, last, seconds):
+        """``last`` 以后的事;没有就至多等 ``seconds`` 秒。"""
+        with self._changed:
+            self._changed.wait_for(lambda: self._serial > last, seconds)
+            return [e for e in self.events if e['id'] > last]
+
+    def state(self):
+        """聊天页一打开要知道的。"""
+        names = 'users', 'name', 'bot', 'menu', 'delay', 'lost', 'wrong_token', 'trusted'
+        return dict({name: getattr(self, name) for name in names}, kind='state', run=self.run)
+
+    def change(self, **values):
+        """改几个属性,并让聊天页知道。"""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._log('changed')
 
     def script(self, path, *answers):
         """``path`` 的下面几次这样答,不照规矩:
@@ -230,22 +456,50 @@ class WeCom:
         self._count += 1
         return '%s%d_%s' % (prefix, self._count, hashlib.sha1(os.urandom(8)).hexdigest()[:20])
 
+    def _counted(self, who):
+        """最近一分钟里的第几条。"""
+        now = time.monotonic()
+        times = self._times[who] = [t for t in self._times[who] if t > now - 60] + [now]
+        return len(times)
+
+    # API 的那一半
+
     def answer(self, path, query, body, headers):
-        """一次调用 → 回答 (dict,或下载的 (文件名, bytes))。"""
+        """一次调用 → 回答 (dict,或下载的 (文件名, bytes)),没有这个 API 是 None。"""
         with self._lock:
+            before = self._serial
+            method = getattr(self, 'api_' + path.replace('/', '_'), None)
+            if method is None:
+                return None
             try:
-                method = getattr(self, 'api_' + path.replace('/', '_'), None)
-                if method is None:
-                    return None
                 if path != 'gettoken' and not path.startswith('webhook/'):
                     self._check_token(query)
                 answer = method(query, body, headers)
-                return dict({'errcode': 0, 'errmsg': 'ok'}, **answer) \
-                    if isinstance(answer, dict) else answer
             except Refused as e:
-                return {'errcode': e.args[0], 'errmsg': '%s, hint: [%d_1_ab], from ip: 203.0.113.9, more '
-                        'info at https://open.work.weixin.qq.com/devtool/query?e=%d'
-                        % (e.args[1], time.time(), e.args[0])}
+                answer = self._refusal(*e.args)
+            except (AttributeError, TypeError, ValueError):     # 某个字段不是那个类型
+                answer = self._refusal(40035, 'invalid parameter, Warning: wrong json format.')
+            if isinstance(answer, dict):
+                answer = dict({'errcode': 0, 'errmsg': 'ok'}, **answer)
+                self._show_call(before, path, body, answer)
+            return answer
+
+    def _refusal(self, errcode, errmsg):
+        return {'errcode': errcode, 'errmsg': '%s, hint: [%d_1_ab], from ip: 203.0.113.9, more info '
+                'at https://open.work.weixin.qq.com/devtool/query?e=%d' % (errmsg, time.time(), errcode)}
+
+    def _show_call(self, before, path, body, answer):
+        """这次调用里发生的事都带上它的原文;被拒绝的本身也是一件事。"""
+        if answer['errcode']:
+            errmsg = answer['errmsg'].partition(', hint')[0]
+            self._log('call', path=path, errcode=answer['errcode'], errmsg=errmsg)
+        if self._serial > before:
+            shown = b'(%d bytes)' % len(body) if b'\0' in body else body[:20000]
+            raw = [['机器人 → 企业微信 · /cgi-bin/' + path, shown.decode('utf-8', 'replace')],
+                   ['企业微信 → 机器人', json.dumps(answer, ensure_ascii=False)]]
+            for event in self.events:
+                if event['id'] > before:
+                    event['raw'] = raw
 
     def _check_token(self, query):
         need(self.trusted, 60020, 'not allow to access from your ip')
@@ -263,6 +517,13 @@ class WeCom:
         except ValueError:
             raise Refused(40063, 'Warning: wrong json format.') from None
 
+    def _check_agent(self, data):
+        """JSON 里的 agentid:整数,而且是自己的。"""
+        need('agentid' in data, 41011, 'missing agentid')
+        need(isinstance(data['agentid'], int), 40056, 'invalid agentid')
+        need(str(data['agentid']) == self.settings['agentid'], 301002,
+             'not allow operate another agent')
+
     def api_gettoken(self, query, body, headers):
         need(query.get('corpid'), 41002, 'corpid missing')
         need(query.get('corpsecret'), 41004, 'corpsecret missing')
@@ -272,134 +533,144 @@ class WeCom:
         self._tokens[token] = time.monotonic() + self.token_life
         return {'access_token': token, 'expires_in': self.token_life}
 
+    # 发消息
+
     def api_message_send(self, query, body, headers):
         message = self._json(body)
-        need(isinstance(message.get('agentid'), int), 41011, 'missing agentid')
-        need(str(message['agentid']) == self.settings['agentid'], 301002, 'not allow operate another agent')
+        self._check_agent(message)
         kind = message.get('msgtype')
         need(kind in CHECKS, 40008, 'invalid message type')
         need(isinstance(message.get(kind), dict), 40035, 'invalid parameter: %s' % kind)
         need(not (kind == 'news' and message.get('safe')), 40074, 'news can not be safe')
         CHECKS[kind](self, message[kind])
-        return self._deliver(message)
+        users, wrong = self._receivers(message)
+        return dict(wrong, **self._deliver(message, users))
 
-    def _deliver(self, message):
-        asked = [u for u in str(message.get('touser') or '').split('|') if u]
-        groups = [g for key in ('toparty', 'totag') for g in str(message.get(key) or '').split('|') if g]
-        need(asked or groups, 82001, 'user & party & tag all empty')
-        need(len(asked) <= 1000, 40032, 'invalid userid list size')
-        known = list(self.users) if '@all' in asked or groups else \
-            [u for u in asked if u.lower() in self.users]
-        need(known, 81013, 'user & party & tag all invalid')
-        fresh = [u for u in known if self._counted('member ' + u) <= self.per_member]
+    def _receivers(self, message):
+        """→ (收得到的成员, {'invaliduser': …} 等)。部门和标签里是全部成员。"""
+        found, wrong, anybody = set(), {}, False
+        for key, known, most, errcode in (('touser', self.users, 1000, 40032),
+                                          ('toparty', self.parties, 100, 82002),
+                                          ('totag', self.tags, 100, 82003)):
+            need(isinstance(message.get(key) or '', str), 40031, 'invalid %s list' % key)
+            asked = [i.lower() for i in (message.get(key) or '').split('|') if i]
+            need(len(asked) <= most, errcode, 'invalid %s list size' % key)
+            right = [i for i in asked if i in known or key + i == 'touser@all']
+            everybody = right and (key != 'touser' or '@all' in right)
+            found.update(self.users if everybody else right)
+            wrong['invalid' + key[2:]] = '|'.join(i for i in asked if i not in right)
+            anybody = anybody or asked
+        need(anybody, 82001, 'user & party & tag all empty')
+        need(found, 81013, 'user & party & tag all invalid')
+        return [u for u in self.users if u in found], wrong
+
+    def _deliver(self, message, users):
+        kind, msgid = message['msgtype'], self._next('msg')
+        fresh = [u for u in users if self._counted('member ' + u) <= self.per_member]
         (self.messages if fresh else self.dropped).append(message)
-        for user in fresh:
-            kind = message['msgtype']
+        shown = {}
+        for user in users:
+            if user not in fresh:
+                self._log('note', user=user, text='一分钟里超过 %d 条,企业微信悄悄丢掉了' % self.per_member)
+                continue
             self.inbox[user].append((kind, message[kind].get('content', message[kind])))
-        return {'invaliduser': '|'.join(u.lower() for u in asked if u != '@all' and u.lower() not in self.users),
-                'msgid': self._next('msg')}
+            asked = self._asked.get(user)
+            shown[user] = self._log('out', user=user, how='active', type=kind, body=message[kind],
+                                    msgid=msgid, seconds=asked and time.monotonic() - asked)['id']
+        if kind != 'template_card':
+            return {'msgid': msgid}
+        card = message[kind]
+        self.task_ids.add(card.get('task_id'))
+        if card['card_type'] not in INTERACTIVE and not card.get('action_menu'):
+            return {'msgid': msgid}
+        return {'msgid': msgid, 'response_code': self._new_code(shown)}
 
-    # 投递的那一半 (path/90238)
+    def api_message_recall(self, query, body, headers):
+        msgid = self._json(body).get('msgid')
+        need(msgid, 40063, 'msgid missing')
+        sent = [e for e in self.events if e.get('msgid') == msgid]
+        need(sent and sent[0]['at'] + self.recall_within > time.time(), 40058, 'invalid msgid')
+        for event in sent:
+            self._log('recall', user=event['user'], of=event['id'])
+        return {}
 
-    def message(self, user='zhangsan', **fields):
-        """用户发来的一条消息 (dict);没写的字段照常,事件没有 MsgId。"""
-        with self._lock:
-            self._count += 1
-        full = {'ToUserName': self.settings['corpid'], 'FromUserName': user,
-                'CreateTime': int(time.time()), 'MsgType': 'text', 'AgentID': self.settings['agentid']}
-        full.update(fields)
-        if full['MsgType'] != 'event':
-            full.setdefault('MsgId', 7 * 10 ** 15 + self._count)
-        return full
+    def _new_code(self, cards):
+        """一个 response_code,能更新这些卡片一次。"""
+        code = self._next('code')
+        self._codes[code] = time.monotonic() + self.code_life, cards
+        return code
 
-    def request(self, message):
-        """一次投递的 (查询串, 正文 bytes);每次的 nonce 和密文都不同。"""
-        crypt = WXBizMsgCrypt(*(self.settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
-        encrypt = crypt.seal(dict_to_xml(message))
-        now, nonce = str(int(time.time())), str(int.from_bytes(os.urandom(4), 'big'))
-        query = urllib.parse.urlencode({'msg_signature': crypt.sign(now, nonce, encrypt),
-                                        'timestamp': now, 'nonce': nonce})
-        body = dict_to_xml({'ToUserName': self.settings['corpid'], 'Encrypt': encrypt.decode(),
-                            'AgentID': self.settings['agentid']})
-        return query, body.encode('utf-8')
+    def api_message_update_template_card(self, query, body, headers):
+        update = self._json(body)
+        self._check_agent(update)
+        for key, most, errcode in (('userids', 1000, 40032), ('partyids', 100, 82002),
+                                   ('tagids', 100, 82003)):
+            need(isinstance(update.get(key, []), list), 40031, 'invalid %s' % key)
+            need(len(update.get(key, [])) <= most, errcode, 'invalid %s size' % key)
+        groups = update.get('partyids') or update.get('tagids') or update.get('atall')
+        users = list(self.users) if groups else update.get('userids') or []
+        need(users, 82001, 'user & party & tag all empty')
+        need(update.get('response_code'), 40063, 'response_code missing')
+        until, cards = self._codes.get(update['response_code'], (0, {}))
+        need(until > time.monotonic(), 60140, 'invalid response_code')
+        button, card = update.get('button'), update.get('template_card')
+        need(isinstance(button, dict) or isinstance(card, dict), 40035,
+             'button or template_card missing')
+        if card:
+            check_template_card(self, card)
+        else:
+            need(size(button.get('replace_name')), 40063, 'button.replace_name missing')
+        del self._codes[update['response_code']]
+        self.updates.append(update)
+        for user in users:
+            self._log('update', user=user, of=cards.get(user), button=button, body=card)
+        return {'invaliduser': [u for u in users if u not in self.users]}
 
-    def opened(self, answer):
-        """回答的信封 (bytes) → 里面的 dict;空的是 {}。"""
-        if not answer:
-            return {}
-        crypt = WXBizMsgCrypt(*(self.settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
-        envelope = xml_to_dict(answer)
-        return xml_to_dict(crypt.decrypt_message(answer, envelope['MsgSignature'],
-                                                 envelope['TimeStamp'], envelope['Nonce']))
+    # 素材
 
-    def ask(self, url, message):
-        """投递一次,等 ``patience`` 秒 → (状态, 正文);连不上、等不到抛 `OSError` 或 `HTTPException`。"""
-        parts = urllib.parse.urlsplit(url)
-        query, body = self.request(message)
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.patience)
-        try:
-            connection.request('POST', parts.path + '?' + query, body, {'Content-Type': 'text/xml'})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+    def keep(self, kind, name, data, owner='app'):
+        """放一个素材 → media_id。"""
+        media_id = self._next('media')
+        self.media[media_id] = {'type': kind, 'name': name, 'data': data, 'owner': owner,
+                                'at': time.time()}
+        return media_id
 
-    def deliver(self, url, message=None, **fields):
-        """像企业微信那样投递一条消息:等不到就断开、再投递,一共 ``deliveries`` 次 → 被动回复 (dict) 或 None。
-
-        用户看到的记在 ``inbox``。
-        """
-        message = message or self.message(**fields)
-        for _ in range(self.deliveries):
-            try:
-                status, answer = self.ask(url, message)
-            except (OSError, http.client.HTTPException):
-                continue
-            if status != 200 and self.retry_status:
-                continue
-            reply = self.opened(answer) if status == 200 else {}
-            if reply:
-                with self._lock:
-                    kind = reply['MsgType']
-                    self.inbox[message['FromUserName']].append((kind, reply.get('Content', reply)))
-            return reply
-        return None
-
-    def _counted(self, who):
-        """最近一分钟里的第几条。"""
-        now = time.monotonic()
-        times = self._times[who] = [t for t in self._times[who] if t > now - 60] + [now]
-        return len(times)
-
-    def _file(self, body, headers):
+    def _file(self, body, headers, field=b'media'):
         """multipart/form-data 里的那个文件 → (文件名, bytes)。"""
-        boundary = re.search('boundary="?([^";]+)', headers.get('Content-Type', ''))
+        boundary = re.search('boundary="?([^";]+)', headers.get('Content-Type') or '')
         need(boundary, 44001, 'empty media data')
         head, _, rest = body.partition(b'\r\n\r\n')
-        name = re.search(b'name="media"; filename="([^"]*)"', head)
-        data, end, _ = rest.rpartition(b'\r\n--' + boundary.group(1).encode() + b'--')
-        need(name and end, 44001, 'empty media data')
+        name = re.search(b'name="' + field + b'"; filename="([^"]*)"', head)
+        data, tail, _ = rest.rpartition(b'\r\n--' + boundary.group(1).encode() + b'--')
+        need(name and tail and len(data) > 5, 44001, 'empty media data')
         return name.group(1).decode('utf-8'), data
 
-    def _upload(self, query, body, headers, kinds):
+    def _upload(self, query, body, headers, kinds, owner='app'):
         kind = query.get('type')
         need(kind in kinds, 40004, 'invalid media type')
         name, data = self._file(body, headers)
         most, suffixes = MEDIA[kind]
-        need(len(data) > 5, 44001, 'empty media data')
         need(len(data) <= most, 40006, 'invalid media size')
         need(not suffixes or name.lower().endswith(suffixes), 40005, 'invalid file type')
-        media_id = self._next('media')
-        self.media[media_id] = {'type': kind, 'name': name, 'data': data}
-        return {'errmsg': '', 'type': kind, 'media_id': media_id, 'created_at': str(int(time.time()))}
+        return {'errmsg': '', 'type': kind, 'media_id': self.keep(kind, name, data, owner),
+                'created_at': str(int(time.time()))}
 
     def api_media_upload(self, query, body, headers):
         return self._upload(query, body, headers, MEDIA)
 
+    def api_media_uploadimg(self, query, body, headers):
+        name, data = self._file(body, headers, b'[^"]*')
+        need(len(data) <= 2 << 20, 40009, 'invalid image size')
+        need(name.lower().endswith(MEDIA['image'][1]), 40005, 'invalid file type')
+        return {'url': '%s/media/%s' % (self.url, self.keep('image', name, data))}
+
     def api_media_get(self, query, body, headers):
-        need(query.get('media_id') in self.media, 40007, 'invalid media_id')
+        need(query.get('media_id'), 41006, 'missing media_id')
+        check_media_id(self, query['media_id'])
         media = self.media[query['media_id']]
         return media['name'], media['data']
+
+    # 群机器人 (path/91770)
 
     def api_webhook_send(self, query, body, headers):
         need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
@@ -413,64 +684,44 @@ class WeCom:
             need(size(content['content']) <= (2048 if kind == 'text' else 4096), 45002,
                  'content size out of limit')
         elif kind == 'image':
-            import base64
-            data = base64.b64decode(content.get('base64', ''))
-            need(len(data) <= 2 << 20, 40009, 'invalid image size')
-            need(hashlib.md5(data).hexdigest() == content.get('md5'), 301019, 'media md5 not match')
+            content = self._robot_image(content)
         elif kind in ('file', 'voice'):
-            need(content.get('media_id') in self.media, 40007, 'invalid media_id')
+            check_media_id(self, content.get('media_id'), kind, 'robot')
         elif kind == 'template_card':
-            need(content.get('card_type') in ('text_notice', 'news_notice'), 42031, 'invalid card_type')
-            check_template_card(self, content)
+            check_template_card(self, content, robot=True)
         else:
             check_news(self, content)
         need(self._counted('robot') <= self.per_robot, 45009, 'api freq out of limit')
         self.robot_messages.append(message)
+        self._log('out', how='robot', type=kind, body=content)
         return {}
+
+    def _robot_image(self, content):
+        data = base64.b64decode(content.get('base64', ''))
+        need(len(data) <= 2 << 20, 40009, 'invalid image size')
+        need(hashlib.md5(data).hexdigest() == content.get('md5'), 301019, 'media md5 not match')
+        return {'media_id': self.keep('image', 'image.png', data, 'robot')}
 
     def api_webhook_upload_media(self, query, body, headers):
         self._file(body, headers)
         need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
-        return self._upload(query, body, headers, ('file', 'voice'))
+        return self._upload(query, body, headers, ('file', 'voice'), 'robot')
+
+    # 应用、菜单、通讯录
 
     def _agent(self, query):
         need(query.get('agentid') == self.settings['agentid'], 40056, 'invalid agentid')
 
     def api_agent_get(self, query, body, headers):
         self._agent(query)
-        return {'agentid': int(query['agentid']), 'name': '监控', 'close': 0,
+        return {'agentid': int(query['agentid']), 'name': self.name, 'close': 0,
                 'allow_userinfos': {'user': [{'userid': u} for u in self.users]}}
-
-    def api_user_get(self, query, body, headers):
-        need(query.get('userid'), 41009, 'missing userid')
-        need(query['userid'].lower() in self.users, 60111, 'userid not found')
-        return {'userid': query['userid'], 'name': self.users[query['userid'].lower()], 'status': 1}
-
-    def api_getcallbackip(self, query, body, headers):
-        return {'ip_list': ['127.0.0.1']}
-
-    def api_message_update_template_card(self, query, body, headers):
-        update = self._json(body)
-        need(update.get('response_code'), 40063, 'response_code missing')
-        need(update['response_code'] not in [u['response_code'] for u in self.updates], 60140, 'response_code used')
-        need(isinstance(update.get('button'), dict) or isinstance(update.get('template_card'), dict),
-             40035, 'button or template_card missing')
-        self.updates.append(update)
-        return {}
 
     def api_menu_create(self, query, body, headers):
         self._agent(query)
         buttons = self._json(body).get('button')
-        need(isinstance(buttons, list) and 1 <= len(buttons) <= 3, 40016, 'invalid button size')
-        for button in buttons:
-            need(0 < size(button.get('name')) <= 16, 40018, 'invalid button name size')
-            subs = button.get('sub_button')
-            need(subs is None or 1 <= len(subs) <= 5, 40023, 'invalid sub button size')
-            for leaf in subs or [button]:
-                need(leaf.get('type'), 40017, 'invalid button type')
-                need(size(leaf.get('key') or leaf.get('url') or leaf.get('pagepath')), 40019,
-                     'invalid button key size')
-        self.menu = {'button': buttons}
+        check_menu(buttons)
+        self.change(menu={'button': buttons})
         return {}
 
     def api_menu_get(self, query, body, headers):
@@ -480,36 +731,783 @@ class WeCom:
 
     def api_menu_delete(self, query, body, headers):
         self._agent(query)
-        self.menu = None
+        self.change(menu=None)
         return {}
+
+    def api_user_get(self, query, body, headers):
+        need(query.get('userid'), 41009, 'missing userid')
+        need(query['userid'].lower() in self.users, 60111, 'userid not found')
+        return {'userid': query['userid'], 'name': self.users[query['userid'].lower()], 'status': 1,
+                'department': [1], 'main_department': 1}
+
+    def api_user_simplelist(self, query, body, headers):
+        need(query.get('department_id') in self.parties, 60003, 'department not found')
+        return {'userlist': [{'userid': u, 'name': name, 'department': [1]}
+                             for u, name in self.users.items()]}
+
+    def api_department_list(self, query, body, headers):
+        return {'department': [{'id': int(i), 'name': name, 'parentid': int(i != '1'),
+                                'order': int(i)} for i, name in self.parties.items()]}
+
+    def api_getcallbackip(self, query, body, headers):
+        return {'ip_list': ['127.0.0.1']}
+
+    # 投递的那一半 (path/90238)
+
+    def message(self, user='zhangsan', **fields):
+        """用户发来的一条消息 (dict);没写的字段照常,事件没有 MsgId。"""
+        with self._lock:
+            self._count += 1
+        full = {'ToUserName': self.settings['corpid'], 'FromUserName': user,
+                'CreateTime': int(time.time()), 'MsgType': 'text',
+                'AgentID': self.settings['agentid']}
+        full.update(fields)
+        if full['MsgType'] != 'event':
+            full.setdefault('MsgId', 7 * 10 ** 15 + self._count)
+        return full
+
+    def _crypt(self, **other):
+        settings = dict(self.settings, **other)
+        return WXBizMsgCrypt(*(settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
+
+    def _signed(self, text):
+        """→ (查询参数 dict, 密文 str);每次的 nonce 和密文都不同。"""
+        crypt = self._crypt(token='wrong') if self.wrong_token else self._crypt()
+        encrypt, now = crypt.seal(text), str(int(time.time()))
+        nonce = str(int.from_bytes(os.urandom(4), 'big'))
+        query = {'msg_signature': crypt.sign(now, nonce, encrypt), 'timestamp': now, 'nonce': nonce}
+        return query, encrypt.decode()
+
+    def request(self, message):
+        """一次投递的 (查询串, 正文 bytes)。"""
+        query, encrypt = self._signed(dict_to_xml(message))
+        body = dict_to_xml({'ToUserName': self.settings['corpid'], 'Encrypt': encrypt,
+                            'AgentID': self.settings['agentid']})
+        return urllib.parse.urlencode(query), body.encode('utf-8')
+
+    def _opened_text(self, answer):
+        """回答的信封 (bytes) → 里面的 XML (str);没有回复是 ''。"""
+        if answer in (b'', b'success'):
+            return ''
+        envelope = xml_to_dict(answer)
+        return self._crypt().decrypt_message(answer, envelope.get('MsgSignature'),
+                                             envelope.get('TimeStamp'), envelope.get('Nonce'))
+
+    def opened(self, answer):
+        """回答的信封 (bytes) → 里面的 dict;空的是 {}。"""
+        text = self._opened_text(answer)
+        return xml_to_dict(text) if text else {}
+
+    def _exchange(self, url, query, body=None):
+        """一个请求,等 ``patience`` 秒 → (状态, 正文)。"""
+        if self.delay:
+            time.sleep(min(self.delay, self.patience))
+        if self.delay >= self.patience:
+            raise TimeoutError('the network is too slow')
+        parts = urllib.parse.urlsplit(url)
+        connect = getattr(http.client, parts.scheme.upper() + 'Connection')
+        connection = connect(parts.hostname, parts.port, timeout=self.patience - self.delay)
+        try:
+            connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query), body,
+                               {'Content-Type': 'text/xml'} if body else {})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def ask(self, url, message):
+        """投递一次,等 ``patience`` 秒 → (状态, 正文);连不上、等不到抛 `OSError` 或 `HTTPException`。"""
+        return self._exchange(url, *self.request(message))
+
+    def verify(self, url):
+        """像后台的「保存」那样校验回调 URL → 哪里不对,'' 是通过。"""
+        echo = str(int.from_bytes(os.urandom(8), 'big'))
+        query, encrypt = self._signed(echo)
+        query['echostr'] = encrypt
+        try:
+            status, answer = self._exchange(url, urllib.parse.urlencode(query))
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            return '%s 没有回答: %s' % (url, e)
+        if (status, answer) != (200, echo.encode()):
+            return '%s 答的是 %d,不是 echostr' % (url, status)
+        self.change(bot=url)
+        return ''
+
+    def deliver(self, url, message=None, **fields):
+        """像企业微信那样投递一条消息:等不到就断开、再投递,一共 ``deliveries`` 次 → 被动回复 (dict) 或 None。
+
+        用户看到的记在 ``inbox``。
+        """
+        message = message or self.message(**fields)
+        user = message['FromUserName']
+        begin = self._asked[user] = time.monotonic()
+        if message.get('ResponseCode'):
+            self._codes.setdefault(message['ResponseCode'], (begin + self.code_life, {}))
+        said = self._log('in', user=user, message=message)['id']
+        for n in range(1, self.deliveries + 1):
+            reply, raw = self._attempt(url, message, said, n)
+            if reply:
+                self._passive(message, reply, raw, time.monotonic() - begin)
+            if reply is not None:
+                return reply
+        return None
+
+    def _attempt(self, url, message, said, n):
+        """一次投递 → (回复的 dict,要再投递是 None;原文)。"""
+        query, body = self.request(message)
+        raw = [['企业微信 → 机器人 · 明文', dict_to_xml(message)],
+               ['企业微信 → 机器人 · 密文', 'POST %s?%s\n\n%s' % (url, query, body.decode('utf-8'))]]
+        self._log('attempt', of=said, n=n)
+        begin, status, reply, error = time.monotonic(), 0, {}, ''
+        try:
+            status, answer = self._exchange(url, query, body)
+            text = answer[:20000].decode('utf-8', 'replace')
+            raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
+            if n <= self.lost:
+                raise ConnectionError('the answer was lost')
+            if status == 200 and self._opened_text(answer):
+                raw.append(['机器人 → 企业微信 · 明文', self._opened_text(answer)])
+                reply = self.opened(answer)
+        except (OSError, http.client.HTTPException) as e:
+            refused = isinstance(e, ConnectionRefusedError)
+            error = '回答丢在路上' if status else '连不上' if refused else '没有回答'
+            status = 0
+        except WeChatError as e:
+            error = '回答读不懂: %s' % e.errmsg
+        failed = not status or status != 200 and self.retry_status
+        self._log('answer', of=said, n=n, status=status, error=error, raw=raw,
+                  again=failed and n < self.deliveries, seconds=time.monotonic() - begin)
+        return None if failed else reply, raw
+
+    def _passive(self, message, reply, raw, seconds):
+        """被动回复到了用户那里。"""
+        user, kind = message['FromUserName'], reply.get('MsgType')
+        with self._lock:
+            self.inbox[user].append((kind, reply.get('Content', reply)))
+            try:
+                body = reply_body(self, reply)
+            except (Refused, AttributeError, TypeError) as e:
+                self._log('note', user=user, text='企业微信不认这个被动回复: %s' % e.args[-1], raw=raw)
+                return
+            if not kind.startswith('update_'):
+                self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds,
+                          raw=raw)
+                return
+            cards = self._codes.get(message.get('ResponseCode'), (0, {}))[1]
+            self._log('update', user=user, of=cards.get(user), raw=raw,
+                      **{'button' if kind == 'update_button' else 'body': body})
+
+    # 聊天页上的人做的事
+
+    def say(self, user, fields, card=None):
+        """``user`` 发来一条消息,投递在自己的线程里;``card`` 是他点的那张卡片是哪件事。"""
+        need(self.bot, 40057, '还没有机器人')
+        need(user in self.users, 40031, '没有这个成员')
+        message = self.message(user, **fields)
+        if card:
+            message['ResponseCode'] = self._new_code({user: card})
+        dict_to_xml(message)            # 写不成 XML 的,现在就说
+        threading.Thread(target=self.deliver, args=(self.bot, message), daemon=True).start()
+
+    def send_file(self, user, kind, name, data):
+        """``user`` 发来一个文件。"""
+        need(kind in MEDIA and data, 40004, '没有文件')
+        with self._lock:
+            media_id = self.keep(kind, name, data)
+        url = '%s/media/%s' % (self.url, media_id)
+        more = {'image': {'PicUrl': url}, 'voice': {'Format': 'amr'},
+                'video': {'ThumbMediaId': media_id}, 'file': {'FileName': name}}
+        self.say(user, dict({'MsgType': kind, 'MediaId': media_id}, **more[kind]))
+
+
+# ---- 聊天页 -----------------------------------------------------------------------------------
+# 一个页面,没有外部的资源。服务器来的每件事 (`Corp.events`) 画成一个气泡或一行字;别人写的文字只进文本节点,
+# 图片只从本机来(外面的只给链接):打开这个页面,没有一个请求离开这台机器。
+
+STYLE = r'''
+:root { color-scheme: light dark; --desk: #e6e9ee; --phone: #f2f3f6; --bar: #fafbfc; --line: #dcdfe6; --text: #1c1f24;
+  --faint: #6d7482; --mine: #cbe3ff; --theirs: #fff; --accent: #0a66d0; --on: #fff; --bad: #c4331f; --good: #1d7f48;
+  --code: #eef0f4; font: 15px/1.5 system-ui, -apple-system, "PingFang SC", "Noto Sans CJK SC", sans-serif; }
+@media (prefers-color-scheme: dark) { :root { --desk: #0d0e10; --phone: #17181b; --bar: #1f2125; --line: #33363d;
+  --text: #e6e8ec; --faint: #979ead; --mine: #1f4a7a; --theirs: #26292e; --accent: #6fb1ff; --on: #0b1a2c;
+  --bad: #ff8a76; --good: #6fd39c; --code: #1b1d21; } }
+* { box-sizing: border-box; }
+body { margin: 0; height: 100vh; height: 100dvh; background: var(--desk); color: var(--text); display: flex;
+  justify-content: center; align-items: center; gap: 24px; overflow: hidden; }
+button, input, select, textarea { font: inherit; color: inherit; }
+button { cursor: pointer; border: 0; background: none; padding: 6px 10px; border-radius: 8px; }
+button:disabled { cursor: default; opacity: .55; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+textarea:focus-visible { outline: none; border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
+a, .link { color: var(--accent); }
+main { width: 100%; max-width: 440px; height: 100%; background: var(--phone); display: flex; flex-direction: column;
+  overflow: hidden; position: relative; }
+header { display: flex; align-items: center; gap: 8px; padding: 8px 12px; background: var(--bar);
+  border-bottom: 1px solid var(--line); }
+header h1, header small, #menu button { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+header h1 { font-size: 16px; margin: 0; line-height: 1.3; }
+header div { flex: 1; min-width: 0; }
+header small, .meta, .note { color: var(--faint); font-size: 12px; }
+header small { display: block; }
+select, input:not([type]), textarea { border: 1px solid var(--line); border-radius: 8px; padding: 6px 8px;
+  background: var(--theirs); max-width: 100%; }
+#log { flex: 1; overflow: hidden auto; scrollbar-width: thin; padding: 12px; display: flex; flex-direction: column;
+  gap: 12px; }
+.row { display: flex; gap: 8px; max-width: 100%; }
+.row > div { min-width: 0; max-width: calc(100% - 84px); display: flex; flex-direction: column;
+  align-items: flex-start; }
+.row.me { flex-direction: row-reverse; } .row.me > div { align-items: flex-end; }
+.face { flex: none; width: 34px; height: 34px; border-radius: 8px; background: var(--accent); color: var(--on);
+  display: flex; align-items: center; justify-content: center; font-size: 14px; }
+.me > .face { background: #d98a2b; color: #fff; } .robot > .face { background: #7a5bd0; color: #fff; }
+.bubble { background: var(--theirs); border-radius: 4px 12px 12px; padding: 8px 12px; overflow-wrap: anywhere;
+  white-space: pre-wrap; max-width: 100%; }
+.me .meta { text-align: right; }
+.me .bubble { background: var(--mine); border-radius: 12px 4px 12px 12px; }
+.bubble.card { white-space: normal; width: 272px; } .bubble.bare { padding: 4px; }
+.bubble img, .bubble video { display: block; max-width: 100%; max-height: 280px; border-radius: 8px; }
+.bubble audio { width: 232px; max-width: 100%; display: block; }
+.bubble.gone { color: var(--faint); background: none; border: 1px dashed var(--line); }
+.meta { margin: 2px 4px 0; } .meta button { padding: 0 2px; font-size: 12px; color: var(--accent); }
+.note { align-self: center; text-align: center; overflow-wrap: anywhere; max-width: 92%; }
+.bad { color: var(--bad); } .good { color: var(--good); }
+.h { font-weight: 600; } .h1 { font-size: 20px; } .h2 { font-size: 18px; } .h3 { font-size: 16px; }
+blockquote { margin: 0; padding-left: 8px; border-left: 3px solid var(--line); color: var(--faint); }
+code, pre { background: var(--code); border-radius: 4px; padding: 0 4px; font: 13px/1.5 ui-monospace, monospace; }
+.info, .highlight, .c3 { color: var(--good); } .comment, .gray, .c0, .faint { color: var(--faint); }
+.warning, .c2 { color: var(--bad); }
+.faint { font-size: 13px; } .card > * + * { margin-top: 8px; } .bubble :empty:is(div, b, span) { display: none; }
+.big { font-size: 26px; text-align: center; line-height: 1.2; } .big + .faint { text-align: center; }
+.pair { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; }
+.pair > :first-child { color: var(--faint); flex: none; } .pair > :last-child { text-align: right; }
+.jump { border-top: 1px solid var(--line); padding-top: 8px; font-size: 14px; }
+.quote { background: var(--code); border-radius: 6px; padding: 6px 8px; font-size: 13px; }
+.top { display: flex; align-items: start; } .top > :first-child { flex: 1; min-width: 0; }
+.acts { display: flex; flex-wrap: wrap; gap: 8px; } .acts button { flex: 1 1 40%; border: 1px solid var(--line); }
+.acts .s1, .solid { background: var(--accent); color: var(--on); } .acts .s2 { color: var(--accent); }
+.acts .s3, .acts .s4 { color: var(--bad); }
+.card label { display: flex; gap: 8px; align-items: center; } .card label select { flex: 1; min-width: 0; }
+.outside { background: var(--code); border-radius: 8px; padding: 20px 8px; text-align: center; font-size: 13px; }
+footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px; }
+#write { display: flex; gap: 6px; align-items: flex-end; }
+#write textarea { flex: 1; min-width: 0; resize: none; height: 38px; max-height: 120px; }
+#tools, #menu { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; } [hidden] { display: none !important; }
+#tools > * { flex: 1 1 21%; text-align: center; background: var(--phone); border-radius: 8px; padding: 8px 2px;
+  font-size: 13px; cursor: pointer; } #tools > :focus-within { outline: 2px solid var(--accent); }
+#tools input { position: absolute; width: 1px; height: 1px; opacity: 0; }
+#menu { margin: 0 0 8px; flex-wrap: nowrap; } #menu > div { flex: 1; min-width: 0; position: relative; }
+#menu button { width: 100%; background: var(--phone); }
+#menu ul { position: absolute; bottom: 100%; left: 0; right: 0; margin: 0 0 6px; padding: 4px; list-style: none;
+  z-index: 2; background: var(--bar); border: 1px solid var(--line); border-radius: 10px; min-width: 104px; }
+#menu ul button { background: none; }
+.top details { position: relative; } summary { cursor: pointer; } .top summary { list-style: none; padding: 0 6px; }
+.top details div { position: absolute; right: 0; display: grid; z-index: 1; background: var(--bar); white-space: nowrap;
+  border: 1px solid var(--line); border-radius: 10px; }
+aside { width: 264px; display: flex; flex-direction: column; gap: 12px; }
+aside h2, dialog h2 { font-size: 15px; margin: 0; } aside p { margin: 0; color: var(--faint); font-size: 13px; }
+aside label { display: flex; justify-content: space-between; gap: 8px; align-items: center; }
+aside button { border: 1px solid var(--line); }
+dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--bar); color: inherit; padding: 16px;
+  width: min(640px, calc(100vw - 24px)); max-height: 86vh; overflow: auto; } dialog::backdrop { background: #0008; }
+dialog form { display: flex; flex-direction: column; gap: 10px; } dialog h3 { margin: 12px 0 4px; font-size: 13px; }
+dialog label { display: flex; flex-direction: column; font-size: 13px; } dialog pre { white-space: pre-wrap;
+  overflow-wrap: anywhere; padding: 8px; margin: 0; max-height: 40vh; overflow: auto; }
+.end { display: flex; flex-direction: row-reverse; gap: 8px; margin-top: 10px; }
+#raw .top { position: sticky; top: -16px; flex-direction: row; margin-top: -16px; padding: 16px 0 8px;
+  background: var(--bar); }
+#switch { display: none; }
+@media (min-width: 800px) { main { height: min(100vh - 40px, 860px); border-radius: 22px; border: 1px solid var(--line);
+  box-shadow: 0 12px 40px #0002; } }
+@media (max-width: 799px) { #switch { display: block; }
+  aside { display: none; position: fixed; inset: 54px 8px auto auto; background: var(--bar);
+  border: 1px solid var(--line); border-radius: 14px; padding: 14px; z-index: 3;
+  box-shadow: 0 8px 30px #0004; } aside.open { display: flex; } }
+'''
+
+SCRIPT = r'''
+'use strict';
+const $ = id => document.getElementById(id);
+const list = value => Array.isArray(value) ? value : [];
+const yes = value => value === true || ['1', 'true'].includes(String(value));
+
+function el(tag, props, ...children) {          // 一个节点;字符串的孩子是文本节点
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children.flat(9).filter(child => child || child === 0));
+  return node;
+}
+
+function link(url, ...label) {                  // 能点的只有这几种网址
+  return /^(https?|weixin|wxwork|mailto|tel):/i.test(url || '')
+    ? el('a', {href: url, target: '_blank', rel: 'noopener noreferrer'}, label) : el('span', {title: url || ''}, label);
+}
+
+function pieces(text, pattern, make) {          // 匹配的变成节点,其余是文字
+  const out = [];
+  let end = 0;
+  for (const found of text.matchAll(pattern)) {
+    out.push(text.slice(end, found.index), make(found));
+    end = found.index + found[0].length;
+  }
+  return out.concat(text.slice(end));
+}
+
+const LINKS = /<a\s[^>]*?href=["']?([^"'\s>]+)["']?[^>]*>([\s\S]*?)<\/a>|(https?:\/\/[\w\-.~:/?#@!$&*+,;=%]+)/gi;
+const rich = text => pieces(String(text), LINKS, m => link(m[1] || m[3], m[2] || m[3]));
+const SPANS = RegExp(['\\*\\*(.+?)\\*\\*', '\\[([^\\]]+)\\]\\(([^)\\s]+)\\)', '`([^`]+)`', '<@([^>]+)>',
+  '<font color="(info|comment|warning)">([\\s\\S]*?)</font>'].join('|'), 'g');
+const spans = text => pieces(text, SPANS, m => m[1] ? el('b', {}, spans(m[1])) : m[2] ? link(m[3], m[2])
+  : m[4] ? el('code', {}, m[4]) : m[5] ? el('span', {className: 'info'}, '@' + m[5])
+    : el('span', {className: m[6]}, spans(m[7])));
+
+function markdown(body) {
+  return body.content.split('\n').map(line => {
+    const m = /^(#{1,6}) +(.*)|^> ?(.*)/.exec(line);
+    return !m ? el('div', {}, spans(line), el('br')) : m[1] ? el('div', {className: 'h h' + m[1].length}, spans(m[2]))
+      : el('blockquote', {}, spans(m[3]), el('br'));
+  });
+}
+
+function picture(url, note) {                   // 图片只从本机来
+  const own = (url || '').startsWith(location.origin + '/') || /^\/media\//.test(url || '');
+  return !url ? '' : own ? el('img', {src: url, alt: note || '图片', onload: settle})
+    : el('div', {className: 'outside'}, link(url, '外面的图片,不在这里打开'));
+}
+
+const faint = (...text) => el('div', {className: 'faint'}, text);
+
+// ---- 每种消息一个函数:(正文, 这件事) → 气泡里的东西 ----
+
+const source = id => '/media/' + encodeURIComponent(id);
+function file(body, event, name) {
+  const [title, bytes] = event.files[body.media_id] || ['素材不存在', 0];
+  return el('a', {href: source(body.media_id), download: title, className: 'link'}, (name || '文件 · ') + title,
+    faint(bytes < 1024 ? bytes + ' 字节' : (bytes / 1024).toFixed(0) + ' KB'));
+}
+const articles = draw => body => list(body.articles).map((a, n) => el('div', {className: n ? 'jump' : ''}, draw(a)));
+
+const render = {
+  text: body => rich(body.content),
+  image: body => picture(source(body.media_id)),
+  voice: (body, event) => /\.(amr|speex)$/i.test((event.files[body.media_id] || [''])[0]) ? file(body, event, '语音 · ')
+    : el('audio', {controls: true, src: source(body.media_id)}),
+  video: (body, event) => [el('video', {controls: true, preload: 'metadata', src: source(body.media_id)}),
+    el('b', {}, body.title), faint(body.description)],
+  file,
+  markdown, markdown_v2: markdown,
+  location: body => ['位置 · ', body.label, faint(body.x + ', ' + body.y)],
+  link: body => [link(body.url, el('b', {}, body.title)), faint(body.description)],
+  textcard: body => [el('b', {}, body.title), faint(pieces(body.description,
+    /<div class="(gray|highlight|normal)">([\s\S]*?)<\/div>|<br\s*\/?>/g,
+    m => m[1] ? el('div', {className: m[1]}, m[2]) : el('br'))),
+  el('div', {className: 'jump'}, link(body.url, body.btntxt || '详情'))],
+  news: articles(a => [picture(a.picurl, a.title), link(a.url, el('b', {}, a.title)),
+    faint(a.description)]),
+  mpnews: articles(a => [picture(source(a.thumb_media_id), a.title), el('b', {}, a.title),
+    faint(a.author, ' ', a.digest),
+    el('details', {}, el('summary', {}, '正文'), a.content.replace(/<[^>]*>/g, ' ')),
+    a.content_source_url && link(a.content_source_url, '阅读原文')]),
+  miniprogram_notice: body => [el('b', {}, body.title), faint(body.description),
+    list(body.content_item).map(i => pair(i.key, i.value))],
+  template_card: card,
+};
+
+const pair = (key, value) => el('div', {className: 'pair'}, el('span', {}, key), el('span', {}, value));
+
+function chosen(root) {                         // 卡片上选了什么
+  const items = [...root.querySelectorAll('[data-key]')].map(question => ({QuestionKey: question.dataset.key,
+    OptionIds: {OptionId: [...question.querySelectorAll('option:checked, input:checked')].map(o => o.value)}}));
+  return items.length ? {SelectedItems: {SelectedItem: items}} : {};
+}
+
+function choice(question) {
+  const node = el('label', {}, el('span', {}, question.title), el('select', {disabled: yes(question.disable)},
+    list(question.option_list).map(o => el('option', {value: o.id, selected: o.id === question.selected_id}, o.text))));
+  node.dataset.key = question.question_key;
+  return node;
+}
+
+function boxes(question, name) {
+  const type = yes(question.mode) ? 'checkbox' : 'radio', disabled = yes(question.disable);
+  const node = el('div', {}, list(question.option_list).map(o => el('label', {},
+    el('input', {name, type, disabled, value: o.id, checked: yes(o.is_checked)}), o.text)));
+  node.dataset.key = question.question_key;
+  return node;
+}
+
+function card(body, event) {
+  const press = (key, menu) => say({MsgType: 'event', Event: menu ? 'template_card_menu_event' : 'template_card_event',
+    EventKey: key, TaskId: body.task_id || event.body.task_id || '', CardType: body.card_type,
+    ...(menu ? {} : chosen(root))}, event.id);
+  const button = b => String(b.type) === '1' ? link(b.url, b.text)
+    : el('button', {type: 'button', className: 's' + (b.style || 1), onclick: () => press(b.key)}, b.text);
+  const titled = (part, className) => part && el('div', {}, el('div', {className}, part.title), faint(part.desc));
+  const boxed = (part, image, text) => el('div', {className: 'quote'}, image, link(part.url, el('b', {}, part.title)),
+    el('div', {}, text));
+  const {source: from, action_menu: menu, main_title: main, quote_area: quote, image_text_area: area} = body;
+  const actions = menu && el('details', {}, el('summary', {title: menu.desc || '更多'}, '⋯'), el('div', {},
+    list(menu.action_list).map(a => el('button', {type: 'button', onclick: () => press(a.key, true)}, a.text))));
+  const root = el('div', {className: 'card'},
+    (from || menu) && el('div', {className: 'top'},
+      el('span', {className: 'faint c' + (from && from.desc_color || 0)}, from && from.desc), actions),
+    titled(main, 'h'), body.card_image && picture(body.card_image.url),
+    area && boxed(area, picture(area.image_url), area.desc), quote && boxed(quote, '', quote.quote_text),
+    titled(body.emphasis_content, 'big'), faint(body.sub_title_text),
+    list(body.vertical_content_list).map(line => titled(line, '')),
+    list(body.horizontal_content_list).map(line => pair(line.keyname, String(line.type) === '2'
+      ? el('a', {href: source(line.media_id), download: ''}, line.value)
+      : link(line.url, line.value || state.users[line.userid] || line.userid))),
+    body.button_selection && choice(body.button_selection), list(body.select_list).map(choice),
+    body.checkbox && boxes(body.checkbox, 'box' + event.id),
+    el('div', {className: 'acts'}, event.replaced ? el('button', {disabled: true}, event.replaced)
+      : [list(body.button_list).map(button), body.submit_button && button({text: '提交', ...body.submit_button})]),
+    list(body.jump_list).map(jump => el('div', {className: 'jump'}, link(jump.url, jump.title))),
+    body.card_action && body.card_action.url && el('div', {className: 'jump'}, link(body.card_action.url, '打开')));
+  if (event.replaced) for (const node of root.querySelectorAll('select, input')) node.disabled = true;
+  return root;
+}
+
+// ---- 发生的每件事一个函数 ----
+
+const bubbles = new Map();                      // 事件的 id → {bubble, meta, event, raws}
+let all = [], user = null, state = {}, run = null, low = true;
+const bare = ['image', 'video'], wide = ['textcard', 'news', 'mpnews', 'template_card', 'miniprogram_notice'];
+const took = seconds => seconds === null || seconds === undefined ? ''
+  : seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + '\u00a0ms' : seconds.toFixed(1) + '\u00a0s';
+const clock = at => new Date(at * 1000).toTimeString().slice(0, 5);
+
+function rawButton(entry) {
+  return el('button', {type: 'button', title: '加密前后的 XML、JSON', onclick: () => showRaw(entry.raws)}, '原文');
+}
+
+function bubble(event, who, face, type, body) {
+  const entry = {event, raws: event.raw || [], type};
+  entry.bubble = el('div', {className: 'bubble' + (bare.includes(type) ? ' bare' : wide.includes(type) ? ' card' : '')},
+    (render[type] || (b => JSON.stringify(b)))(body, event));
+  entry.meta = el('div', {className: 'meta'});
+  bubbles.set(event.id, entry);
+  $('log').append(el('article', {className: 'row ' + who}, el('span', {className: 'face', ariaHidden: 'true'}, face),
+    el('div', {}, entry.bubble, entry.meta)));
+  return entry;
+}
+
+function note(event, text, className) {
+  const entry = {event, raws: event.raw || [], meta: el('span')};
+  if (event.raw) entry.meta.append(' ', rawButton(entry));
+  bubbles.set(event.id, entry);
+  $('log').append(el('div', {className: 'note ' + (className || '')}, text, ' ',
+    el('span', {className: 'meta'}, entry.meta)));
+}
+
+const heard = {                                 // 用户发的消息 → 气泡
+  text: m => ['text', {content: m.Content}],
+  image: m => ['image', {media_id: m.MediaId}], voice: m => ['voice', {media_id: m.MediaId}],
+  video: m => ['video', {media_id: m.MediaId}], file: m => ['file', {media_id: m.MediaId}],
+  location: m => ['location', {label: m.Label, x: m.Location_X, y: m.Location_Y}],
+  link: m => ['link', {url: m.Url, title: m.Title, description: m.Description}],
+};
+const EVENTS = {enter_agent: '进入了应用', click: '点了菜单', view: '点了菜单里的网址',
+  view_miniprogram: '打开了小程序', template_card_event: '点了卡片上的', template_card_menu_event: '点了卡片的菜单'};
+
+const on = {
+  in(event) {
+    const m = event.message, draw = heard[m.MsgType];
+    if (draw) bubble(event, 'me', state.users[event.user].slice(0, 1), ...draw(m));
+    else note(event, [EVENTS[m.Event] || '事件 ' + m.Event, ' ', link(m.EventKey, m.EventKey)]);
+  },
+  attempt(event) {
+    const entry = bubbles.get(event.of);
+    if (entry) entry.meta.textContent = event.n > 1 ? '第 ' + event.n + ' 次投递…' : '投递中…';
+  },
+  answer(event) {
+    const entry = bubbles.get(event.of);
+    if (!entry) return;
+    entry.raws = entry.raws.concat(event.raw.map(([title, text]) => ['第 ' + event.n + ' 次 · ' + title, text]));
+    const problem = event.error || event.status !== 200 && '机器人答 ' + event.status
+      + (event.status === 403 ? ':签名不对,两边的 Token 不一样' : '');
+    entry.meta.replaceChildren(el('span', {className: problem ? 'bad' : ''}, problem ? problem + ' · ' : '',
+      clock(event.at), ' · ', took(event.seconds), event.n > 1 ? ' · 第 ' + event.n + ' 次' : '',
+      problem && !event.status && !event.again ? ',企业微信放弃了' : ''), ' ', rawButton(entry));
+  },
+  out(event) {
+    const how = {passive: '被动回复', active: '主动发送', robot: '群机器人'}[event.how];
+    const entry = bubble(event, event.how, event.how === 'robot' ? '群' : '机', event.type, event.body);
+    entry.meta.append([clock(event.at), how, took(event.seconds)].filter(Boolean).join(' · '), ' ', rawButton(entry));
+  },
+  update(event) {
+    const entry = bubbles.get(event.of);
+    if (!entry || entry.type !== 'template_card') return note(event, '更新了一张不在这里的卡片');
+    const body = event.body || entry.event.shown || entry.event.body;
+    const replaced = event.button ? event.button.replace_name : body.replace_text;
+    entry.event = {...entry.event, shown: body, replaced};
+    entry.bubble.replaceChildren(card(body, entry.event));
+    entry.raws = entry.raws.concat(event.raw || []);
+    entry.meta.replaceChildren(clock(event.at), ' · 卡片更新了 ', rawButton(entry));
+  },
+  recall(event) {
+    const entry = bubbles.get(event.of);
+    if (!entry) return;
+    entry.bubble.className = 'bubble gone';
+    entry.bubble.textContent = '这条消息撤回了';
+  },
+  call: event => note(event, event.path + ' 被拒绝:' + event.errcode + ' ' + event.errmsg, 'bad'),
+  note: event => note(event, event.text, 'bad'),
+};
+
+function settle() {                             // 在底下的时候,新来的也要看得见
+  if (low) $('log').scrollTop = $('log').scrollHeight;
+}
+
+function show(event) {
+  if (!on[event.kind] || event.user && event.user !== user) return;
+  low = low || event.kind === 'in';
+  on[event.kind](event);
+  settle();
+}
+
+function redraw() {                             // 换了成员:从头画
+  bubbles.clear();
+  $('log').replaceChildren();
+  all.forEach(show);
+}
+
+function setState(next) {
+  if (run && run !== next.run) location.reload();
+  run = next.run;
+  state = next;
+  $('name').textContent = document.title = state.name;
+  $('bot').textContent = state.bot ? '回调 ' + state.bot : '还没有机器人在听';
+  if (!user) {
+    user = Object.keys(state.users)[0];
+    $('user').replaceChildren(...Object.entries(state.users).map(([id, name]) => el('option', {value: id}, name)));
+  }
+  for (const name of ['delay', 'lost']) $(name).value = String(state[name]);
+  $('wrong_token').checked = state.wrong_token;
+  $('trusted').checked = !state.trusted;
+  drawMenu(state.menu);
+}
+
+// ---- 人做的事 ----
+
+async function post(path, body) {
+  const response = await fetch(path, {method: 'POST', body: body instanceof Blob ? body : JSON.stringify(body)});
+  const answer = await response.json();
+  if (answer.error) note({id: Symbol(path)}, answer.error, 'bad');
+}
+const say = (message, event) => post('/say', {user, message, card: event});
+const change = values => post('/switch', values);
+const pick = (type, chosen) => post('/file?' + new URLSearchParams({user, type, name: chosen.name}), chosen);
+
+function ask(title, fields) {                   // 一张小表 → {名字: 值},取消是 null
+  return new Promise(done => {
+    const form = el('form', {method: 'dialog'}, el('h2', {}, title), fields.map(([name, label, value]) =>
+      el('label', {}, label, el('input', {name, value}))), el('div', {className: 'end'},
+      el('button', {value: 'ok', className: 'solid'}, '发送'), el('button', {value: ''}, '取消')));
+    $('ask').replaceChildren(form);
+    $('ask').onclose = () => done($('ask').returnValue === 'ok' ? Object.fromEntries(new FormData(form)) : null);
+    $('ask').returnValue = '';
+    $('ask').showModal();
+  });
+}
+
+function showRaw(raws) {                        // 元素之间换行,好读
+  $('raws').replaceChildren(...raws.flatMap(([title, text]) => [el('h3', {}, title),
+    el('pre', {tabIndex: 0}, text.replace(/(<xml>|<\/\w+>)(?=<\w)/g, '$1\n'))]));
+  $('raw').showModal();
+}
+
+const place = () => ask('位置', [['Label', '地点', '广州塔'], ['Location_X', '纬度', '23.106'],
+  ['Location_Y', '经度', '113.324']]);
+const tools = {
+  async location() {
+    const where = await place();
+    if (where) say({MsgType: 'location', Scale: '15', AppType: 'wxwork', ...where});
+  },
+  async link() {
+    const what = await ask('链接', [['Title', '标题', ''], ['Description', '描述', ''], ['Url', '网址', 'https://']]);
+    if (what) say({MsgType: 'link', PicUrl: '', ...what});
+  },
+  enter: () => say({MsgType: 'event', Event: 'enter_agent', EventKey: ''}),
+};
+
+async function press(button) {                  // 菜单的一个按钮
+  const event = more => say({MsgType: 'event', Event: button.type, EventKey: button.key || '', ...more});
+  const kind = button.type.split('_')[0];
+  if (button.type === 'view') event({EventKey: button.url});
+  else if (button.type === 'view_miniprogram') event({EventKey: button.pagepath});
+  else if (kind === 'scancode') {
+    const code = await ask('扫到的', [['ScanResult', '内容', 'hello']]);
+    if (code) event({ScanCodeInfo: {ScanType: 'qrcode', ...code}});
+  } else if (kind === 'location') {
+    const where = await place();
+    if (!where) return;
+    await event({SendLocationInfo: {...where, Scale: '15', Poiname: ''}, AppType: 'wxwork'});
+    say({MsgType: 'location', Scale: '15', AppType: 'wxwork', ...where});
+  } else if (kind === 'pic') {                  // 图片自己随后作为消息到
+    const input = el('input', {type: 'file', accept: '.jpg,.jpeg,.png'});
+    input.onchange = async () => {
+      await event({SendPicsInfo: {Count: '1', PicList: {item: {PicMd5Sum: '0'.repeat(32)}}}});
+      pick('image', input.files[0]);
+    };
+    input.click();
+  } else event();
+}
+
+function drawMenu(menu) {
+  const leaf = b => el('button', {type: 'button', onclick: () => { closeMenus(); press(b); }}, b.name);
+  $('menu').hidden = !menu;
+  $('menu').replaceChildren(...list(menu && menu.button).map(top => {
+    const subs = list(top.sub_button);
+    if (!subs.length) return el('div', {}, leaf(top));
+    const items = el('ul', {hidden: true}, subs.map(b => el('li', {}, leaf(b))));
+    return el('div', {}, items, el('button', {type: 'button', onclick() {
+      const open = !items.hidden;
+      closeMenus();
+      items.hidden = open;
+    }}, '≡ ' + top.name));
+  }));
+}
+const closeMenus = () => { for (const items of document.querySelectorAll('#menu ul')) items.hidden = true; };
+
+function send() {
+  const content = $('text').value;
+  if (!content.trim()) return;
+  say({MsgType: 'text', Content: content});
+  $('text').value = '';
+  $('text').style.height = '';
+}
+
+$('write').onsubmit = e => { e.preventDefault(); send(); };
+$('text').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); send(); } };
+$('text').oninput = () => { $('text').style.height = ''; $('text').style.height = $('text').scrollHeight + 2 + 'px'; };
+$('more').onclick = () => $('more').setAttribute('aria-expanded', String(!($('tools').hidden = !$('tools').hidden)));
+for (const input of document.querySelectorAll('#tools input')) {
+  input.onchange = () => { if (input.files[0]) pick(input.name, input.files[0]); input.value = ''; };
+}
+for (const button of document.querySelectorAll('#tools button')) button.onclick = tools[button.name];
+$('user').onchange = () => { user = $('user').value; redraw(); };
+for (const name of ['delay', 'lost']) $(name).onchange = () => change({[name]: Number($(name).value)});
+$('wrong_token').onchange = () => change({wrong_token: $('wrong_token').checked});
+$('trusted').onchange = () => change({trusted: !$('trusted').checked});
+$('expire').onclick = () => change({expire: true});
+$('log').onscroll = () => { low = $('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 90; };
+$('switch').onclick = () => $('switch').setAttribute('aria-expanded', String($('panel').classList.toggle('open')));
+new ResizeObserver(settle).observe($('log'));
+document.onkeydown = e => { if (e.key === 'Escape') { closeMenus(); $('panel').classList.remove('open'); } };
+
+new EventSource('/events').onmessage = message => {
+  const event = JSON.parse(message.data);
+  if (event.kind === 'state') return setState(event);
+  all.push(event);
+  show(event);
+};
+'''
+
+PAGE = '''<!doctype html>
+<html lang="zh-CN"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>桌上的企业微信</title><style>%s</style></head><body>
+<main>
+  <header><div><h1 id="name">…</h1><small id="bot">连接中…</small></div>
+    <select id="user" aria-label="以谁的身份说话"></select>
+    <button id="switch" type="button" aria-expanded="false" aria-controls="panel">开关</button></header>
+  <section id="log" role="log" aria-label="聊天" tabindex="0"></section>
+  <footer><div id="menu" hidden></div>
+    <form id="write">
+      <button id="more" type="button" aria-label="更多" aria-expanded="false" aria-controls="tools">＋</button>
+      <textarea id="text" rows="1" aria-label="消息" placeholder="说点什么,Enter 发送" autofocus></textarea>
+      <button class="solid">发送</button></form>
+    <div id="tools" hidden>
+      <label>图片<input type="file" name="image" accept=".jpg,.jpeg,.png"></label>
+      <label>语音<input type="file" name="voice" accept=".amr,audio/*"></label>
+      <label>视频<input type="file" name="video" accept=".mp4,video/*"></label>
+      <label>文件<input type="file" name="file"></label>
+      <button type="button" name="location">位置</button><button type="button" name="link">链接</button>
+      <button type="button" name="enter">进入应用</button></div></footer>
+</main>
+<aside id="panel" aria-label="捣乱的开关"><h2>捣乱</h2>
+  <p>企业微信和网络不总是好好的。打开一个,再说一句话。</p>
+  <label>网络慢 <select id="delay"><option value="0">不</option><option value="1">1 秒</option>
+    <option value="3">3 秒</option><option value="6">6 秒</option></select></label>
+  <label>回答丢在路上 <select id="lost"><option value="0">不</option><option value="1">第 1 次</option>
+    <option value="2">前 2 次</option><option value="3">3 次都丢</option></select></label>
+  <label>Token 不一样 <input id="wrong_token" type="checkbox"></label>
+  <label>IP 不可信 (60020) <input id="trusted" type="checkbox"></label>
+  <button id="expire" type="button">让 access_token 过期</button>
+  <p>等机器人 5 秒,等不到就断开、再投递,一共 3 次。气泡下面的「原文」是加密前后的 XML 和 JSON。</p></aside>
+<dialog id="ask" aria-label="填写"></dialog>
+<dialog id="raw" aria-label="原文">
+  <form method="dialog" class="top"><h2>原文</h2><button class="solid">关闭</button></form>
+  <div id="raws"></div></dialog>
+<script>%s</script></body></html>
+''' % (STYLE, SCRIPT)
+
+
+# ---- HTTP -------------------------------------------------------------------------------------
+# 一个端口:/cgi-bin/ 是 API,其余是聊天页。聊天页只给本机的浏览器:别的网站的脚本不能借它的手进来
+# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它。
+
+TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
+         '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
+         '.m4a': 'audio/mp4'}
+
+
+def only(kind, text):
+    """策略里的一条:只有这一段样式或脚本。"""
+    digest = base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()
+    return "%s-src 'sha256-%s'" % (kind, digest)
+
+
+POLICY = '; '.join(["default-src 'none'", "img-src 'self'", "media-src 'self'", "connect-src 'self'",
+                    "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+                    only('style', STYLE), only('script', SCRIPT)])
+LOOPBACK = re.compile(r'(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?')
+#: 页面上的开关能改的属性。
+SWITCHES = {'delay': float, 'lost': int, 'wrong_token': bool, 'trusted': bool}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """一次 API 调用;照 `WeCom.script` 捣乱。"""
+    """一个请求:API(照 `Corp.script` 捣乱),或聊天页。"""
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
+        try:
+            parts = urllib.parse.urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+            prefix, api, path = parts.path.rpartition('/cgi-bin/')
+            query = dict(urllib.parse.parse_qsl(parts.query))
+            host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
+            if origin and origin != 'http://' + host or not (api or LOOPBACK.fullmatch(host)):
+                self._write(403, 'text/plain', b'only for this machine\n')
+            elif api:
+                self._api(path, query, body)
+            else:
+                self._page(self.command + ' /' + parts.path.split('/')[1], parts.path, query, body)
+        except ConnectionError:
+            pass                        # 对方走了
+
+    do_POST = do_GET
+
+    def _api(self, path, query, body):
         wecom = self.server.wecom
-        parts = urllib.parse.urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-        prefix, _, path = parts.path.rpartition('/cgi-bin/')
         script = wecom.next_script(path)
         if isinstance(script, bytes):
             self.wfile.write(script)
-            return
-        if script in ('close', 'hang', 'trickle'):
+        elif script in ('close', 'hang', 'trickle'):
             self._never(script)
-            return
-        answer = script or wecom.answer(path, dict(urllib.parse.parse_qsl(parts.query)), body,
-                                        self.headers)
-        if isinstance(script, str):     # 'lost'
-            wecom.answer(path, dict(urllib.parse.parse_qsl(parts.query)), body, self.headers)
+        elif script == 'lost':
+            wecom.answer(path, query, body, self.headers)
         else:
-            self._write(answer)
-
-    do_POST = do_GET
+            answer = script or wecom.answer(path, query, body, self.headers)
+            if answer is None:
+                self.send_error(404)
+            elif isinstance(answer, tuple):
+                name, data = answer
+                name = name.encode('utf-8').decode('latin-1')
+                self._write(200, 'application/octet-stream', data,
+                            ('Content-Disposition', 'attachment; filename="%s"' % name))
+            else:
+                self._json(answer)
 
     def _never(self, how):
         """没有答案:马上关、一直不答,或一个字节一个字节没完没了。"""
@@ -524,39 +1522,253 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             pass
 
-    def _write(self, answer):
-        if answer is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        if isinstance(answer, tuple):
-            name, data = answer
-            self.send_header('Content-Type', 'application/octet-stream')
-            self.send_header('Content-Disposition', 'attachment; filename="%s"'
-                             % name.encode('utf-8').decode('latin-1'))
-        else:
-            data = json.dumps(answer, ensure_ascii=False).encode('utf-8')
-            self.send_header('Content-Type', 'application/json; charset=UTF-8')
-        self.send_header('Content-Length', str(len(data)))
+    def _json(self, answer):
+        self._write(200, 'application/json; charset=UTF-8',
+                    json.dumps(answer, ensure_ascii=False).encode('utf-8'))
+
+    def _write(self, status, kind, data, *headers):
+        self.send_response(status)
+        for item in (('Content-Type', kind), ('Content-Length', str(len(data))),
+                     ('X-Content-Type-Options', 'nosniff')) + headers:
+            self.send_header(*item)
         self.end_headers()
         self.wfile.write(data)
 
+    # 聊天页
 
-def main():
-    wecom = WeCom()
-    print('[demo]\napi_base = %s' % wecom.start('127.0.0.1', int(os.environ.get('PORT', 0))))
-    for item in wecom.settings.items():
-        print('%s = %s' % item)
-    sys.stdout.flush()
+    def _page(self, what, path, query, body):
+        if what == 'GET /' and path == '/':
+            self._write(200, 'text/html; charset=utf-8', PAGE.encode('utf-8'),
+                        ('Content-Security-Policy', POLICY), ('Referrer-Policy', 'no-referrer'),
+                        ('Cache-Control', 'no-store'))
+        elif what == 'GET /events':
+            self._events()
+        elif what == 'GET /media' and path[7:] in self.server.wecom.media:
+            self._media(self.server.wecom.media[path[7:]])
+        elif what in ('POST /say', 'POST /file', 'POST /switch'):
+            try:
+                getattr(self, '_' + self.path[1:].partition('?')[0])(query, body)
+                self._json({})
+            except (Refused, WeChatError, KeyError, TypeError, ValueError) as e:
+                self._json({'error': '%s' % (e.args[-1],)})
+        else:
+            self._write(204 if path == '/favicon.ico' else 404, 'text/plain', b'')
+
+    def _say(self, query, body):
+        asked = json.loads(body.decode('utf-8'))
+        self.server.wecom.say(asked['user'], asked['message'], asked.get('card'))
+
+    def _file(self, query, body):
+        self.server.wecom.send_file(query['user'], query['type'], query['name'], body)
+
+    def _switch(self, query, body):
+        asked = json.loads(body.decode('utf-8'))
+        if asked.pop('expire', None):
+            self.server.wecom.expire_tokens()
+        self.server.wecom.change(**{name: SWITCHES[name](value) for name, value in asked.items()})
+
+    def _media(self, media):
+        """一个素材。不是图片、声音、视频的,只能下载:这里是页面自己的源。"""
+        kind = TYPES.get(os.path.splitext(media['name'].lower())[1])
+        how = 'inline' if kind else 'attachment'
+        name = urllib.parse.quote(media['name'], safe='')
+        self._write(200, kind or 'application/octet-stream', media['data'],
+                    ('Content-Security-Policy', "default-src 'none'; sandbox"),
+                    ('Content-Disposition', "%s; filename*=UTF-8''%s" % (how, name)))
+
+    def _events(self):
+        """Server-Sent Events:先是现状,然后每件事一个,断了从 Last-Event-ID 接着。"""
+        wecom = self.server.wecom
+        last = int(self.headers.get('Last-Event-ID') or 0)
+        self.send_response(200)
+        self.send_header('Content-Type', 'text/event-stream; charset=utf-8')
+        self.send_header('Cache-Control', 'no-store')
+        self.end_headers()
+        self.wfile.write(b'data: %s\n\n' % json.dumps(wecom.state()).encode())
+        while not self.server.stopping:
+            events = wecom.events_after(last, 15)
+            for event in events:
+                last = event['id']
+                event = wecom.state() if event['kind'] == 'changed' else event
+                self.wfile.write(b'id: %d\ndata: %s\n\n' % (last, json.dumps(event).encode()))
+            self.wfile.write(b'' if events else b': still here\n\n')
+
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads, request_queue_size = True, 128
+    stopping = False
+
+
+class WeCom(Corp):
+    """带 HTTP 的 `Corp`。"""
+
+    _server = None
+
+    def start(self, host='127.0.0.1', port=0):
+        """开始服务,返回 api_base。"""
+        self._server = Server((host, port), Handler)
+        self._server.wecom = self
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = 'http://%s:%d' % self._server.server_address[:2]
+        return self.url
+
+    def stop(self):
+        self._server.stopping = True
+        self._log('changed')                # 等着的页面看见了就走
+        self._server.shutdown()
+        self._server.server_close()
+
+
+# ---- 命令行 -----------------------------------------------------------------------------------
+# 退出码:0 是被停下,2 是用法或校验不对;机器人自己退出了,是它的。
+
+def tell(text, stream=None):
+    """打印一行;终端显示不了的字转义,没有人读就算了。"""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or 'utf-8'
     try:
-        while True:
-            time.sleep(0.2)
-            for arrived in wecom.messages, wecom.robot_messages:
-                while arrived:
-                    print(json.dumps(arrived.pop(0), ensure_ascii=False), flush=True)
-    except KeyboardInterrupt:
-        pass
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def write_config(path, app, settings):
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(handle, 'w', encoding='utf-8') as f:
+        f.write('[%s]\n' % app + ''.join('%s = %s\n' % item for item in settings.items()))
+
+
+def fresh_secrets():
+    """只有这一次用的密钥。机器人多半听着 0.0.0.0:写在这个文件里的人人知道,同一个网里的谁都能指使它。"""
+    return {'token': secrets.token_hex(16), 'encoding_aes_key': secrets.token_hex(22)[:43],
+            'secret': secrets.token_hex(16), 'robot': secrets.token_hex(16)}
+
+
+def child_environment(folder):
+    """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置:否则 easywechat 会找到用户真的 config.ini,
+    把这里的话发给真的人;环境里的设置也不能漏进来。token 存在临时的目录里,用完就没有了。
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}
+    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder)
+
+
+def callback_url(line):
+    """`WeChatServer.run` 在 stderr 上说它在哪里听 (bytes) → 本机能用的 URL,别的行是 None。"""
+    found = re.match(rb'EasyWeChat \S+ (http://[!-~]+)', line)
+    url = found and found.group(1).decode()
+    return url and url.replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
+
+
+def introduce(wecom, url):
+    """校验回调 URL,打印聊天页的地址 → 成不成。"""
+    problem = wecom.verify(url)
+    if problem:
+        tell('simulator: 回调 URL 没有通过校验: %s' % problem, sys.stderr)
+    else:
+        tell('回调 URL %s 通过了校验。聊天页: %s/ 按 Ctrl-C 停止。' % (url, wecom.url))
+    return not problem
+
+
+def relay(wecom, process, problems):
+    """机器人的 stderr 照样给用户看;从里面知道它在哪里听。"""
+    for line in process.stderr:
+        with contextlib.suppress(BrokenPipeError):      # 没有人看,也要替它读走
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+        url = callback_url(line)
+        if url and not introduce(wecom, url):
+            problems.append(url)
+
+
+def end(process):
+    """结束机器人:先请,8 秒以后不再等。"""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(8)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run_bot(wecom, command, app, stopping):
+    """启动机器人,到它退出或被停下为止 → 退出码。"""
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(os.path.join(folder, 'config.ini'), app,
+                     dict(wecom.settings, api_base=wecom.url))
+        process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
+                                   stderr=subprocess.PIPE, bufsize=0)
+        problems = []
+        reader = threading.Thread(target=relay, args=(wecom, process, problems), daemon=True)
+        try:
+            reader.start()
+            # 信号只记在 stopping 里,不抛异常:没有哪个瞬间会丢下机器人不管
+            while not (stopping or problems or process.poll() is not None):
+                time.sleep(0.05)
+            left = process.poll()
+        finally:
+            end(process)
+        reader.join(2)              # 它自己的子进程可能还拿着 stderr
+        if not reader.is_alive():
+            process.stderr.close()
+    if stopping:
+        return 0
+    if left is None:
+        tell('simulator: 配置写在 [%s] 这一节;机器人用的是别的名字就加 --app' % app, sys.stderr)
+        return 2
+    tell('simulator: 机器人退出了,退出码 %d' % left, sys.stderr)
+    return left if left >= 0 else 128 - left
+
+
+def serve(wecom, app, url, stopping):
+    """没有要启动的机器人:打印设置,和收到的消息,到被停下为止 → 退出码。"""
+    if not url:
+        tell('聊天页: %s/' % wecom.url, sys.stderr)
+    tell('[%s]\napi_base = %s' % (app, wecom.url))
+    for item in wecom.settings.items():
+        tell('%s = %s' % item)
+    if url and not introduce(wecom, url):
+        return 2
+    while not stopping:
+        time.sleep(0.2)
+        for arrived in wecom.messages, wecom.robot_messages:
+            while arrived:
+                tell(json.dumps(arrived.pop(0), ensure_ascii=False))
+    return 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='桌上的企业微信:聊天页、回调、API。')
+    parser.add_argument('--port', type=int, default=os.environ.get('PORT') or 0,
+                        help='聊天页和 API 的端口(默认由系统挑)')
+    parser.add_argument('--url', help='机器人已经在别处运行:它的回调 URL')
+    parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
+    parser.add_argument('bot', nargs='?', help='机器人的程序,例如 examples/demo.py')
+    parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
+    args = parser.parse_args(argv)
+    if args.bot and args.url:
+        parser.error('--url 是机器人已经在运行,不用再启动一个')
+    if args.url and not re.match('https?://[^/]', args.url):
+        parser.error('--url 要整个网址,例如 http://127.0.0.1:8000/weixin')
+    stopping = []
+    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
+        if hasattr(signal, name):           # Windows 没有 SIGHUP
+            signal.signal(getattr(signal, name), lambda number, frame: stopping.append(number))
+    wecom = WeCom()
+    wecom.name = os.path.basename(args.bot or wecom.name)
+    try:
+        wecom.start('127.0.0.1', args.port)
+    except (OSError, OverflowError) as e:
+        tell('simulator: 不能用端口 %d: %s' % (args.port, e), sys.stderr)
+        return 2
+    try:
+        if args.bot:
+            wecom.settings.update(fresh_secrets())
+            return run_bot(wecom, [args.bot] + args.args, args.app, stopping)
+        return serve(wecom, args.app, args.url, stopping)
+    finally:
+        wecom.stop()
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
