@@ -29,6 +29,7 @@ import traceback
 import unittest
 import urllib.parse
 import wsgiref.validate
+import zlib
 
 import easywechat
 from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatException, MemoryStore,
@@ -2224,6 +2225,205 @@ class SendCommandTests(ClientCase):
                    EASYWECHAT_API_BASE=self.url, XDG_CACHE_HOME=self.folder)
         self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=dict(os.environ, **env)), 0)
         self.assertEqual(len(self.wecom.messages), 1)
+
+
+# ---- 示例 Examples ----------------------------------------------------------------------------
+
+import monkey_monitor  # noqa: E402
+
+
+def png_size(data):
+    """一张 PNG (bytes) → (宽, 高);每块的校验和像素的个数都对。"""
+    chunks, rest = [], data[8:]
+    while rest:
+        length, = struct.unpack('>I', rest[:4])
+        body, check = rest[4:8 + length], rest[8 + length:12 + length]
+        if struct.unpack('>I', check)[0] != zlib.crc32(body):
+            raise AssertionError('CRC of %r' % body[:4])
+        chunks.append((body[:4], body[4:]))
+        rest = rest[12 + length:]
+    width, height, depth, colour = struct.unpack('>IIBB', chunks[0][1][:10])
+    pixels = zlib.decompress(b''.join(body for kind, body in chunks if kind == b'IDAT'))
+    if (data[:8], [kind for kind, _ in chunks][::len(chunks) - 1], depth, colour, len(pixels)) != (
+            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 2, height * (1 + 3 * width)):
+        raise AssertionError('no PNG of 8 bit RGB')
+    return width, height
+
+
+class ExampleCase(ClientCase):
+    """PATH 上只有测试放的程序,临时文件有自己的目录。"""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.stopping = []               # 停一个服务器要 0.2 秒:不必一个一个等
+
+    @classmethod
+    def tearDownClass(cls):
+        for thread in cls.stopping:
+            thread.join()
+
+    def stop(self, server):
+        self.stopping.append(threading.Thread(target=server.stop))
+        self.stopping[-1].start()
+
+    def setUp(self):
+        super().setUp()
+        self.wecom.patience = 0.5
+        self.bin, self.tmp = (os.path.join(self.folder, name) for name in ('bin', 'tmp'))
+        os.mkdir(self.bin)
+        os.mkdir(self.tmp)
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(environment(PATH=self.bin))
+        stack.enter_context(swapped(tempfile, 'tempdir', self.tmp))
+
+    def program(self, name, script):
+        path = os.path.join(self.bin, name)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write('#!/bin/sh\nPATH=/bin:/usr/bin\n' + script)
+        os.chmod(path, 0o755)
+
+    def bot(self, register, *args, **settings):
+        """``register`` 登记过的服务器,在真的套接字上 → 它的 URL。"""
+        settings = dict(self.wecom.settings, api_base=self.url, **settings)
+        server = Hasty('test', store=FileStore(os.path.join(self.folder, 'cache')), **settings)
+        register(server, *args)
+        self.addCleanup(self.stop, server)
+        return 'http://%s:%d/weixin' % server.start('127.0.0.1', 0)
+
+    def config(self, text='', **settings):
+        """一个 config.ini 的路径:[demo] 连着模拟器,后面是 ``text``。"""
+        path = os.path.join(self.folder, 'config.ini')
+        settings = dict(self.wecom.settings, api_base=self.url, **settings)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write('[demo]\n%s\n%s' % ('\n'.join('%s = %s' % i for i in settings.items()), text))
+        os.chmod(path, 0o600)
+        return path
+
+    def run_main(self, main, *args, config=None):
+        """→ (退出码, stderr)。"""
+        err = io.StringIO()
+        with environment(PATH=self.bin, EASYWECHAT_CONFIG=config or self.config(),
+                         XDG_CACHE_HOME=self.folder, XDG_STATE_HOME=self.folder), \
+                contextlib.redirect_stderr(err):
+            code = main(list(args))
+        LOG.write(err.getvalue())
+        return code, err.getvalue()
+
+    def in_process(self, script, *args):
+        """在新的进程里运行示例,对它说「状态」 → 答复。"""
+        env = dict(os.environ, EASYWECHAT_CONFIG=self.config(), XDG_CACHE_HOME=self.folder,
+                   XDG_STATE_HOME=self.folder)
+        with subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script), '--port', '0'],
+                              stderr=subprocess.PIPE, env=env) as bot:
+            port = re.search(rb'http://0.0.0.0:([0-9]+)/weixin', bot.stderr.readline()).group(1)
+            self.wecom.deliver('http://127.0.0.1:%d/weixin' % int(port), Content='状态')
+            bot.terminate()
+            self.assertEqual((bot.stderr.read(), bot.wait()), (b'', 0))
+        return self.wecom.inbox['zhangsan'][-1][1]
+
+
+class MonkeyTests(ExampleCase):
+
+    def setUp(self):
+        super().setUp()
+        self.touser('zhangsan|wangwu')
+
+    def touser(self, users):
+        self.bot_url = self.bot(monkey_monitor.register, touser=users)
+
+    def ask(self, content, user='zhangsan'):
+        """→ 被动回复。"""
+        return self.wecom.deliver(self.bot_url, user=user, Content=content)
+
+    def picture(self, reply):
+        self.assertEqual(reply['MsgType'], 'image')
+        return self.wecom.media[reply['Image']['MediaId']]['data']
+
+    def test_without_a_camera_a_real_png_is_drawn(self):
+        data = self.picture(self.ask(' 拍照\n'))
+        self.assertEqual(png_size(data), (480, 320))
+        self.assertEqual(os.listdir(self.tmp), [])
+        times = [time.struct_time((2026, 12, 31, 23, 59, s, 0, 0, 0)) for s in (58, 59)]
+        self.assertNotEqual(*map(monkey_monitor.test_picture, times))
+
+    def test_the_state_of_the_machine_and_the_help(self):
+        for content, words in ('状态', '磁盘:可用'), ('你好', '拍照'), ('视频', '没有相机'):
+            self.assertIn(words, self.ask(content)['Content'])
+        self.assertEqual(self.wecom.calls, [])
+
+    def test_a_stranger_gets_one_sentence_and_no_picture(self):
+        self.program('rpicam-still', 'echo "$PWD" >> %s/asked; echo a picture > photo.jpg' % self.folder)
+        for content in '拍照', '视频', '状态', '你好':
+            with self.assertLogs('easywechat.monkey', 'WARNING') as logs:
+                reply = self.ask(content, 'lisi')
+            self.assertEqual((reply['MsgType'], reply['Content']), ('text', '这台机器只听它主人的话。'))
+            self.assertIn("refused 'lisi'", logs.output[0])
+        self.assertEqual((self.wecom.media, os.path.exists(self.folder + '/asked')), ({}, False))
+        for user, users in ('lisi', '@all'), ('LiSi', 'zhangsan | lisi'):
+            self.touser(users)
+            self.assertEqual(self.ask('拍照', user)['MsgType'], 'image')
+
+    def test_the_first_camera_that_works_takes_the_picture(self):
+        self.program('rpicam-still', 'echo secret words; echo no cameras available >&2; exit 255')
+        self.program('libcamera-still', 'exit 0')
+        self.program('raspistill', 'printf "\\377\\330\\377 by raspistill $*" > photo.jpg')
+        self.program('ffmpeg', 'echo never > photo.jpg')
+        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+            data = self.picture(self.ask('拍照'))
+        self.assertEqual(data, b'\xff\xd8\xff by raspistill -n -t 1000 -w 1280 -h 720 -o photo.jpg')
+        self.assertEqual(len(logs.output), 2)
+        self.assertIn("rpicam-still failed with 255: 'no cameras available'", logs.output[0])
+        self.assertEqual(os.listdir(self.tmp), [])
+
+    def test_a_failing_and_a_hanging_camera_are_told(self):
+        self.program('rpicam-still', 'sleep 2; echo late > photo.jpg')
+        self.program('raspistill', 'exit 70')
+        begin = time.monotonic()
+        with swapped(monkey_monitor, 'PATIENCE', 0.2), \
+                self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+            reply = self.ask('拍照')
+        self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
+        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.2 秒还没有拍完;'
+                         'raspistill 出错了(退出码 70)。')
+        self.assertEqual((len(logs.output), self.wecom.media, os.listdir(self.tmp)), (3, {}, []))
+
+    def test_a_slow_clip_is_pushed_and_nothing_stays_behind(self):
+        self.program('raspivid', 'sleep 0.6; echo raw > clip.h264')
+        self.program('ffmpeg', 'read line < clip.h264; echo "$line in mp4" > clip.mp4')
+        self.assertEqual(self.ask('视频'), {})
+        deadline = time.monotonic() + 10
+        while not self.wecom.inbox['zhangsan'] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (kind, body), = self.wecom.inbox['zhangsan']
+        self.assertEqual((kind, self.wecom.media[body['media_id']]['data']), ('video', b'raw in mp4\n'))
+        self.assertEqual(os.listdir(self.tmp), [])
+
+    def test_two_users_at_once_do_not_collide(self):
+        self.program('rpicam-still', 'mkdir %s/busy || exit 9\nsleep 0.1\nrmdir %s/busy\n'
+                     'echo "one of $$" > photo.jpg' % (self.folder, self.folder))
+        users = 'zhangsan', 'wangwu'
+        threads = [threading.Thread(target=self.ask, args=('拍照', user)) for user in users]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        pictures = {self.wecom.inbox[user][0][1]['Image']['MediaId'] for user in users}
+        self.assertEqual(len({self.wecom.media[m]['data'] for m in pictures}), 2)
+
+    def test_a_picture_that_cannot_be_uploaded_is_told(self):
+        self.wecom.trusted = False
+        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+            self.assertIn('203.0.113.9 加到「应用管理', self.ask('拍照')['Content'])
+        self.assertIn('(60020)', logs.output[0])
+        self.assertEqual(os.listdir(self.tmp), [])
+
+    def test_it_starts_and_says_what_is_missing(self):
+        self.assertIn('负载', self.in_process('monkey_monitor.py'))
+        for config in self.config(touser=''), self.config(secret=''), '/nosuch':
+            code, err = self.run_main(monkey_monitor.main, config=config)
+            self.assertEqual(code, 2)
+            self.assertRegex(err, r'^monkey_monitor: [^\n]+\n$')
 
 
 class PromiseTests(unittest.TestCase):
