@@ -2365,8 +2365,8 @@ class MonkeyTests(ExampleCase):
             self.assertEqual(self.ask('拍照', user)['MsgType'], 'image')
 
     def test_the_first_camera_that_works_takes_the_picture(self):
-        self.program('rpicam-still', 'echo secret words; echo no cameras available >&2; exit 255')
-        self.program('libcamera-still', 'exit 0')
+        self.program('rpicam-still', 'echo half a picture > photo.jpg; echo x; echo no cameras available >&2; exit 255')
+        self.program('libcamera-still', '[ -e photo.jpg ] || : > photo.jpg')
         self.program('raspistill', 'printf "\\377\\330\\377 by raspistill $*" > photo.jpg')
         self.program('ffmpeg', 'echo never > photo.jpg')
         with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
@@ -2420,8 +2420,8 @@ class MonkeyTests(ExampleCase):
 
     def test_it_starts_and_says_what_is_missing(self):
         self.assertIn('负载', self.in_process('monkey_monitor.py'))
-        for config in self.config(touser=''), self.config(secret=''), '/nosuch':
-            code, err = self.run_main(monkey_monitor.main, config=config)
+        for missing in 'touser', 'secret', 'token':
+            code, err = self.run_main(monkey_monitor.main, config=self.config(**{missing: ''}))
             self.assertEqual(code, 2)
             self.assertRegex(err, r'^monkey_monitor: [^\n]+\n$')
 

@@ -11,6 +11,7 @@
 """
 
 import argparse
+import contextlib
 import glob
 import logging
 import os
@@ -105,6 +106,8 @@ def try_all(recipes, path):
             raise CameraError('%s 什么也没有拍到' % commands[0].split()[0])
         except CameraError as e:
             troubles.append(str(e))
+            with contextlib.suppress(OSError):      # 半个文件:下一个程序不肯盖过它
+                os.unlink(path)
     if troubles:
         raise CameraError(';'.join(troubles))
     return False
