@@ -2230,6 +2230,7 @@ class SendCommandTests(ClientCase):
 # ---- 示例 Examples ----------------------------------------------------------------------------
 
 import monkey_monitor  # noqa: E402
+import nas_monitor  # noqa: E402
 
 
 def png_size(data):
@@ -2292,10 +2293,10 @@ class ExampleCase(ClientCase):
         return 'http://%s:%d/weixin' % server.start('127.0.0.1', 0)
 
     def config(self, text='', **settings):
-        """一个 config.ini 的路径:[demo] 连着模拟器,后面是 ``text``。"""
+        """一个 config.ini (有 BOM) 的路径:[demo] 连着模拟器,后面是 ``text``。"""
         path = os.path.join(self.folder, 'config.ini')
         settings = dict(self.wecom.settings, api_base=self.url, **settings)
-        with open(path, 'w', encoding='utf-8') as f:
+        with open(path, 'w', encoding='utf-8-sig') as f:
             f.write('[demo]\n%s\n%s' % ('\n'.join('%s = %s' % i for i in settings.items()), text))
         os.chmod(path, 0o600)
         return path
@@ -2424,6 +2425,217 @@ class MonkeyTests(ExampleCase):
             code, err = self.run_main(monkey_monitor.main, config=self.config(**{missing: ''}))
             self.assertEqual(code, 2)
             self.assertRegex(err, r'^monkey_monitor: [^\n]+\n$')
+
+
+class NasTests(ExampleCase):
+    """每一遍都是新的 --once,中间隔着一次重启;/proc、/sys 和程序都在自己的目录里。"""
+
+    def setUp(self):
+        super().setUp()
+        self.root = os.path.join(self.folder, 'root')
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(swapped(nas_monitor, 'ROOT', self.root))
+        os.environ.update(XDG_STATE_HOME=self.folder)
+        self.nas = '[nas]\nreport =\n'
+
+    def put(self, path, text):
+        path = os.path.join(self.root, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+
+    def once(self, *args):
+        """→ (退出码, stderr)。"""
+        return self.run_main(nas_monitor.main, '--once', *args, config=self.config(self.nas))
+
+    def sent(self):
+        """用户到现在收到的,每条的第一行;收过的不再算。"""
+        messages, self.wecom.messages[:] = list(self.wecom.messages), []
+        return [m['text']['content'].partition('\n')[0] for m in messages]
+
+    def heat(self, *degrees):
+        """这么热的时候各看一遍 → 收到的。"""
+        for value in degrees:
+            self.put('sys/class/thermal/thermal_zone0/temp', '%d000\n' % value)
+            self.assertEqual(self.once(), (0, ''))
+        return self.sent()
+
+    def test_one_event_is_one_alert_and_one_recovery(self):
+        self.put('sys/class/thermal/thermal_zone0/type', 'cpu\n')
+        self.put('sys/class/hwmon/hwmon0/temp1_input', '-60000\n')
+        self.put('sys/class/hwmon/hwmon0/temp2_input', '255000\n')
+        self.assertEqual(self.heat(45, 75), [])
+        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
+        self.assertEqual(self.heat(70), ['恢复正常:温度,70 °C(cpu)'])
+        self.assertEqual(self.heat(75, 79), [])
+        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
+        self.assertEqual((self.once(), self.sent()), ((0, ''), []))
+
+    def test_the_thresholds_are_from_the_config(self):
+        self.nas = '[nas]\ntemperature = 50 # 夏天\ntemperature_ok = 40\nreport=\nload=0.5\nload_ok=0\n'
+        self.assertEqual(len(self.heat(49, 50, 41, 50, 40)), 2)
+        self.put('proc/loadavg', '0.00 %.2f 0.00 1/100 1\n' % (os.cpu_count() / 2))
+        self.once()
+        self.assertEqual(self.sent(), ['⚠ 负载:每核 0.50'])
+
+    def test_what_could_not_be_sent_is_sent_at_the_next_check(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.wecom.script('message/send', 'close', 'close', {'errcode': 60020, 'errmsg': 'x'})
+        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+            self.assertEqual(self.once()[0], 3)
+            self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+            self.assertEqual(self.once()[0], 3)
+            self.wecom.script('message/send', {'errcode': 60020, 'errmsg': 'x'})
+            self.assertEqual(self.once()[0], 3)
+        self.assertEqual((len(logs.output), self.sent()), (4, []))
+        self.assertEqual(self.once(), (0, ''))
+        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()', '恢复正常:温度,50 °C()'])
+        self.assertEqual((self.once(), self.sent()), ((0, ''), []))
+
+    def test_what_may_have_arrived_is_repeated_word_for_word(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.wecom.script('message/send', 'lost')
+        with self.assertLogs('easywechat.nas', 'ERROR'):
+            self.assertEqual(self.once()[0], 3)
+        self.assertEqual(self.once(), (0, ''))
+        first, second = self.wecom.messages     # 真的企业微信不会给用户看第二条
+        self.assertEqual(first, second)
+        self.assertEqual((first['enable_duplicate_check'], first['duplicate_check_interval']), (1, 14400))
+
+    def test_raid(self):
+        form = ('Personalities : [raid1]\nmd0 : active raid1 sdb1[1] sda1[0]%s\n'
+                '      976630464 blocks super 1.2 [2/%d] [%s]%s\n      bitmap: 2/8 pages [8KB]\n\n'
+                'md1 : active raid0 sdc1[1] sdd1[0]\n      100 blocks 512k chunks\n\nunused devices: <none>\n')
+        rows = [(('', 2, 'UU', '\n      [=>...]  check = 7.9% (1/2) finish=9.9min'), []),
+                (('(F)', 1, '_U', ''), ['⚠ RAID md0:降级 [_U]']),
+                (('', 1, '_U', '\n      [==>..]  recovery = 12.6% (37/292) finish=127.5min'), []),
+                (('', 2, 'UU', ''), ['恢复正常:RAID md0,正常 [UU]'])]
+        for values, expected in rows:
+            self.put('proc/mdstat', form % values)
+            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
+            if 'recovery' in values[3]:
+                self.assertIn('⚠ RAID md0:降级 [_U] recovery 12.6%\nRAID md1:正常', self.status())
+        self.put('proc/mdstat', 'md0 : inactive sda1[0](S)\n      100 blocks super 1.2\n')
+        self.once()
+        self.assertEqual(self.sent(), ['⚠ RAID md0:停了'])
+
+    def test_ups(self):
+        for status, charge, expected in (
+                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电:停了,电池 87%']), ('OB DISCHRG', 60, []),
+                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量:快没了,电池 9%']), ('', 0, []),
+                ('OL CHRG', 55, ['恢复正常:UPS nas 市电,有,电池 55%', '恢复正常:UPS nas 电量,够,电池 55%'])):
+            self.program('upsc', '[ "$1" = -l ] && echo nas && exit\n[ "$1" = nas ] && echo "battery.charge: %d"\n'
+                         'echo "%s"' % (charge, status and 'ups.status: ' + status))
+            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
+
+    def test_smart(self):
+        self.put('sys/block/sda/size', '1')
+        self.put('sys/block/loop0/size', '1')
+        for answer, expected in (
+                ('echo "test result: PASSED"', []), ('exit 2', []),
+                ('echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), ('exit 2', []),
+                ('echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常'])):
+            self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n' + answer)
+            os.chmod(self.root + '/usr/sbin/smartctl', 0o755)
+            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
+
+    def test_the_real_mounts(self):
+        for folder in 'volume 1', 'bind', 'tmp', 'tank', 'home':
+            os.makedirs(os.path.join(self.root, folder))
+        self.put('proc/mounts', '/dev/sda1 / ext4 rw 0 0\n/dev/sda1 /bind ext4 rw 0 0\nproc /proc proc rw 0 0\n'
+                 'tmpfs /tmp tmpfs rw 0 0\n/dev/md0 /volume\\0401 btrfs rw 0 0\n/dev/sdx /nosuch ext4 rw 0 0\n'
+                 '/dev/loop3 /snap/x squashfs ro 0 0\ntank /tank zfs rw 0 0\ntank/home /home zfs rw 0 0\n')
+        self.nas += 'disk = 0.001\ndisk_ok = 0\n'
+        self.once()
+        self.assertEqual([re.sub(':.*', '', line) for line in self.sent()], [
+            '⚠ 磁盘 /', '⚠ 磁盘 /volume 1', '⚠ 磁盘 /tank'])
+        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1:用了 [0-9]+%,还有 [0-9.]+ GB')
+
+    def status(self, user='zhangsan'):
+        settings = dict(nas_monitor.DEFAULTS)
+        url = self.bot(nas_monitor.register, nas_monitor.load(), settings)
+        return self.wecom.deliver(url, user=user, Content='状态')['Content']
+
+    def test_strangers_are_not_answered(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        self.assertIn('温度:50 °C', self.status())
+        with self.assertLogs('easywechat.nas', 'WARNING'):
+            self.assertEqual(self.status('lisi'), '这台机器只听它主人的话。')
+
+    def test_the_daily_report_comes_once_a_day(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        client, settings = self.make(), dict(nas_monitor.DEFAULTS)
+
+        def at(day, hour, minute):
+            now = time.mktime((2026, 12, day, hour, minute, 0, 0, 0, -1))
+            nas_monitor.check(client, nas_monitor.load(), settings, now)
+            return len(self.sent())
+        self.assertEqual([at(9, 7, 59), at(9, 8, 0), at(9, 8, 1), at(9, 7, 59), at(9, 23, 59)], [0, 1, 0, 0, 0])
+        self.assertEqual([at(10, 0, 1), at(10, 12, 0), at(9, 23, 59), at(10, 12, 1)], [0, 1, 0, 0])
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'}, 'lost')
+        with self.assertLogs('easywechat.nas', 'ERROR'):
+            self.assertEqual([at(11, 8, 0), at(11, 8, 1), at(11, 8, 2)], [0, 1, 0])
+        for year in 1970, 2040:                 # 没有校过的时钟;错了的时钟改回来,不会等到那一天
+            nas_monitor.check(client, nas_monitor.load(), settings, time.mktime((year, 5, 5, 9, 0, 0, 0, 0, -1)))
+        self.assertEqual([len(self.sent()), at(12, 8, 0), at(12, 8, 1)], [1, 1, 0])
+        settings['report'] = None
+        self.assertEqual(at(13, 8, 0), 0)
+
+    def test_the_report_now(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        config = self.config(self.nas)
+        self.assertEqual(self.run_main(nas_monitor.main, '--report', config=config), (0, ''))
+        self.assertIn('\n温度:50 °C', self.wecom.messages[0]['text']['content'])
+        self.wecom.script('message/send', 'close', {'errcode': 60020, 'errmsg': 'x'})
+        for code in 3, 1:
+            got, err = self.run_main(nas_monitor.main, '--report', config=config)
+            self.assertEqual(got, code)
+            self.assertRegex(err, r'^nas_monitor: message/send: [^\n]+\n$')
+
+    def test_a_wrong_config_is_one_line(self):
+        for text, words in (('disk = viel', 'disk must be a number'), ('disk = 90%', "'90%'"), ('disc = 90', "'disc'"),
+                            ('report = 24', 'an hour'), ('interval = 0', 'from 1'), ('disk_ok = 90', 'less than disk'),
+                            ('load = nan', 'load must'), ('disk = ', 'disk must'), ('disk = 1\ndisk = 2', 'line ')):
+            self.nas = '[nas]\n%s\n' % text
+            code, err = self.once()
+            self.assertEqual(code, 2, text)
+            self.assertRegex(err, r'^nas_monitor: [^\n]+\n$')
+            self.assertIn(words, err)
+        for key in 'corpid', 'secret', 'agentid', 'touser':
+            code, err = self.run_main(nas_monitor.main, '--once', config=self.config(**{key: ''}))
+            self.assertEqual((code, err[:len('nas_monitor: ' + key)]), (2, 'nas_monitor: ' + key))
+        self.assertEqual(self.wecom.calls, [])
+
+    def test_only_one_looks_at_a_time(self):
+        with environment(XDG_STATE_HOME=self.folder), nas_monitor.alone():
+            self.assertEqual(self.once(), (1, 'nas_monitor: another one is running already\n'))
+
+    def test_a_state_that_cannot_be_kept_stops_no_alert(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.once()
+        path = os.path.join(self.folder, 'easywechat', 'nas_monitor.json')
+        with open(path, 'w') as f:
+            f.write('{"alerts": [')             # 坏了的
+        os.mkdir(path + '.new')                 # 写不了
+        self.sent()
+        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+            self.assertEqual(self.once()[0], 0)
+        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()'])
+        self.assertIn('damaged', logs.output[0])
+        self.assertIn('cannot save', logs.output[1])
+
+    def test_it_watches_and_answers_in_one_process(self):
+        self.assertIn('的状态\n', self.in_process('nas_monitor.py'))
+
+    def test_alerts_need_no_aes_and_no_callback(self):
+        code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "
+                "import nas_monitor; sys.exit(nas_monitor.main(['--report']))")
+        env = dict(os.environ, EASYWECHAT_CONFIG=self.config(token='', encoding_aes_key=''), XDG_CACHE_HOME=self.folder)
+        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=env), 0)
+        self.assertEqual(len(self.wecom.messages), 1)
 
 
 class PromiseTests(unittest.TestCase):
