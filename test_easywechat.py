@@ -2311,17 +2311,25 @@ class ExampleCase(ClientCase):
         LOG.write(err.getvalue())
         return code, err.getvalue()
 
-    def in_process(self, script, *args):
-        """在新的进程里运行示例,对它说「状态」 → 答复。"""
-        env = dict(os.environ, EASYWECHAT_CONFIG=self.config(), XDG_CACHE_HOME=self.folder,
+    def in_process(self, script, text='', count=1):
+        """在新的进程里运行示例,对它说「状态」,等到用户看到 ``count`` 条 → 它们。"""
+        env = dict(os.environ, EASYWECHAT_CONFIG=self.config(text), XDG_CACHE_HOME=self.folder,
                    XDG_STATE_HOME=self.folder)
         with subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script), '--port', '0'],
                               stderr=subprocess.PIPE, env=env) as bot:
             port = re.search(rb'http://0.0.0.0:([0-9]+)/weixin', bot.stderr.readline()).group(1)
             self.wecom.deliver('http://127.0.0.1:%d/weixin' % int(port), Content='状态')
+            seen = self.see(count)
             bot.terminate()
             self.assertEqual((bot.stderr.read(), bot.wait()), (b'', 0))
-        return self.wecom.inbox['zhangsan'][-1][1]
+        return [content for _, content in seen]
+
+    def see(self, count):
+        """等 zhangsan 看到 ``count`` 条 → [(类型, 内容)]。"""
+        deadline = time.monotonic() + 10
+        while len(self.wecom.inbox['zhangsan']) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.wecom.inbox['zhangsan']
 
 
 class MonkeyTests(ExampleCase):
@@ -2393,10 +2401,7 @@ class MonkeyTests(ExampleCase):
         self.program('raspivid', 'sleep 0.6; echo raw > clip.h264')
         self.program('ffmpeg', 'read line < clip.h264; echo "$line in mp4" > clip.mp4')
         self.assertEqual(self.ask('视频'), {})
-        deadline = time.monotonic() + 10
-        while not self.wecom.inbox['zhangsan'] and time.monotonic() < deadline:
-            time.sleep(0.01)
-        (kind, body), = self.wecom.inbox['zhangsan']
+        (kind, body), = self.see(1)
         self.assertEqual((kind, self.wecom.media[body['media_id']]['data']), ('video', b'raw in mp4\n'))
         self.assertEqual(os.listdir(self.tmp), [])
 
@@ -2420,7 +2425,7 @@ class MonkeyTests(ExampleCase):
         self.assertEqual(os.listdir(self.tmp), [])
 
     def test_it_starts_and_says_what_is_missing(self):
-        self.assertIn('负载', self.in_process('monkey_monitor.py'))
+        self.assertIn('负载', self.in_process('monkey_monitor.py')[0])
         for missing in 'touser', 'secret', 'token':
             code, err = self.run_main(monkey_monitor.main, config=self.config(**{missing: ''}))
             self.assertEqual(code, 2)
@@ -2543,7 +2548,7 @@ class NasTests(ExampleCase):
             self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
 
     def test_the_real_mounts(self):
-        for folder in 'volume 1', 'bind', 'tmp', 'tank', 'home':
+        for folder in 'volume 1', 'bind', 'tmp', 'snap/x', 'tank', 'home':
             os.makedirs(os.path.join(self.root, folder))
         self.put('proc/mounts', '/dev/sda1 / ext4 rw 0 0\n/dev/sda1 /bind ext4 rw 0 0\nproc /proc proc rw 0 0\n'
                  'tmpfs /tmp tmpfs rw 0 0\n/dev/md0 /volume\\0401 btrfs rw 0 0\n/dev/sdx /nosuch ext4 rw 0 0\n'
@@ -2628,7 +2633,8 @@ class NasTests(ExampleCase):
         self.assertIn('cannot save', logs.output[1])
 
     def test_it_watches_and_answers_in_one_process(self):
-        self.assertIn('的状态\n', self.in_process('nas_monitor.py'))
+        answer, report = self.in_process('nas_monitor.py', '[nas]\nreport = 0\ndisk = 101\nload = 999\ntemperature = 999', 2)
+        self.assertEqual((answer.partition('\n')[0][-3:], report.partition('\n')[0][-3:]), ('的状态', '的状态'))
 
     def test_alerts_need_no_aes_and_no_callback(self):
         code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "

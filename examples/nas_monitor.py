@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """NAS 监控:磁盘、负载、温度、RAID (mdstat)、UPS (NUT 的 upsc)、SMART (smartctl),读得到什么看什么。
 
-    python examples/nas_monitor.py              # 一直看着,并且回答「状态」;[--port 8000]
-    python examples/nas_monitor.py --once       # 看一遍就走,放在 cron 里
-    python examples/nas_monitor.py --report     # 现在就发一份日报
+    python examples/simulator.py examples/nas_monitor.py    # 没有账号也能试
+    python examples/nas_monitor.py                          # 一直看着,并且回答「状态」;[--port 8000]
+    python examples/nas_monitor.py --once                   # 看一遍就走,放在 cron 里
+    python examples/nas_monitor.py --report                 # 现在就发一份日报
 
 一件事报一次警,好了再说一次「恢复正常」,中间怎么摇摆都不说。断网时发不出去的存着,下次再发;
 记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里)。
@@ -146,7 +147,7 @@ def find_disks(settings):
     for line in read('proc/mounts').splitlines():
         device, mount, kind = line.split()[:3]
         device = device.partition('/')[0] if kind == 'zfs' else device
-        if device in seen or kind in ('squashfs', 'iso9660', 'udf') or not (
+        if device in seen or kind in ('squashfs', 'erofs', 'iso9660', 'udf') or not (
                 kind == 'zfs' or device.startswith('/dev/')):
             continue
         seen.add(device)
@@ -210,9 +211,12 @@ def find_smart(settings):
         disk = os.path.basename(path)
         if re.fullmatch('[sh]d[a-z]+|nvme[0-9]+n[0-9]+', disk):
             code, text = output_of('smartctl', '-n', 'standby', '-H', '/dev/' + disk)
-            if code is not None:        # 3 号位:盘要坏了;睡着的不叫醒
-                bad = True if code & 8 else False if re.search('PASSED|: OK', text) else None
-                yield 'SMART ' + disk, {True: '要坏了,快换', False: '正常', None: '没读到'}[bad], bad
+            if code is None:
+                continue
+            bad = False if re.search('PASSED|: OK', text) else None     # None:没有权限,或盘睡着
+            if code > 0 and code & 8:           # 3 号位是「要坏了」;负的是 smartctl 被杀了
+                bad = True
+            yield 'SMART ' + disk, {True: '要坏了,快换', False: '正常', None: '没读到'}[bad], bad
 
 
 def look(settings):
@@ -397,6 +401,8 @@ def main(argv=None):
         code, text = 3 if isinstance(e, easywechat.NetworkError) else 1, e
     except BlockingIOError:
         code, text = 1, 'another one is running already'
+    except KeyboardInterrupt:
+        code, text = 130, 'interrupted'
     except (easywechat.WeChatError, ImportError, OSError, OverflowError) as e:
         code, text = 2, getattr(e, 'errmsg', e)
     print('nas_monitor: %s' % text, file=sys.stderr)
