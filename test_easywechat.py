@@ -2536,16 +2536,21 @@ class NasTests(ExampleCase):
                          'echo "%s"' % (charge, status and 'ups.status: ' + status))
             self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
 
-    def test_smart(self):
+    def test_smart_is_asked_once_an_hour(self):
         self.put('sys/block/sda/size', '1')
         self.put('sys/block/loop0/size', '1')
-        for answer, expected in (
-                ('echo "test result: PASSED"', []), ('exit 2', []),
-                ('echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), ('exit 2', []),
-                ('echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常'])):
-            self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n' + answer)
+        client, settings, asked = self.make(), dict(nas_monitor.DEFAULTS, report=None), self.folder + '/asked'
+        for hour, answer, expected in (
+                (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
+                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), (4, 'exit 2', []),
+                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常']),
+                (2, 'echo "result: OK"; kill -2 $$', [])):
+            self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n'
+                     'echo x >> %s\n%s' % (asked, answer))
             os.chmod(self.root + '/usr/sbin/smartctl', 0o755)
-            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
+            nas_monitor.check(client, nas_monitor.load(), settings, 1.8e9 + 3600 * hour)
+            self.assertEqual(self.sent(), expected)
+        self.assertEqual(os.path.getsize(asked), 2 * 7)
 
     def test_the_real_mounts(self):
         for folder in 'volume 1', 'bind', 'tmp', 'snap/x', 'tank', 'home':
@@ -2633,7 +2638,8 @@ class NasTests(ExampleCase):
         self.assertIn('cannot save', logs.output[1])
 
     def test_it_watches_and_answers_in_one_process(self):
-        answer, report = self.in_process('nas_monitor.py', '[nas]\nreport = 0\ndisk = 101\nload = 999\ntemperature = 999', 2)
+        calm = '[nas]\nreport = 0\ndisk = 101\nload = 999\ntemperature = 999\n'
+        answer, report = self.in_process('nas_monitor.py', calm, 2)
         self.assertEqual((answer.partition('\n')[0][-3:], report.partition('\n')[0][-3:]), ('的状态', '的状态'))
 
     def test_alerts_need_no_aes_and_no_callback(self):

@@ -83,10 +83,10 @@ def thresholds():
     folders = HERE, os.getcwd(), os.path.dirname(os.path.abspath(easywechat.__file__))
     paths = [os.environ.get('EASYWECHAT_CONFIG') or os.path.join(f, 'config.ini') for f in folders]
     ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-    for path in filter(os.path.isfile, paths):
+    path = next(filter(os.path.isfile, paths), None)
+    if path:
         with open(path, encoding='utf-8-sig', errors='replace') as f:
             ini.read_file(f)
-        break
     settings = dict(DEFAULTS)
     for name, text in ini.items('nas') if ini.has_section('nas') else ():
         if name not in DEFAULTS:
@@ -161,6 +161,7 @@ def find_disks(settings):
 
 
 def find_load(settings):
+    """5 分钟的平均,按核。"""
     for text in read('proc/loadavg').split()[1:2]:
         load = float(text) / (os.cpu_count() or 1)
         yield '负载', '每核 %.2f' % load, level(settings, 'load', load)
@@ -192,11 +193,12 @@ def find_raid(settings):
             doing and '%s %s' % doing.groups()])), bad
 
 
-#: NUT 的 ups.status 里不好的几种:(标志, 说的是什么, 坏的时候, 好的时候)。
+#: ups.status 里不好的几种:(标志, 说的是什么, 坏的时候, 好的时候)。
 UPS_FLAGS = (('OB', '市电', '停了', '有'), ('LB', '电量', '快没了', '够'), ('RB', '电池', '要换', '好'))
 
 
 def find_ups(settings):
+    """NUT 管着的每一个。"""
     for ups in output_of('upsc', '-l')[1].split():
         values = dict(re.findall(r'^(\S+): (.*)$', output_of('upsc', ups)[1], re.M))
         flags = values.get('ups.status', '').split()
@@ -207,6 +209,7 @@ def find_ups(settings):
 
 
 def find_smart(settings):
+    """每个硬盘自己说它好不好;睡着的不叫醒。"""
     for path in sorted(glob.glob(os.path.join(ROOT, 'sys/block/*'))):
         disk = os.path.basename(path)
         if re.fullmatch('[sh]d[a-z]+|nvme[0-9]+n[0-9]+', disk):
@@ -219,9 +222,9 @@ def find_smart(settings):
             yield 'SMART ' + disk, {True: '要坏了,快换', False: '正常', None: '没读到'}[bad], bad
 
 
-def look(settings):
-    """所有的 (名字, 一句话, 坏不坏)。"""
-    finders = find_disks, find_load, find_temperature, find_raid, find_ups, find_smart
+def look(settings, smart=True):
+    """所有的 (名字, 一句话, 坏不坏);``smart`` 为假时没有 SMART。"""
+    finders = [find_disks, find_load, find_temperature, find_raid, find_ups] + [find_smart] * smart
     return [finding for find in finders for finding in find(settings)]
 
 
@@ -233,8 +236,8 @@ def report(state, settings):
 
 
 # ---- 记着的 -----------------------------------------------------------------------------------
-# state:{'alerts': [报过警还没恢复的名字], 'unsent': [还没发出去的], 'reported': 最近一次日报的日期}。
-# 变了才写:不为它叫醒睡着的硬盘。
+# state:{'alerts': [报过警还没恢复的名字], 'unsent': [还没发出去的], 'reported': 最近一次日报的日期,
+# 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。
 
 def state_path():
     """放 state 的文件;没有文件夹就建。"""
@@ -246,7 +249,7 @@ def state_path():
 
 def load():
     """上一次的 state;没有,或者坏了,是新的。"""
-    state = {'alerts': [], 'unsent': [], 'reported': ''}
+    state = {'alerts': [], 'unsent': [], 'reported': '', 'smart': None}
     try:
         with open(state_path(), encoding='utf-8') as f:
             state.update(json.load(f))
@@ -320,10 +323,13 @@ def is_due(state, settings, now):
 
 def check(client, state, settings, now):
     """看一遍,有变化就发。"""
-    messages = changes(state, look(settings), now)
-    if messages:
+    hour = now // 3600
+    smart = hour != state['smart']      # 一小时一次:有的盘每问一次,就重新算多久以后休眠
+    messages = changes(state, look(settings, smart), now)
+    if messages or smart:
         state['unsent'] += messages
-        save(state)             # 先存后发:在这中间断电,来电以后再发
+        state['smart'] = hour
+        save(state)                     # 先存后发:在这中间断电,来电以后再发
     deliver(client, state)
     if is_due(state, settings, now):
         try:
@@ -340,7 +346,7 @@ def check(client, state, settings, now):
 
 def register(server, state, settings):
     """把回调登记到 ``server``。"""
-    allowed = {user.strip().lower() for user in server.settings['touser'].split('|')}
+    allowed = {user.strip().lower() for user in server.settings['touser'].split('|')} - {''}
 
     @server.register_callback('text')
     def answer(msg):
