@@ -2257,11 +2257,13 @@ class ExampleCase(ClientCase):
     @classmethod
     def setUpClass(cls):
         cls.stopping = []               # 停一个服务器要 0.2 秒:不必一个一个等
+        cls.cache = tempfile.TemporaryDirectory()
 
     @classmethod
     def tearDownClass(cls):
         for thread in cls.stopping:
             thread.join()
+        cls.cache.cleanup()
 
     def stop(self, server):
         self.stopping.append(threading.Thread(target=server.stop))
@@ -2269,7 +2271,6 @@ class ExampleCase(ClientCase):
 
     def setUp(self):
         super().setUp()
-        self.wecom.patience = 0.5
         self.bin, self.tmp = (os.path.join(self.folder, name) for name in ('bin', 'tmp'))
         os.mkdir(self.bin)
         os.mkdir(self.tmp)
@@ -2284,10 +2285,10 @@ class ExampleCase(ClientCase):
             f.write('#!/bin/sh\nPATH=/bin:/usr/bin\n' + script)
         os.chmod(path, 0o755)
 
-    def bot(self, register, *args, **settings):
+    def bot(self, register, *args, cls=WeChatServer, **settings):
         """``register`` 登记过的服务器,在真的套接字上 → 它的 URL。"""
         settings = dict(self.wecom.settings, api_base=self.url, **settings)
-        server = Hasty('test', store=FileStore(os.path.join(self.folder, 'cache')), **settings)
+        server = cls('test', store=FileStore(os.path.join(self.cache.name, self.id())), **settings)
         register(server, *args)
         self.addCleanup(self.stop, server)
         return 'http://%s:%d/weixin' % server.start('127.0.0.1', 0)
@@ -2389,15 +2390,17 @@ class MonkeyTests(ExampleCase):
         self.program('rpicam-still', 'sleep 2; echo late > photo.jpg')
         self.program('raspistill', 'exit 70')
         begin = time.monotonic()
-        with swapped(monkey_monitor, 'PATIENCE', 0.2), \
+        with swapped(monkey_monitor, 'PATIENCE', 0.3), \
                 self.assertLogs('easywechat.monkey', 'ERROR') as logs:
             reply = self.ask('拍照')
         self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
-        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.2 秒还没有拍完;'
+        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.3 秒还没有拍完;'
                          'raspistill 出错了(退出码 70)。')
         self.assertEqual((len(logs.output), self.wecom.media, os.listdir(self.tmp)), (3, {}, []))
 
     def test_a_slow_clip_is_pushed_and_nothing_stays_behind(self):
+        self.bot_url = self.bot(monkey_monitor.register, cls=Hasty)
+        self.wecom.patience = 0.5
         self.program('raspivid', 'sleep 0.6; echo raw > clip.h264')
         self.program('ffmpeg', 'read line < clip.h264; echo "$line in mp4" > clip.mp4')
         self.assertEqual(self.ask('视频'), {})

@@ -44,6 +44,8 @@ PHOTO = (
 VIDEO = (
     ['rpicam-vid -n -t 5000 --width 1280 --height 720 --codec libav -o clip.mp4'],
     ['libcamera-vid -n -t 5000 --width 1280 --height 720 --codec libav -o clip.mp4'],
+    ['rpicam-vid -n -t 5000 --width 1280 --height 720 -o clip.h264',
+     'ffmpeg -nostdin -loglevel error -r 30 -i clip.h264 -c copy clip.mp4'],
     ['raspivid -n -t 5000 -w 1280 -h 720 -fps 25 -o clip.h264',
      'ffmpeg -nostdin -loglevel error -r 25 -i clip.h264 -c copy clip.mp4'],
     ['ffmpeg -nostdin -loglevel error -f v4l2 -i /dev/video0 -t 5 -pix_fmt yuv420p clip.mp4'],
