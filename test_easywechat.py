@@ -30,6 +30,7 @@ import traceback
 import unittest
 import urllib.parse
 import wsgiref.validate
+import zlib
 
 import easywechat
 from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatException, MemoryStore,
@@ -2660,6 +2661,429 @@ class SimulatorCommandTests(SimulatorCase):
             line = b'EasyWeChat \xe5\x9c\xa8 http://' + said + b':80/weixin ,\xe5'
             self.assertEqual(simulator.callback_url(line), 'http://%s:80/weixin' % url)
         self.assertIsNone(simulator.callback_url(b'GET http://127.0.0.1:80/weixin'))
+
+import monkey_monitor  # noqa: E402
+import nas_monitor  # noqa: E402
+
+
+def png_size(data):
+    """一张 PNG (bytes) → (宽, 高);每块的校验和像素的个数都对。"""
+    chunks, rest = [], data[8:]
+    while rest:
+        length, = struct.unpack('>I', rest[:4])
+        body, check = rest[4:8 + length], rest[8 + length:12 + length]
+        if struct.unpack('>I', check)[0] != zlib.crc32(body):
+            raise AssertionError('CRC of %r' % body[:4])
+        chunks.append((body[:4], body[4:]))
+        rest = rest[12 + length:]
+    width, height, depth, colour = struct.unpack('>IIBB', chunks[0][1][:10])
+    pixels = zlib.decompress(b''.join(body for kind, body in chunks if kind == b'IDAT'))
+    if (data[:8], [kind for kind, _ in chunks][::len(chunks) - 1], depth, colour, len(pixels)) != (
+            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 2, height * (1 + 3 * width)):
+        raise AssertionError('no PNG of 8 bit RGB')
+    return width, height
+
+
+class ExampleCase(ClientCase):
+    """PATH 上只有测试放的程序,临时文件有自己的目录。"""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.stopping = []               # 停一个服务器要 0.2 秒:不必一个一个等
+        cls.cache = tempfile.TemporaryDirectory()
+
+    @classmethod
+    def tearDownClass(cls):
+        for thread in cls.stopping:
+            thread.join()
+        cls.cache.cleanup()
+
+    def stop(self, server):
+        self.stopping.append(threading.Thread(target=server.stop))
+        self.stopping[-1].start()
+
+    def setUp(self):
+        super().setUp()
+        self.bin, self.tmp = (os.path.join(self.folder, name) for name in ('bin', 'tmp'))
+        os.mkdir(self.bin)
+        os.mkdir(self.tmp)
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(environment(PATH=self.bin))
+        stack.enter_context(swapped(tempfile, 'tempdir', self.tmp))
+
+    def program(self, name, script):
+        path = os.path.join(self.bin, name)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write('#!/bin/sh\nPATH=/bin:/usr/bin\n' + script)
+        os.chmod(path, 0o755)
+
+    def bot(self, register, *args, cls=WeChatServer, **settings):
+        """``register`` 登记过的服务器,在真的套接字上 → 它的 URL。"""
+        settings = dict(self.wecom.settings, api_base=self.url, **settings)
+        server = cls('test', store=FileStore(os.path.join(self.cache.name, self.id())), **settings)
+        register(server, *args)
+        self.addCleanup(self.stop, server)
+        return 'http://%s:%d/weixin' % server.start('127.0.0.1', 0)
+
+    def config(self, text='', **settings):
+        """一个 config.ini (有 BOM) 的路径:[demo] 连着模拟器,后面是 ``text``。"""
+        path = os.path.join(self.folder, 'config.ini')
+        settings = dict(self.wecom.settings, api_base=self.url, **settings)
+        with open(path, 'w', encoding='utf-8-sig') as f:
+            f.write('[demo]\n%s\n%s' % ('\n'.join('%s = %s' % i for i in settings.items()), text))
+        os.chmod(path, 0o600)
+        return path
+
+    def run_main(self, main, *args, config=None):
+        """→ (退出码, stderr)。"""
+        err = io.StringIO()
+        with environment(PATH=self.bin, EASYWECHAT_CONFIG=config or self.config(),
+                         XDG_CACHE_HOME=self.folder, XDG_STATE_HOME=self.folder), \
+                contextlib.redirect_stderr(err):
+            code = main(list(args))
+        LOG.write(err.getvalue())
+        return code, err.getvalue()
+
+    def in_process(self, script, text='', count=1):
+        """在新的进程里运行示例,对它说「状态」,等到用户看到 ``count`` 条 → 它们。"""
+        env = dict(os.environ, EASYWECHAT_CONFIG=self.config(text), XDG_CACHE_HOME=self.folder,
+                   XDG_STATE_HOME=self.folder)
+        with subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script), '--port', '0'],
+                              stderr=subprocess.PIPE, env=env) as bot:
+            port = re.search(rb'http://0.0.0.0:([0-9]+)/weixin', bot.stderr.readline()).group(1)
+            self.wecom.deliver('http://127.0.0.1:%d/weixin' % int(port), Content='状态')
+            seen = self.see(count)
+            bot.terminate()
+            self.assertEqual((bot.stderr.read(), bot.wait()), (b'', 0))
+        return [content for _, content in seen]
+
+    def see(self, count):
+        """等 zhangsan 看到 ``count`` 条 → [(类型, 内容)]。"""
+        deadline = time.monotonic() + 10
+        while len(self.wecom.inbox['zhangsan']) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.wecom.inbox['zhangsan']
+
+
+class MonkeyTests(ExampleCase):
+
+    def setUp(self):
+        super().setUp()
+        self.touser('zhangsan|wangwu')
+
+    def touser(self, users):
+        self.bot_url = self.bot(monkey_monitor.register, touser=users)
+
+    def ask(self, content, user='zhangsan'):
+        """→ 被动回复。"""
+        return self.wecom.deliver(self.bot_url, user=user, Content=content)
+
+    def picture(self, reply):
+        self.assertEqual(reply['MsgType'], 'image')
+        return self.wecom.media[reply['Image']['MediaId']]['data']
+
+    def test_without_a_camera_a_real_png_is_drawn(self):
+        data = self.picture(self.ask(' 拍照\n'))
+        self.assertEqual(png_size(data), (480, 320))
+        self.assertEqual(os.listdir(self.tmp), [])
+        times = [time.struct_time((2026, 12, 31, 23, 59, s, 0, 0, 0)) for s in (58, 59)]
+        self.assertNotEqual(*map(monkey_monitor.test_picture, times))
+
+    def test_the_state_of_the_machine_and_the_help(self):
+        for content, words in ('状态', '磁盘:可用'), ('你好', '拍照'), ('视频', '没有相机'):
+            self.assertIn(words, self.ask(content)['Content'])
+        self.assertEqual(self.wecom.calls, [])
+
+    def test_a_stranger_gets_one_sentence_and_no_picture(self):
+        self.program('rpicam-still', 'echo "$PWD" >> %s/asked; echo a picture > photo.jpg' % self.folder)
+        for content in '拍照', '视频', '状态', '你好':
+            with self.assertLogs('easywechat.monkey', 'WARNING') as logs:
+                reply = self.ask(content, 'lisi')
+            self.assertEqual((reply['MsgType'], reply['Content']), ('text', '这台机器只听它主人的话。'))
+            self.assertIn("refused 'lisi'", logs.output[0])
+        self.assertEqual((self.wecom.media, os.path.exists(self.folder + '/asked')), ({}, False))
+        for user, users in ('lisi', '@all'), ('LiSi', 'zhangsan | lisi'):
+            self.touser(users)
+            self.assertEqual(self.ask('拍照', user)['MsgType'], 'image')
+
+    def test_the_first_camera_that_works_takes_the_picture(self):
+        self.program('rpicam-still', 'echo half a picture > photo.jpg; echo x; echo no cameras available >&2; exit 255')
+        self.program('libcamera-still', '[ -e photo.jpg ] || : > photo.jpg')
+        self.program('raspistill', 'printf "\\377\\330\\377 by raspistill $*" > photo.jpg')
+        self.program('ffmpeg', 'echo never > photo.jpg')
+        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+            data = self.picture(self.ask('拍照'))
+        self.assertEqual(data, b'\xff\xd8\xff by raspistill -n -t 1000 -w 1280 -h 720 -o photo.jpg')
+        self.assertEqual(len(logs.output), 2)
+        self.assertIn("rpicam-still failed with 255: 'no cameras available'", logs.output[0])
+        self.assertEqual(os.listdir(self.tmp), [])
+
+    def test_a_failing_and_a_hanging_camera_are_told(self):
+        self.program('rpicam-still', 'sleep 2; echo late > photo.jpg')
+        self.program('raspistill', 'exit 70')
+        begin = time.monotonic()
+        with swapped(monkey_monitor, 'PATIENCE', 0.3), \
+                self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+            reply = self.ask('拍照')
+        self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
+        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.3 秒还没有拍完;'
+                         'raspistill 出错了(退出码 70)。')
+        self.assertEqual((len(logs.output), self.wecom.media, os.listdir(self.tmp)), (3, {}, []))
+
+    def test_a_slow_clip_is_pushed_and_nothing_stays_behind(self):
+        self.bot_url = self.bot(monkey_monitor.register, cls=Hasty)
+        self.wecom.patience = 0.5
+        self.program('raspivid', 'sleep 0.6; echo raw > clip.h264')
+        self.program('ffmpeg', 'read line < clip.h264; echo "$line in mp4" > clip.mp4')
+        self.assertEqual(self.ask('视频'), {})
+        (kind, body), = self.see(1)
+        self.assertEqual((kind, self.wecom.media[body['media_id']]['data']), ('video', b'raw in mp4\n'))
+        self.assertEqual(os.listdir(self.tmp), [])
+
+    def test_two_users_at_once_do_not_collide(self):
+        self.program('rpicam-still', 'mkdir %s/busy || exit 9\nsleep 0.1\nrmdir %s/busy\n'
+                     'echo "one of $$" > photo.jpg' % (self.folder, self.folder))
+        users = 'zhangsan', 'wangwu'
+        threads = [threading.Thread(target=self.ask, args=('拍照', user)) for user in users]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        pictures = {self.wecom.inbox[user][0][1]['Image']['MediaId'] for user in users}
+        self.assertEqual(len({self.wecom.media[m]['data'] for m in pictures}), 2)
+
+    def test_a_picture_that_cannot_be_uploaded_is_told(self):
+        self.wecom.trusted = False
+        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+            self.assertIn('203.0.113.9 加到「应用管理', self.ask('拍照')['Content'])
+        self.assertIn('(60020)', logs.output[0])
+        self.assertEqual(os.listdir(self.tmp), [])
+
+    def test_it_starts_and_says_what_is_missing(self):
+        self.assertIn('负载', self.in_process('monkey_monitor.py')[0])
+        for missing in 'touser', 'secret', 'token':
+            code, err = self.run_main(monkey_monitor.main, config=self.config(**{missing: ''}))
+            self.assertEqual(code, 2)
+            self.assertRegex(err, r'^monkey_monitor: [^\n]+\n$')
+
+
+class NasTests(ExampleCase):
+    """每一遍都是新的 --once,中间隔着一次重启;/proc、/sys 和程序都在自己的目录里。"""
+
+    def setUp(self):
+        super().setUp()
+        self.root = os.path.join(self.folder, 'root')
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(swapped(nas_monitor, 'ROOT', self.root))
+        os.environ.update(XDG_STATE_HOME=self.folder)
+        self.nas = '[nas]\nreport =\n'
+
+    def put(self, path, text):
+        path = os.path.join(self.root, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+
+    def once(self, *args):
+        """→ (退出码, stderr)。"""
+        return self.run_main(nas_monitor.main, '--once', *args, config=self.config(self.nas))
+
+    def sent(self):
+        """用户到现在收到的,每条的第一行;收过的不再算。"""
+        messages, self.wecom.messages[:] = list(self.wecom.messages), []
+        return [m['text']['content'].partition('\n')[0] for m in messages]
+
+    def heat(self, *degrees):
+        """这么热的时候各看一遍 → 收到的。"""
+        for value in degrees:
+            self.put('sys/class/thermal/thermal_zone0/temp', '%d000\n' % value)
+            self.assertEqual(self.once(), (0, ''))
+        return self.sent()
+
+    def test_one_event_is_one_alert_and_one_recovery(self):
+        self.put('sys/class/thermal/thermal_zone0/type', 'cpu\n')
+        self.put('sys/class/hwmon/hwmon0/temp1_input', '-60000\n')
+        self.put('sys/class/hwmon/hwmon0/temp2_input', '255000\n')
+        self.assertEqual(self.heat(45, 75), [])
+        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
+        self.assertEqual(self.heat(70), ['恢复正常:温度,70 °C(cpu)'])
+        self.assertEqual(self.heat(75, 79), [])
+        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
+        self.assertEqual((self.once(), self.sent()), ((0, ''), []))
+
+    def test_the_thresholds_are_from_the_config(self):
+        self.nas = '[nas]\ntemperature = 50 # 夏天\ntemperature_ok = 40\nreport=\nload=0.5\nload_ok=0\n'
+        self.assertEqual(len(self.heat(49, 50, 41, 50, 40)), 2)
+        self.put('proc/loadavg', '0.00 %.2f 0.00 1/100 1\n' % (os.cpu_count() / 2))
+        self.once()
+        self.assertEqual(self.sent(), ['⚠ 负载:每核 0.50'])
+
+    def test_what_could_not_be_sent_is_sent_at_the_next_check(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.wecom.script('message/send', 'close', 'close', {'errcode': 60020, 'errmsg': 'x'})
+        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+            self.assertEqual(self.once()[0], 3)
+            self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+            self.assertEqual(self.once()[0], 3)
+            self.wecom.script('message/send', {'errcode': 60020, 'errmsg': 'x'})
+            self.assertEqual(self.once()[0], 3)
+        self.assertEqual((len(logs.output), self.sent()), (4, []))
+        self.assertEqual(self.once(), (0, ''))
+        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()', '恢复正常:温度,50 °C()'])
+        self.assertEqual((self.once(), self.sent()), ((0, ''), []))
+
+    def test_what_may_have_arrived_is_repeated_word_for_word(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.wecom.script('message/send', 'lost')
+        with self.assertLogs('easywechat.nas', 'ERROR'):
+            self.assertEqual(self.once()[0], 3)
+        self.assertEqual(self.once(), (0, ''))
+        first, second = self.wecom.messages     # 真的企业微信不会给用户看第二条
+        self.assertEqual(first, second)
+        self.assertEqual((first['enable_duplicate_check'], first['duplicate_check_interval']), (1, 14400))
+
+    def test_raid(self):
+        form = ('Personalities : [raid1]\nmd0 : active raid1 sdb1[1] sda1[0]%s\n'
+                '      976630464 blocks super 1.2 [2/%d] [%s]%s\n      bitmap: 2/8 pages [8KB]\n\n'
+                'md1 : active raid0 sdc1[1] sdd1[0]\n      100 blocks 512k chunks\n\nunused devices: <none>\n')
+        rows = [(('', 2, 'UU', '\n      [=>...]  check = 7.9% (1/2) finish=9.9min'), []),
+                (('(F)', 1, '_U', ''), ['⚠ RAID md0:降级 [_U]']),
+                (('', 1, '_U', '\n      [==>..]  recovery = 12.6% (37/292) finish=127.5min'), []),
+                (('', 2, 'UU', ''), ['恢复正常:RAID md0,正常 [UU]'])]
+        for values, expected in rows:
+            self.put('proc/mdstat', form % values)
+            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
+            if 'recovery' in values[3]:
+                self.assertIn('⚠ RAID md0:降级 [_U] recovery 12.6%\nRAID md1:正常', self.status())
+        self.put('proc/mdstat', 'md0 : inactive sda1[0](S)\n      100 blocks super 1.2\n')
+        self.once()
+        self.assertEqual(self.sent(), ['⚠ RAID md0:停了'])
+
+    def test_ups(self):
+        for status, charge, expected in (
+                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电:停了,电池 87%']), ('OB DISCHRG', 60, []),
+                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量:快没了,电池 9%']), ('', 0, []),
+                ('OL CHRG', 55, ['恢复正常:UPS nas 市电,有,电池 55%', '恢复正常:UPS nas 电量,够,电池 55%'])):
+            self.program('upsc', '[ "$1" = -l ] && echo nas && exit\n[ "$1" = nas ] && echo "battery.charge: %d"\n'
+                         'echo "%s"' % (charge, status and 'ups.status: ' + status))
+            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
+
+    def test_smart_is_asked_once_an_hour(self):
+        self.put('sys/block/sda/size', '1')
+        self.put('sys/block/loop0/size', '1')
+        client, settings, asked = self.make(), dict(nas_monitor.DEFAULTS, report=None), self.folder + '/asked'
+        for hour, answer, expected in (
+                (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
+                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), (4, 'exit 2', []),
+                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常']),
+                (2, 'echo "result: OK"; kill -2 $$', [])):
+            self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n'
+                     'echo x >> %s\n%s' % (asked, answer))
+            os.chmod(self.root + '/usr/sbin/smartctl', 0o755)
+            nas_monitor.check(client, nas_monitor.load(), settings, 1.8e9 + 3600 * hour)
+            self.assertEqual(self.sent(), expected)
+        self.assertEqual(os.path.getsize(asked), 2 * 7)
+
+    def test_the_real_mounts(self):
+        for folder in 'volume 1', 'bind', 'tmp', 'snap/x', 'tank', 'home':
+            os.makedirs(os.path.join(self.root, folder))
+        self.put('proc/mounts', '/dev/sda1 / ext4 rw 0 0\n/dev/sda1 /bind ext4 rw 0 0\nproc /proc proc rw 0 0\n'
+                 'tmpfs /tmp tmpfs rw 0 0\n/dev/md0 /volume\\0401 btrfs rw 0 0\n/dev/sdx /nosuch ext4 rw 0 0\n'
+                 '/dev/loop3 /snap/x squashfs ro 0 0\ntank /tank zfs rw 0 0\ntank/home /home zfs rw 0 0\n')
+        self.nas += 'disk = 0.001\ndisk_ok = 0\n'
+        self.once()
+        self.assertEqual([re.sub(':.*', '', line) for line in self.sent()], [
+            '⚠ 磁盘 /', '⚠ 磁盘 /volume 1', '⚠ 磁盘 /tank'])
+        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1:用了 [0-9]+%,还有 [0-9.]+ GB')
+
+    def status(self, user='zhangsan'):
+        settings = dict(nas_monitor.DEFAULTS)
+        url = self.bot(nas_monitor.register, nas_monitor.load(), settings)
+        return self.wecom.deliver(url, user=user, Content='状态')['Content']
+
+    def test_strangers_are_not_answered(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        self.assertIn('温度:50 °C', self.status())
+        with self.assertLogs('easywechat.nas', 'WARNING'):
+            self.assertEqual(self.status('lisi'), '这台机器只听它主人的话。')
+
+    def test_the_daily_report_comes_once_a_day(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        client, settings = self.make(), dict(nas_monitor.DEFAULTS)
+
+        def at(day, hour, minute):
+            now = time.mktime((2026, 12, day, hour, minute, 0, 0, 0, -1))
+            nas_monitor.check(client, nas_monitor.load(), settings, now)
+            return len(self.sent())
+        self.assertEqual([at(9, 7, 59), at(9, 8, 0), at(9, 8, 1), at(9, 7, 59), at(9, 23, 59)], [0, 1, 0, 0, 0])
+        self.assertEqual([at(10, 0, 1), at(10, 12, 0), at(9, 23, 59), at(10, 12, 1)], [0, 1, 0, 0])
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'}, 'lost')
+        with self.assertLogs('easywechat.nas', 'ERROR'):
+            self.assertEqual([at(11, 8, 0), at(11, 8, 1), at(11, 8, 2)], [0, 1, 0])
+        for year in 1970, 2040:                 # 没有校过的时钟;错了的时钟改回来,不会等到那一天
+            nas_monitor.check(client, nas_monitor.load(), settings, time.mktime((year, 5, 5, 9, 0, 0, 0, 0, -1)))
+        self.assertEqual([len(self.sent()), at(12, 8, 0), at(12, 8, 1)], [1, 1, 0])
+        settings['report'] = None
+        self.assertEqual(at(13, 8, 0), 0)
+
+    def test_the_report_now(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        config = self.config(self.nas)
+        self.assertEqual(self.run_main(nas_monitor.main, '--report', config=config), (0, ''))
+        self.assertIn('\n温度:50 °C', self.wecom.messages[0]['text']['content'])
+        self.wecom.script('message/send', 'close', {'errcode': 60020, 'errmsg': 'x'})
+        for code in 3, 1:
+            got, err = self.run_main(nas_monitor.main, '--report', config=config)
+            self.assertEqual(got, code)
+            self.assertRegex(err, r'^nas_monitor: message/send: [^\n]+\n$')
+
+    def test_a_wrong_config_is_one_line(self):
+        for text, words in (('disk = viel', 'disk must be a number'), ('disk = 90%', "'90%'"), ('disc = 90', "'disc'"),
+                            ('report = 24', 'an hour'), ('interval = 0', 'from 1'), ('disk_ok = 90', 'less than disk'),
+                            ('load = nan', 'load must'), ('disk = ', 'disk must'), ('disk = 1\ndisk = 2', 'line ')):
+            self.nas = '[nas]\n%s\n' % text
+            code, err = self.once()
+            self.assertEqual(code, 2, text)
+            self.assertRegex(err, r'^nas_monitor: [^\n]+\n$')
+            self.assertIn(words, err)
+        for key in 'corpid', 'secret', 'agentid', 'touser':
+            code, err = self.run_main(nas_monitor.main, '--once', config=self.config(**{key: ''}))
+            self.assertEqual((code, err[:len('nas_monitor: ' + key)]), (2, 'nas_monitor: ' + key))
+        self.assertEqual(self.wecom.calls, [])
+
+    def test_only_one_looks_at_a_time(self):
+        with environment(XDG_STATE_HOME=self.folder), nas_monitor.alone():
+            self.assertEqual(self.once(), (1, 'nas_monitor: another one is running already\n'))
+
+    def test_a_state_that_cannot_be_kept_stops_no_alert(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.once()
+        path = os.path.join(self.folder, 'easywechat', 'nas_monitor.json')
+        with open(path, 'w') as f:
+            f.write('{"alerts": [')             # 坏了的
+        os.mkdir(path + '.new')                 # 写不了
+        self.sent()
+        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+            self.assertEqual(self.once()[0], 0)
+        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()'])
+        self.assertIn('damaged', logs.output[0])
+        self.assertIn('cannot save', logs.output[1])
+
+    def test_it_watches_and_answers_in_one_process(self):
+        calm = '[nas]\nreport = 0\ndisk = 101\nload = 999\ntemperature = 999\n'
+        answer, report = self.in_process('nas_monitor.py', calm, 2)
+        self.assertEqual((answer.partition('\n')[0][-3:], report.partition('\n')[0][-3:]), ('的状态', '的状态'))
+
+    def test_alerts_need_no_aes_and_no_callback(self):
+        code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "
+                "import nas_monitor; sys.exit(nas_monitor.main(['--report']))")
+        env = dict(os.environ, EASYWECHAT_CONFIG=self.config(token='', encoding_aes_key=''), XDG_CACHE_HOME=self.folder)
+        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=env), 0)
+        self.assertEqual(len(self.wecom.messages), 1)
 
 
 class PromiseTests(unittest.TestCase):

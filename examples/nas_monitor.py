@@ -1,0 +1,419 @@
+#!/usr/bin/env python3
+"""NAS 监控:磁盘、负载、温度、RAID (mdstat)、UPS (NUT 的 upsc)、SMART (smartctl),读得到什么看什么。
+
+    python examples/simulator.py examples/nas_monitor.py    # 没有账号也能试
+    python examples/nas_monitor.py                          # 一直看着,并且回答「状态」;[--port 8000]
+    python examples/nas_monitor.py --once                   # 看一遍就走,放在 cron 里
+    python examples/nas_monitor.py --report                 # 现在就发一份日报
+
+一件事报一次警,好了再说一次「恢复正常」,中间怎么摇摆都不说。断网时发不出去的存着,下次再发;
+记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里)。
+
+发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 corpid、secret、agentid、touser,
+什么包都不装;`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
+
+config.ini 里可以写,都有默认值::
+
+    [nas]
+    disk = 90               # 磁盘用到百分之几报警;降到 disk_ok 才算恢复正常
+    disk_ok = 85
+    load = 2                # 平均每个核的 5 分钟负载
+    load_ok = 1
+    temperature = 80        # 最热的那个传感器,°C
+    temperature_ok = 70
+    interval = 60           # 隔多少秒看一遍
+    report = 8              # 每天几点以后发日报,0 到 23;空着就不发
+"""
+
+import argparse
+import configparser
+import contextlib
+import fcntl
+import glob
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+# 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, os.pardir))
+
+import easywechat  # noqa: E402
+
+logger = logging.getLogger('easywechat.nas')
+
+#: /proc、/sys 和程序在哪里;测试换成自己的目录。
+ROOT = '/'
+#: cron 的 PATH 里没有的目录,smartctl 常在其中。
+PROGRAMS = 'usr/sbin', 'sbin', 'usr/local/sbin', 'usr/local/bin', 'opt/sbin', 'opt/bin'
+#: 一个程序最多跑多少秒。
+PATIENCE = 10
+
+DEFAULTS = {'disk': 90, 'disk_ok': 85, 'load': 2, 'load_ok': 1, 'temperature': 80,
+            'temperature_ok': 70, 'interval': 60, 'report': 8}
+
+
+# ---- 配置 -------------------------------------------------------------------------------------
+
+def number(name, text):
+    """``[nas]`` 里的一个值;不像样的抛 `ConfigError`。"""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if name == 'report':
+        good, form = value in range(24), 'an hour from 0 to 23, or empty'
+    else:
+        least = 1 if name == 'interval' else 0
+        good, form = least <= value < 1e6, 'a number from %d on' % least
+    if not good:
+        raise easywechat.ConfigError('[nas] %s must be %s, got %.40r' % (name, form, text))
+    return value
+
+
+def thresholds():
+    """``[nas]`` 一节 (dict),没写的是默认值;``report`` 是 None 就没有日报。找文件同 `get_config`。"""
+    folders = HERE, os.getcwd(), os.path.dirname(os.path.abspath(easywechat.__file__))
+    paths = [os.environ.get('EASYWECHAT_CONFIG') or os.path.join(f, 'config.ini') for f in folders]
+    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
+    path = next(filter(os.path.isfile, paths), None)
+    if path:
+        with open(path, encoding='utf-8-sig', errors='replace') as f:
+            ini.read_file(f)
+    settings = dict(DEFAULTS)
+    for name, text in ini.items('nas') if ini.has_section('nas') else ():
+        if name not in DEFAULTS:
+            raise easywechat.ConfigError('[nas] has no %.40r; it takes: %s' % (
+                name, ', '.join(DEFAULTS)))
+        settings[name] = number(name, text) if text or name != 'report' else None
+    for name in 'disk', 'load', 'temperature':
+        if settings[name + '_ok'] >= settings[name]:
+            raise easywechat.ConfigError('[nas] %s_ok must be less than %s' % (name, name))
+    return settings
+
+
+def app_settings():
+    """应用的设置,发消息要的都在;缺了抛 `ConfigError`。"""
+    settings = easywechat.get_config('demo')
+    for key in 'corpid', 'secret', 'agentid', 'touser':
+        if not settings[key]:
+            raise easywechat.ConfigError('%s is missing: set it in [demo] of config.ini' % key)
+    return settings
+
+
+# ---- 看一遍 -----------------------------------------------------------------------------------
+# 每个 find_… 是一个生成器,给出 (名字, 一句话, 坏不坏):True 坏,False 好,
+# None 说不准(在两个阈值之间,或没有读到),原来怎样就还怎样。
+
+def read(path):
+    """一个小文件的内容 (str);没有就是空的。"""
+    try:
+        with open(os.path.join(ROOT, path), encoding='utf-8', errors='surrogateescape') as f:
+            return f.read()
+    except OSError:
+        return ''
+
+
+def output_of(program, *arguments):
+    """跑一个程序 → (退出码, 输出);没有装、超时是 (None, '')。"""
+    path = os.pathsep.join([os.environ.get('PATH', '')] + [os.path.join(ROOT, p) for p in PROGRAMS])
+    command = shutil.which(program, path=path)
+    if command:
+        try:
+            done = subprocess.run((command,) + arguments, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  timeout=PATIENCE)
+            return done.returncode, done.stdout.decode('utf-8', 'replace')
+        except (OSError, subprocess.TimeoutExpired) as e:
+            logger.warning('%s: %s', program, e)
+    return None, ''
+
+
+def level(settings, name, value):
+    """坏不坏:到了阈值 ``name`` 是坏,降到 ``name_ok`` 是好。"""
+    return True if value >= settings[name] else False if value <= settings[name + '_ok'] else None
+
+
+def find_disks(settings):
+    """真的磁盘:/dev/… 和 zfs,一个设备(一个 zfs 的池)一次。"""
+    seen = set()
+    for line in read('proc/mounts').splitlines():
+        device, mount, kind = line.split()[:3]
+        device = device.partition('/')[0] if kind == 'zfs' else device
+        if device in seen or kind in ('squashfs', 'erofs', 'iso9660', 'udf') or not (
+                kind == 'zfs' or device.startswith('/dev/')):
+            continue
+        seen.add(device)
+        mount = re.sub(r'\\([0-7]{3})', lambda m: chr(int(m.group(1), 8)), mount)
+        path = os.path.join(ROOT, mount.lstrip('/')).encode('utf-8', 'surrogateescape')
+        with contextlib.suppress(OSError, ZeroDivisionError):
+            usage = shutil.disk_usage(path)
+            percent = 100 * usage.used / (usage.used + usage.free)
+            yield ('磁盘 ' + mount, '用了 %.0f%%,还有 %.1f GB' % (percent, usage.free / 1e9),
+                   level(settings, 'disk', percent))
+
+
+def find_load(settings):
+    """5 分钟的平均,按核。"""
+    for text in read('proc/loadavg').split()[1:2]:
+        load = float(text) / (os.cpu_count() or 1)
+        yield '负载', '每核 %.2f' % load, level(settings, 'load', load)
+
+
+def find_temperature(settings):
+    """最热的那个传感器;不像样的读数不算。"""
+    sensors = []
+    for path in glob.glob(os.path.join(ROOT, 'sys/class/thermal/thermal_zone*/temp')) + glob.glob(
+            os.path.join(ROOT, 'sys/class/hwmon/hwmon*/temp*_input')):
+        folder, text = os.path.dirname(path), read(path).strip()
+        if re.fullmatch('[0-9]{4,6}', text) and int(text) < 150000:
+            name = read(os.path.join(folder, 'type')) or read(os.path.join(folder, 'name'))
+            sensors.append((int(text) / 1000, name.strip()))
+    if sensors:
+        degrees, name = max(sensors)
+        yield '温度', '%.0f °C(%s)' % (degrees, name), level(settings, 'temperature', degrees)
+
+
+def find_raid(settings):
+    """/proc/mdstat:缺了盘的 `[U_]`、停了的是坏;重建到哪里一起说。"""
+    for block in re.findall(r'^md\S* : .*(?:\n .*)*', read('proc/mdstat'), re.M):
+        name, state = re.match(r'(\S+) : (\S+)', block).groups()
+        disks = re.search(r'\[([U_]+)\]', block)
+        doing = re.search(r'(\w+) *= *([0-9.]+%)', block)
+        bad = state == 'inactive' or bool(disks) and '_' in disks.group(1)
+        yield 'RAID ' + name, ' '.join(filter(None, [
+            '降级' if bad and disks else '停了' if bad else '正常', disks and disks.group(),
+            doing and '%s %s' % doing.groups()])), bad
+
+
+#: ups.status 里不好的几种:(标志, 说的是什么, 坏的时候, 好的时候)。
+UPS_FLAGS = (('OB', '市电', '停了', '有'), ('LB', '电量', '快没了', '够'), ('RB', '电池', '要换', '好'))
+
+
+def find_ups(settings):
+    """NUT 管着的每一个。"""
+    for ups in output_of('upsc', '-l')[1].split():
+        values = dict(re.findall(r'^(\S+): (.*)$', output_of('upsc', ups)[1], re.M))
+        flags = values.get('ups.status', '').split()
+        charge = ',电池 %s%%' % values['battery.charge'] if 'battery.charge' in values else ''
+        for flag, what, bad, good in UPS_FLAGS:
+            text = (bad if flag in flags else good) + charge if flags else '没读到'
+            yield 'UPS %s %s' % (ups, what), text, flag in flags if flags else None
+
+
+def find_smart(settings):
+    """每个硬盘自己说它好不好;睡着的不叫醒。"""
+    for path in sorted(glob.glob(os.path.join(ROOT, 'sys/block/*'))):
+        disk = os.path.basename(path)
+        if re.fullmatch('[sh]d[a-z]+|nvme[0-9]+n[0-9]+', disk):
+            code, text = output_of('smartctl', '-n', 'standby', '-H', '/dev/' + disk)
+            if code is None:
+                continue
+            bad = False if re.search('PASSED|: OK', text) else None     # None:没有权限,或盘睡着
+            if code > 0 and code & 8:           # 3 号位是「要坏了」;负的是 smartctl 被杀了
+                bad = True
+            yield 'SMART ' + disk, {True: '要坏了,快换', False: '正常', None: '没读到'}[bad], bad
+
+
+def look(settings, smart=True):
+    """所有的 (名字, 一句话, 坏不坏);``smart`` 为假时没有 SMART。"""
+    finders = [find_disks, find_load, find_temperature, find_raid, find_ups] + [find_smart] * smart
+    return [finding for find in finders for finding in find(settings)]
+
+
+def report(state, settings):
+    """「状态」和日报;报过警还没有恢复的前面有 ⚠。"""
+    return '\n'.join([platform.node() + ' 的状态'] + [
+        '%s%s:%s' % ('⚠ ' if bad or name in state['alerts'] else '', name, text)
+        for name, text, bad in look(settings)])
+
+
+# ---- 记着的 -----------------------------------------------------------------------------------
+# state:{'alerts': [报过警还没恢复的名字], 'unsent': [还没发出去的], 'reported': 最近一次日报的日期,
+# 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。
+
+def state_path():
+    """放 state 的文件;没有文件夹就建。"""
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
+    folder = os.path.join(base, 'easywechat')
+    os.makedirs(folder, 0o700, exist_ok=True)
+    return os.path.join(folder, 'nas_monitor.json')
+
+
+def load():
+    """上一次的 state;没有,或者坏了,是新的。"""
+    state = {'alerts': [], 'unsent': [], 'reported': '', 'smart': None}
+    try:
+        with open(state_path(), encoding='utf-8') as f:
+            state.update(json.load(f))
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError) as e:
+        logger.error('%s is damaged, starting afresh: %s', state_path(), e)
+    return state
+
+
+def save(state):
+    """写一个新文件,再换上去;写不了(磁盘满了正要报警)就只在内存里。"""
+    try:
+        path = state_path()
+        with open(path + '.new', 'w', encoding='utf-8') as f:
+            json.dump(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.new', path)
+    except OSError as e:
+        logger.error('cannot save the state: %s', e)
+
+
+@contextlib.contextmanager
+def alone():
+    """同时只有一个在看;已经有了抛 `BlockingIOError`。"""
+    with open(state_path() + '.lock', 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+# ---- 报警 -------------------------------------------------------------------------------------
+
+def changes(state, findings, now):
+    """新坏了的、刚好了的,各一条消息 (list);记进 ``state``。"""
+    messages = []
+    stamp = '%s %s' % (platform.node(), time.strftime('%m-%d %H:%M:%S', time.localtime(now)))
+    for name, text, bad in findings:
+        if bad and name not in state['alerts']:
+            state['alerts'].append(name)
+            messages.append('⚠ %s:%s\n%s' % (name, text, stamp))
+        elif bad is False and name in state['alerts']:
+            state['alerts'].remove(name)
+            messages.append('恢复正常:%s,%s\n%s' % (name, text, stamp))
+    return messages
+
+
+def deliver(client, state):
+    """发 ``unsent`` 里的,依次;连不上就留着,下次再发。
+
+    没有得到回答的也许已经到了:再发的一字不差,企业微信四个小时之内的重复不会再给用户看。
+    """
+    for text in list(state['unsent']):
+        try:
+            client.send(text, enable_duplicate_check=1, duplicate_check_interval=14400)
+        except easywechat.APIError as e:
+            logger.error('not sent, kept for the next time: %s', e)
+            if isinstance(e, easywechat.NetworkError):
+                return
+        else:
+            state['unsent'].remove(text)
+            save(state)
+
+
+def is_due(state, settings, now):
+    """今天的日报该发了。时钟往回跳过了零点不算新的一天,没有校过的时钟也不算。"""
+    today, tomorrow = (time.strftime('%Y-%m-%d', time.localtime(now + day)) for day in (0, 86400))
+    return (settings['report'] is not None and time.localtime(now).tm_hour >= settings['report']
+            and today > '2026' and not today <= state['reported'] <= tomorrow)
+
+
+def check(client, state, settings, now):
+    """看一遍,有变化就发。"""
+    hour = now // 3600
+    smart = hour != state['smart']      # 一小时一次:有的盘每问一次,就重新算多久以后休眠
+    messages = changes(state, look(settings, smart), now)
+    if messages or smart:
+        state['unsent'] += messages
+        state['smart'] = hour
+        save(state)                     # 先存后发:在这中间断电,来电以后再发
+    deliver(client, state)
+    if is_due(state, settings, now):
+        try:
+            client.send(report(state, settings))
+        except easywechat.APIError as e:
+            logger.error('no report: %s', e)
+            if not getattr(e, 'maybe_sent', False):
+                return          # 下一遍再试
+        state['reported'] = time.strftime('%Y-%m-%d', time.localtime(now))
+        save(state)
+
+
+# ---- 机器人 -----------------------------------------------------------------------------------
+
+def register(server, state, settings):
+    """把回调登记到 ``server``。"""
+    allowed = {user.strip().lower() for user in server.settings['touser'].split('|')} - {''}
+
+    @server.register_callback('text')
+    def answer(msg):
+        user = msg['FromUserName']
+        if not allowed & {user.lower(), '@all'}:
+            logger.warning('refused %.64r: not in touser', user)
+            return '这台机器只听它主人的话。'
+        return report(state, settings) if msg['Content'].strip() == '状态' else '可以说:状态'
+
+
+def watch(client, state, settings, stop):
+    """隔一会儿看一遍,直到 ``stop`` (Event)。"""
+    while True:
+        try:
+            check(client, state, settings, time.time())
+        except Exception:       # 看门的不能因为一次意外就再也不看了
+            logger.exception('a check failed')
+        if stop.wait(settings['interval']):
+            return
+
+
+def serve(settings, port):
+    """机器人在这条线程上,看门的在另一条。"""
+    state, stop = load(), threading.Event()
+    server = easywechat.WeChatServer('demo')
+    register(server, state, settings)
+    watcher = threading.Thread(target=watch, daemon=True,
+                               args=(server.client, state, settings, stop))
+    watcher.start()
+    server.run(port=port)
+    stop.set()
+    watcher.join(5)
+
+
+def run(args):
+    """→ 退出码 (int)。"""
+    app, settings = app_settings(), thresholds()
+    if args.report:
+        easywechat.WeChatClient(app).send(report(load(), settings))
+        return 0
+    with alone():
+        if not args.once:
+            serve(settings, args.port)
+            return 0
+        state = load()
+        check(easywechat.WeChatClient(app), state, settings, time.time())
+        return 3 if state['unsent'] else 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='NAS 监控:报警、日报、回答「状态」。')
+    parser.add_argument('--once', action='store_true', help='看一遍就走(cron)')
+    parser.add_argument('--report', action='store_true', help='现在就发一份日报')
+    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    try:
+        return run(parser.parse_args(argv))
+    except easywechat.APIError as e:
+        code, text = 3 if isinstance(e, easywechat.NetworkError) else 1, e
+    except BlockingIOError:
+        code, text = 1, 'another one is running already'
+    except KeyboardInterrupt:
+        code, text = 130, 'interrupted'
+    except (easywechat.WeChatError, ImportError, OSError, OverflowError) as e:
+        code, text = 2, getattr(e, 'errmsg', e)
+    print('nas_monitor: %s' % text, file=sys.stderr)
+    return code
+
+
+if __name__ == '__main__':
+    sys.exit(main())
