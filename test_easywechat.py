@@ -8,7 +8,9 @@ import ast
 import binascii
 import collections
 import contextlib
+import datetime
 import hashlib
+import http.server
 import io
 import json
 import logging
@@ -18,6 +20,7 @@ import random
 import re
 import signal
 import socket
+import socketserver
 import stat
 import struct
 import subprocess
@@ -29,6 +32,7 @@ import traceback
 import unittest
 import urllib.parse
 import wsgiref.validate
+import zlib
 
 import easywechat
 from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatException, MemoryStore,
@@ -39,6 +43,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, 'examples'))
 
 import simulator  # noqa: E402
+import ticket_watcher  # noqa: E402
 
 SOURCE = os.path.join(HERE, 'easywechat.py')
 PLANTED = 'plantedS3cret'
@@ -2224,6 +2229,286 @@ class SendCommandTests(ClientCase):
                    EASYWECHAT_API_BASE=self.url, XDG_CACHE_HOME=self.folder)
         self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=dict(os.environ, **env)), 0)
         self.assertEqual(len(self.wecom.messages), 1)
+
+
+# ---- 示例 Examples ----------------------------------------------------------------------------
+
+class StandIn:
+    """本机的一个 HTTP 服务:``answer(handler)`` 自己写回答。"""
+
+    def __init__(self, case, answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            log_message = staticmethod(lambda *args: None)
+            do_GET = do_POST = lambda handler: answer(handler)
+        server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
+            ('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = 'http://127.0.0.1:%d' % server.server_address[1]
+        case.addCleanup(server.server_close)
+        case.addCleanup(server.shutdown)
+
+
+class Fake12306:
+    """12306 的三个地址。没有先到 init 领 cookie 的,得到的是错误页面。"""
+
+    stations = ("var station_names ='@bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||"
+                '@bjd|北京东|BOP|beijingdong|bjd|1|0357|北京|||'
+                '@bji|北京|BJP|beijing|bj|2|0357|北京|||@bjn|北京南|VNP|beijingnan|bjn|3|0357|北京|||'
+                '@sha|上海|SHH|shanghai|sh|10|0712|上海|||@shq|上海虹桥|AOH|shanghaihongqiao|shhq|12|0712|上海|||'
+                '@tji|天津|TJP|tianjin|tj|15|0351|天津|||\';')
+
+    def __init__(self, case):
+        self.rows, self.mode, self.path, self.paths = [], None, 'leftTicket/queryA', []
+        self.url = StandIn(case, self.answer).url
+
+    def row(self, code, start='VNP', end='AOH', can='Y', **seats):
+        """一行余票;``seats`` 是 {'二等座': '有'}。"""
+        cells = [''] * 57
+        cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, start, end, start, end, '07:00', '11:32',
+                       '04:32', can, 'x', '20261231']
+        for name, left in seats.items():
+            cells[ticket_watcher.SEATS[name]] = left
+        return '|'.join(cells)
+
+    def answer(self, handler):
+        path, _, query = handler.path.partition('?')
+        path = path[len('/otn/'):]
+        self.paths.append(path)
+        kind, status = 'application/json;charset=UTF-8', 200
+        if self.mode:
+            status, text, kind = self.mode
+        elif path == 'leftTicket/init':
+            text, kind = "<script>var CLeftTicketUrl = 'leftTicket/queryA';</script>", 'text/html'
+        elif path == 'resources/js/framework/station_name.js':
+            text = self.stations
+        elif 'JSESSIONID=1' not in handler.headers.get('Cookie', ''):
+            text, kind = '<html>请登录</html>', 'text/html'
+        elif path != self.path:
+            text = json.dumps({'c_url': self.path, 'c_name': 'CLeftTicketUrl', 'status': False})
+        else:
+            self.query = urllib.parse.parse_qsl(query)
+            text = json.dumps({'httpstatus': 200, 'data': {'result': self.rows, 'flag': '1', 'map': {
+                'VNP': '北京南', 'BJP': '北京', 'AOH': '上海虹桥', 'SHH': '上海'}}, 'messages': '', 'status': True})
+        data = zlib.compressobj(wbits=31)
+        data = data.compress(text.encode('utf-8')) + data.flush()
+        handler.send_response(status)
+        for item in (('Content-Type', kind), ('Content-Encoding', 'gzip'), ('Content-Length', str(len(data))),
+                     ('Set-Cookie', 'JSESSIONID=1; Path=/otn'), ('Location', '/error.html')):
+            handler.send_header(*item)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+class BotCase(ClientCase):
+    """一个真的机器人:投递进来,看企业微信里的人看到什么。"""
+
+    stopping = ()
+
+    @classmethod
+    def tearDownClass(cls):
+        for thread in cls.stopping:
+            thread.join()
+
+    def stop(self):
+        """在后台停:要等 0.2 秒,下一个测试不必等它。"""
+        thread = threading.Thread(target=self.server.stop)
+        thread.start()
+        type(self).stopping += thread,
+
+    def serve(self, callback):
+        self.server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')),
+                                   api_base=self.url, **self.wecom.settings)
+        self.server.register_callback('text', callback)
+        host, port = self.server.start('127.0.0.1', 0)
+        self.addCleanup(self.stop)
+        self.callback_url = 'http://%s:%d/weixin' % (host, port)
+
+    def say(self, text, user='zhangsan'):
+        """用户说一句 → 被动回复的文本;没有是 None。"""
+        return (self.wecom.deliver(self.callback_url, user=user, Content=text) or {}).get('Content')
+
+    def start(self, name, *args, env=(), **settings):
+        """以一个新进程启动那个例子,它应当马上结束 → (退出码, stderr)。"""
+        config = os.path.join(self.folder, 'config.ini')
+        settings = dict(self.wecom.settings, api_base=self.url, **settings)
+        with open(config, 'w', encoding='utf-8') as f:
+            f.write('[demo]\n' + ''.join('%s = %s\n' % item for item in settings.items()))
+        os.chmod(config, 0o600)
+        done = subprocess.run([sys.executable, os.path.join(HERE, 'examples', name)] + list(args), cwd=self.folder,
+                              env=dict(os.environ, EASYWECHAT_CONFIG=config, **dict(env)),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+        err = done.stderr.decode('utf-8', 'replace')
+        LOG.write(err)
+        return done.returncode, err
+
+
+class TicketTests(BotCase):
+
+    def setUp(self):
+        super().setUp()
+        self.railway = Fake12306(self)
+        self.state = os.path.join(self.folder, 'tickets.json')
+        self.clock = datetime.datetime(2026, 12, 20, 10, tzinfo=ticket_watcher.CHINA).timestamp()
+        self.serve(lambda msg: self.watcher.answer(msg))
+        self.restart()
+
+    def restart(self):
+        """新的进程,同一个状态文件。"""
+        railway = ticket_watcher.Railway(self.railway.url)
+        self.watcher = ticket_watcher.Watcher(
+            railway, lambda text, user: self.server.client.send(text, to=user), self.state)
+        railway._now = self.watcher._now = lambda: self.clock
+        railway._sleep = self.sleep
+        self.watcher.step()         # 车站表
+
+    def sleep(self, seconds):
+        self.clock += seconds
+
+    def look(self, *rows, after=90):
+        """``after`` 秒以后 12306 上是 ``rows``;看一次 → 新收到的。"""
+        self.railway.rows = list(rows)
+        before = len(self.wecom.messages)
+        self.clock += after
+        self.watcher.step()
+        return [m['text']['content'] for m in self.wecom.messages[before:]]
+
+    def test_seats_are_told_once_and_again_when_they_come_back(self):
+        self.assertIn('开始监控 北京 → 上海 2026-12-31 G', self.say('监控 北京 上海 2026-12-31 G'))
+        row = self.railway.row
+        sold = (row('G1', 二等座='无', 商务座='候补'), row('D3', 二等座='有'),
+                row('G5', can='IS_TIME_NOT_BUY', 二等座='9'))
+        self.assertEqual(self.look(*sold), [])
+        self.assertEqual(self.railway.query, [
+            ('leftTicketDTO.train_date', '2026-12-31'), ('leftTicketDTO.from_station', 'BJP'),
+            ('leftTicketDTO.to_station', 'SHH'), ('purpose_codes', 'ADULT')])
+        seats = row('G1', 二等座='有', 一等座='3'), row('D3', 二等座='有')
+        text, = self.look(*seats)
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 3 张,二等座有\n', text)
+        self.assertNotIn('D3', text)
+        self.assertEqual(self.look(*seats), [])             # 还在
+        more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
+        self.assertIn('11:32:商务座 1 张\n', more)            # 只说新的
+        self.assertEqual(self.look(*sold), [])
+        self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
+        self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
+        self.restart()
+        self.assertEqual(self.look(*seats), [])
+        self.assertIn('1. 北京 → 上海 2026-12-31 G(10:', self.say('列表'))
+        self.assertEqual(stat.S_IMODE(os.stat(self.state).st_mode), 0o600)
+
+    def test_an_alert_that_was_not_sent_is_sent_later(self):
+        self.say('监控 北京 上海 2026-12-31')
+        seats = self.railway.row('G1', 二等座='有'),
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.look(*seats), [])
+        self.assertEqual(len(self.look(*seats)), 1)
+        self.assertEqual(self.look(*seats), [])
+
+    def test_one_query_serves_all_watches_of_a_route(self):
+        self.say('监控 北京 上海 2026-12-31 G')
+        self.say('监控 北京南 上海虹桥 2026-12-31 一等', user='lisi')
+        self.say('监控 北京 上海 2026-12-31 D3', user='lisi')
+        row = self.railway.row
+        self.look(row('G1', 二等座='有', 一等座='2'), row('D31', 二等座='有'))
+        self.assertEqual(self.railway.paths.count('leftTicket/queryA'), 1)
+        self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan'])
+        self.look(row('G1', 二等座='有', 一等座='2'), row('G7', 'BJP', 一等座='2'), after=16)
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
+        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南,不是北京
+        self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan', 'lisi'])
+        before = len(self.railway.paths)
+        self.look(after=16)                                 # 两条路线都看过了,没到一分钟
+        self.assertEqual(len(self.railway.paths), before)
+
+    def test_requests_keep_their_distance_and_a_new_path_is_followed(self):
+        self.say('监控 北京 上海 2026-12-31')
+        self.railway.path = 'leftTicket/queryZ'
+        begin = self.clock
+        self.assertEqual(len(self.look(self.railway.row('G1', 无座='有'), after=60)), 1)
+        self.assertEqual(self.railway.paths[1:], ['leftTicket/init', 'leftTicket/queryA', 'leftTicket/queryZ'])
+        self.assertGreaterEqual(self.clock - begin - 60, 2 * 10)     # init、A、Z 之间
+        self.look()
+        self.assertEqual(self.railway.paths[4:], ['leftTicket/queryZ'])
+        self.railway.path = 'http://evil/queryZ'
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.look()
+        self.assertEqual(self.railway.paths[5:], ['leftTicket/queryZ'])
+
+    def test_after_a_refusal_it_waits_longer_and_longer(self):
+        self.say('监控 北京 上海 2026-12-31')
+        modes = [(200, '<html>系统忙', 'text/html'), (503, '', 'text/html'), (302, '', 'text/html'),
+                 (200, '', 'application/json'), (200, '{"data": {}, "status": true}', 'application/json'),
+                 (200, '[]', 'application/json')]
+        waits = []
+        for self.railway.mode in modes:
+            with self.assertLogs('easywechat', 'WARNING') as logs:
+                self.look(after=90 if not waits else 0)
+            self.assertIn('12306 refused %d times' % (len(waits) + 1), logs.output[0])
+            waits.append(self.watcher.railway.not_before - self.clock)
+            self.assertIn('12306 现在不答应', self.say('列表'))
+            count = len(self.railway.paths)
+            self.look(after=waits[-1] - 1)                  # 还没到时候
+            self.assertEqual(len(self.railway.paths), count)
+            self.clock += 61
+        for n, wait in enumerate(waits):
+            self.assertTrue(10 * 2 ** (n + 1) <= wait <= 15 * 2 ** (n + 1), waits)
+        self.railway.mode = None
+        self.assertEqual(len(self.look(self.railway.row('G1', 硬卧='12'), after=0)), 1)   # 新的 cookie
+        self.assertEqual(self.watcher.railway.failures, 0)
+
+    def test_days_that_are_not_on_sale_wait_and_days_that_passed_end(self):
+        self.assertIn('2026-12-22 才开始卖', self.say('监控 北京 上海 2027-01-05'))
+        count = len(self.railway.paths)
+        seats = self.railway.row('G1', 二等座='有'),
+        self.assertEqual(self.look(*seats), [])
+        self.assertEqual(len(self.railway.paths), count)
+        self.assertIn('2026-12-22 开始卖', self.say('列表'))
+        self.assertEqual(len(self.look(*seats, after=2 * 86400)), 1)
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.look(after=15 * 86400)
+        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了,不再监控'])
+        self.assertEqual(self.say('列表'), '没有在监控的')
+
+    def test_wrong_input_gets_a_sentence(self):
+        for text, answer in [
+                ('你好', '监控 北京 上海 2026-12-31:有票了'), ('监控 北京', '写成:监控 北京 上海'),
+                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站,有:上海虹桥'),
+                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '「2026-02-30」不对'),
+                ('监控 北京 上海 2026-12-19', '已经过了'), ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」'),
+                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京,上海,2026-12-31,g1,二等', '开始监控'),
+                ('监控 北京 上海 2026-12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'),
+                ('取消 一', '写成:取消 2')]:
+            self.assertIn(answer, self.say(text), text)
+        for n in range(9):
+            self.say('监控 天津 上海 2026-12-31 G%d' % n)
+        self.assertIn('最多监控 10 个', self.say('监控 天津 上海 2026-12-31 K1'))
+        self.assertIn('开始监控', self.say('监控 天津 上海 2026-12-31 K1', user='lisi'))
+        self.assertEqual(self.say('取消 2'), '取消了:\n天津 → 上海 2026-12-31 G0')
+        self.assertEqual(self.say('取消').count('\n'), 9)
+        self.assertEqual((self.say('列表'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
+
+    def test_a_broken_state_file_is_set_aside(self):
+        for text in '{', '{"watches": [{"user": "x"}]}', '[]':
+            with open(self.state, 'w') as f:
+                f.write(text)
+            with self.assertLogs('easywechat', 'ERROR'):
+                self.restart()
+            with open(self.state + '.broken') as f:
+                self.assertEqual(f.read(), text)
+            self.assertEqual(self.say('列表'), '没有在监控的')
+
+    def test_without_the_table_of_stations_it_says_so(self):
+        self.railway.mode = 500, '', 'text/html'
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.restart()
+        self.assertIn('没有车站表', self.say('监控 北京 上海 2026-12-31'))
+
+    def test_what_is_missing_is_one_line_and_exit_code_2(self):
+        code, err = self.start('ticket_watcher.py', secret='')
+        self.assertEqual((code, err.count('\n')), (2, 1), err)
+        self.assertIn('secret is missing', err)
 
 
 class PromiseTests(unittest.TestCase):
