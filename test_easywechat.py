@@ -42,6 +42,7 @@ from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatExc
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, 'examples'))
 
+import llm_bot  # noqa: E402
 import simulator  # noqa: E402
 import ticket_watcher  # noqa: E402
 
@@ -2239,7 +2240,12 @@ class StandIn:
     def __init__(self, case, answer):
         class Handler(http.server.BaseHTTPRequestHandler):
             log_message = staticmethod(lambda *args: None)
-            do_GET = do_POST = lambda handler: answer(handler)
+
+            def do_GET(self):
+                with contextlib.suppress(OSError):      # 听的人走了
+                    answer(self)
+
+            do_POST = do_GET
         server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
             ('127.0.0.1', 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -2327,15 +2333,16 @@ class BotCase(ClientCase):
         """用户说一句 → 被动回复的文本;没有是 None。"""
         return (self.wecom.deliver(self.callback_url, user=user, Content=text) or {}).get('Content')
 
-    def start(self, name, *args, env=(), **settings):
+    def start(self, name, secret='x', **env):
         """以一个新进程启动那个例子,它应当马上结束 → (退出码, stderr)。"""
         config = os.path.join(self.folder, 'config.ini')
-        settings = dict(self.wecom.settings, api_base=self.url, **settings)
         with open(config, 'w', encoding='utf-8') as f:
-            f.write('[demo]\n' + ''.join('%s = %s\n' % item for item in settings.items()))
+            f.write('[demo]\n' + ''.join('%s = %s\n' % item for item in dict(
+                self.wecom.settings, api_base=self.url, secret=secret).items()))
         os.chmod(config, 0o600)
-        done = subprocess.run([sys.executable, os.path.join(HERE, 'examples', name)] + list(args), cwd=self.folder,
-                              env=dict(os.environ, EASYWECHAT_CONFIG=config, **dict(env)),
+        env = dict({k: v for k, v in os.environ.items() if not k.startswith(('EASYWECHAT_', 'OPENAI_'))},
+                   EASYWECHAT_CONFIG=config, **env)
+        done = subprocess.run([sys.executable, os.path.join(HERE, 'examples', name)], cwd=self.folder, env=env,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
         err = done.stderr.decode('utf-8', 'replace')
         LOG.write(err)
@@ -2509,6 +2516,194 @@ class TicketTests(BotCase):
         code, err = self.start('ticket_watcher.py', secret='')
         self.assertEqual((code, err.count('\n')), (2, 1), err)
         self.assertIn('secret is missing', err)
+
+
+class FakeLlm:
+    """OpenAI 兼容的接口:下一个回答在 ``script`` 里,一个一个片段地流出来;没有了就数这是第几问。"""
+
+    key = 'sk-' + PLANTED
+
+    def __init__(self, case):
+        self.script, self.asked, self.gate = [], [], threading.Event()
+        self.url = StandIn(case, self.answer).url + '/v1'
+        case.addCleanup(self.gate.set)
+
+    def answer(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])).decode('utf-8'))
+        if handler.headers['Authorization'] != 'Bearer ' + self.key or body['stream'] is not True:
+            handler.send_error(418)
+            return
+        self.asked.append([m['content'] for m in body['messages']])
+        step = self.script.pop(0) if self.script else ['答 %d' % len(self.asked)]
+        if isinstance(step, int):
+            handler.send_response(step)
+            handler.send_header('Location', '/elsewhere')
+            handler.end_headers()
+            handler.wfile.write(('{"error": {"message": "Incorrect API key: %s"}}' % self.key).encode())
+            return
+        handler.protocol_version = 'HTTP/1.1'
+        handler.close_connection = True
+        handler.send_response(200)
+        handler.send_header('Transfer-Encoding', 'chunked')
+        handler.end_headers()
+        handler.wfile.write(b'e\r\n: keep-alive\n\n\r\n')
+        for piece in step + ['[DONE]']:
+            if piece is None:
+                self.gate.wait(10)
+            elif piece is Ellipsis:         # 断在半中间
+                return
+            elif piece.startswith('{') or piece == '[DONE]':
+                self.send(handler, piece)
+            else:
+                self.send(handler, json.dumps({'choices': [{'delta': {'content': piece}}]}, ensure_ascii=False))
+        handler.wfile.write(b'0\r\n\r\n')
+
+    def send(self, handler, data):
+        """一个事件,七个字节一块:总有断在一个字中间的。"""
+        data = ('data: %s\r\n\r\n' % data).encode('utf-8')
+        for n in range(0, len(data), 7):
+            handler.wfile.write(b'%x\r\n%s\r\n' % (len(data[n:n + 7]), data[n:n + 7]))
+
+
+class LlmTests(BotCase):
+
+    def setUp(self):
+        super().setUp()
+        self.llm = FakeLlm(self)
+        self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
+        self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
+        self.serve(self.chat.answer)
+
+    def pushed(self, count):
+        """等到主动发来了 ``count`` 条。"""
+        deadline = time.monotonic() + 10
+        while len(self.wecom.messages) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return [m['text']['content'] for m in self.wecom.messages]
+
+    def test_a_short_answer_is_the_passive_reply_and_the_history_is_sent(self):
+        self.llm.script = [['你', '好', '😀', '!'], ['', '再见']]
+        self.assertEqual(self.say('在吗'), '你好😀!')
+        self.assertEqual(self.say('走了'), '再见')
+        self.assertEqual(self.say('谁', user='lisi'), '答 3')
+        self.assertEqual(self.llm.asked[1:], [['system', '在吗', '你好😀!', '走了'], ['system', '谁']])
+        self.assertEqual(self.wecom.messages, [])
+
+    def test_a_long_answer_comes_in_parts_while_it_is_written(self):
+        parts = ['第 %d 段。%s' % (n, '长长的话,' * 60) for n in range(4)]
+        parts[2] = '```\n' + 'a\n\n' * 200 + '```'
+        pieces = [piece for part in parts for piece in (part[:99], part[99:], '\n', '\n')]
+        self.llm.script = [pieces[:8] + [None] + pieces[8:]]
+        self.assertIsNone(self.say('讲讲'))
+        self.assertEqual(self.pushed(2), parts[:2])             # 后面的还没有写
+        self.assertIn('还没答完', self.say('快点'))
+        self.assertEqual(self.say('你呢', user='lisi'), '答 2')
+        self.llm.gate.set()
+        self.assertEqual(self.pushed(4), parts)
+        self.say('然后')
+        self.assertEqual(self.llm.asked[-1][1:], ['讲讲', ''.join(pieces), '然后'])
+
+    def test_an_endless_paragraph_is_cut_between_sentences(self):
+        text = ''.join('第 %d 句话在这里,没有空行。' % n for n in range(200))
+        self.llm.script = [list(text)]
+        self.say('讲讲')
+        self.pushed(5)
+        deadline = time.monotonic() + 10
+        while ''.join(self.pushed(0)) != text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(''.join(self.pushed(0)), text)
+        for part in self.pushed(0):
+            self.assertTrue(part.endswith('。') and len(part.encode('utf-8')) <= 2048, part)
+
+    def test_trouble_is_a_sentence_and_what_came_is_delivered(self):
+        key, cut = self.llm.key, '{"choices": [{"delta": {}, "finish_reason": "length"}]}'
+        for step, sentence in [
+                (401, '(接口不认这个密钥 (401)'), (429, '(问得太快,或额度用完了 (429)'), (503, '(接口出错了 (503)'),
+                (302, '(接口不收这个问题 (302)'), (400, '(接口不收这个问题 (400)'), ([...], '(回答没有完就断了)'),
+                (['一半', ...], '一半\n\n(回答没有完就断了)'), (['一半', cut], '一半\n\n(太长,没有说完)'),
+                (['{"error": {"message": "%s"}}' % key], '(接口出错了)'), (['{x'], '(接口答的看不懂)'),
+                (['{"choices": ["%s"]}' % key], '(接口答的看不懂)')]:
+            self.llm.script = [step]
+            with self.assertLogs('easywechat', 'ERROR') as logs:
+                self.assertIn(sentence, self.say('在吗'))
+            self.assertEqual(len(logs.output), 1)
+            self.assertNotIn(PLANTED, logs.output[0])
+        self.assertEqual(self.llm.asked[-1][1:], ['在吗', '一半'] * 2 + ['在吗'])      # 没有答的不记
+        self.llm.script = [['']]
+        self.assertEqual(self.say('在吗'), '(没有回答)')
+
+    def test_a_silent_or_missing_endpoint_is_a_sentence(self):
+        self.endpoint.timeout = 0.1
+        self.llm.script = [['一半', None]]
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.say('在吗'), '一半\n\n(接口太久没有回答)')
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))        # 没有人听
+            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % s.getsockname()[1], 'm').stream
+            with self.assertLogs('easywechat', 'ERROR'):
+                self.assertEqual(self.say('在吗'), '(和接口的连接断了)')
+        self.chat._stream = self.endpoint.stream
+        self.endpoint.most = 3
+        self.llm.script = [['一二三', '四', '五']]
+        self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
+
+    def test_it_forgets_when_told_and_after_a_while_and_the_oldest(self):
+        now = [1000]
+        self.chat._now = lambda: now[0]
+        self.say('一')
+        now[0] += 1800
+        self.say('二')
+        self.assertEqual(self.llm.asked[-1], ['system', '一', '答 1', '二'])
+        now[0] += 1801
+        self.say('三')
+        self.assertEqual(self.llm.asked[-1], ['system', '三'])
+        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.say('四')
+        self.assertEqual(self.llm.asked[-1], ['system', '四'])
+        self.chat.turns = 2
+        for text in '五六七':
+            self.say(text)
+        self.assertEqual(self.llm.asked[-1], ['system', '五', '答 5', '六', '答 6', '七'])
+        self.chat.characters = 7
+        self.say('八')
+        self.say('九')
+        self.assertEqual(self.llm.asked[-1], ['system', '八', '答 8', '九'])
+        self.chat.users = 2
+        self.say('甲', user='lisi')
+        self.say('乙', user='wangwu')
+        self.assertEqual(list(self.chat._talks), ['lisi', 'wangwu'])
+        now[0] += 1801
+        self.say('丙')
+        self.assertEqual(list(self.chat._talks), ['zhangsan'])
+
+    def test_forgetting_holds_for_the_answer_under_way(self):
+        self.llm.script = [['一', None, '二']]
+        thread = threading.Thread(target=self.say, args=('讲讲',))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not self.llm.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.llm.gate.set()
+        thread.join()
+        self.assertEqual(self.wecom.inbox['zhangsan'][-1], ('text', '一二'))
+        self.say('好')
+        self.assertEqual(self.llm.asked[-1], ['system', '好'])
+
+    def test_what_is_missing_is_one_line_and_exit_code_2(self):
+        for env, name in [({}, 'OPENAI_API_KEY is missing'),
+                          ({'OPENAI_API_KEY': PLANTED, 'OPENAI_BASE_URL': PLANTED}, 'OPENAI_BASE_URL is not')]:
+            code, err = self.start('llm_bot.py', **env)
+            self.assertEqual((code, err.count('\n')), (2, 1), err)
+            self.assertIn(name, err)
+            self.assertNotIn(PLANTED, err)
+
+    def test_the_section_of_the_file_comes_before_the_environment(self):
+        with open(os.path.join(self.folder, 'config.ini'), 'w') as f:
+            f.write('[llm]\napi_key = "%s"\nbase_url = %s/\n' % (self.llm.key, self.llm.url))
+        with environment(EASYWECHAT_CONFIG=f.name, OPENAI_API_KEY='x', OPENAI_MODEL='m'):
+            self.chat._stream = llm_bot.find_endpoint().stream
+        self.assertEqual(self.say('在吗'), '答 1')
 
 
 class PromiseTests(unittest.TestCase):
