@@ -2333,7 +2333,7 @@ class BotCase(ClientCase):
         """用户说一句 → 被动回复的文本;没有是 None。"""
         return (self.wecom.deliver(self.callback_url, user=user, Content=text) or {}).get('Content')
 
-    def start(self, name, secret='x', **env):
+    def start(self, name, *args, secret='x', **env):
         """以一个新进程启动那个例子,它应当马上结束 → (退出码, stderr)。"""
         config = os.path.join(self.folder, 'config.ini')
         with open(config, 'w', encoding='utf-8') as f:
@@ -2342,8 +2342,8 @@ class BotCase(ClientCase):
         os.chmod(config, 0o600)
         env = dict({k: v for k, v in os.environ.items() if not k.startswith(('EASYWECHAT_', 'OPENAI_'))},
                    EASYWECHAT_CONFIG=config, **env)
-        done = subprocess.run([sys.executable, os.path.join(HERE, 'examples', name)], cwd=self.folder, env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+        done = subprocess.run([sys.executable, os.path.join(HERE, 'examples', name)] + list(args), env=env,
+                              cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
         err = done.stderr.decode('utf-8', 'replace')
         LOG.write(err)
         return done.returncode, err
@@ -2363,8 +2363,9 @@ class TicketTests(BotCase):
         """新的进程,同一个状态文件。"""
         railway = ticket_watcher.Railway(self.railway.url)
         self.watcher = ticket_watcher.Watcher(
-            railway, lambda text, user: self.server.client.send(text, to=user), self.state)
-        railway._now = self.watcher._now = lambda: self.clock
+            railway, lambda text, user: self.server.client.send(text, to=user), self.state,
+            ticket_watcher.load_watches(self.state))
+        railway._now = self.watcher._now = self.watcher._wall = lambda: self.clock
         railway._sleep = self.sleep
         self.watcher.step()         # 车站表
 
@@ -2516,6 +2517,9 @@ class TicketTests(BotCase):
         code, err = self.start('ticket_watcher.py', secret='')
         self.assertEqual((code, err.count('\n')), (2, 1), err)
         self.assertIn('secret is missing', err)
+        os.mkdir(self.state)
+        code, err = self.start('ticket_watcher.py', '--state', self.state)
+        self.assertEqual((code, err.count('\n')), (2, 1), err)
 
 
 class FakeLlm:

@@ -63,7 +63,7 @@ class Endpoint:
     """一个 OpenAI 兼容的接口。"""
 
     #: 等下一个字、等整个回答最多多少秒;回答最多多少字。
-    timeout, within, most = 60, 300, 20000
+    timeout, within, most = 120, 600, 20000
     #: HTTP 状态 → 给用户的话;别的 4xx、5xx 见 `_refused`。
     sentences = {401: '接口不认这个密钥', 403: '接口不让用', 404: '没有这个接口或模型',
                  429: '问得太快,或额度用完了'}

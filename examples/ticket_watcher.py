@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """12306余票监控:有票了就发消息。只看余票,不登录,不下单。
 
-    python examples/simulator.py examples/ticket_watcher.py     # 没有账号,在本机的企业微信里试
-    python examples/ticket_watcher.py                           # 用 config.ini 的 [demo],要有 secret、agentid
+    python examples/simulator.py examples/ticket_watcher.py # 没有账号,在本机的企业微信里试
+    python examples/ticket_watcher.py                       # 用 config.ini 的 [demo],要有 secret
 
 对它说::
 
@@ -14,12 +14,14 @@
 12306 没有公开的接口:这里用的是它的网页自己查余票的那个,没有文档,随时会变。所以问得慢(`Railway.pause`、
 `Watcher.every`),被拒绝就越等越久,不用来抢票。用到的:
 
-    /otn/leftTicket/init                        会话的 cookie,和余票的路径 CLeftTicketUrl = 'leftTicket/queryX'
-    /otn/resources/js/framework/station_name.js @bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||@…  (第 7 列是城市)
-    /otn/leftTicket/queryX?leftTicketDTO.train_date=…       {"data": {"result": ["…|…", …], "map": {"VNP": "北京南"}}}
-                                                或 {"c_url": "leftTicket/queryY"}:路径换了
-
-result 的每一行用 | 隔开,从 0 数起:3 车次,6、7 上下车的站,8、9 时刻,11 能不能买 (Y),座位见 `SEATS`。
+    /otn/leftTicket/init
+        会话的 cookie,和余票的路径:var CLeftTicketUrl = 'leftTicket/queryX'
+    /otn/resources/js/framework/station_name.js
+        @bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||@…,从 0 数起:1 站名,2 电报码,7 城市
+    /otn/leftTicket/queryX?leftTicketDTO.train_date=…
+        {"data": {"result": ["…|…", …], "map": {"VNP": "北京南"}}}
+        或 {"c_url": "leftTicket/queryY"}:路径换了
+        result 的每一行:3 车次,6、7 上下车的站,8、9 时刻,11 能不能买 (Y),20–33 座位 (`SEATS`)
 """
 
 import argparse
@@ -107,7 +109,7 @@ class Railway:
     #: 等网络多少秒;一个回答最多多少字节,解压以后也是。
     timeout, most = 15, 4 << 20
 
-    _now = staticmethod(time.time)
+    _now = staticmethod(time.monotonic)
     _sleep = staticmethod(time.sleep)
 
     def __init__(self, base=BASE):
@@ -310,7 +312,7 @@ def save_watches(path, watches):
     handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(os.path.abspath(path)))
     try:
         with open(handle, 'w', encoding='utf-8') as f:
-            json.dump({'watches': watches}, f, ensure_ascii=False, indent=1)
+            json.dump({'watches': watches}, f, ensure_ascii=False)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -325,19 +327,20 @@ class Watcher:
     #: 同一条路线、同一天,至少隔几秒再看。
     every = 60
 
-    _now = staticmethod(time.time)
+    _now = staticmethod(time.monotonic)
+    _wall = staticmethod(time.time)
 
-    def __init__(self, railway, send, path):
+    def __init__(self, railway, send, path, watches):
         self.railway = railway
         self.send = send            # send(文本, 用户),不成抛 APIError
-        self.path = path
-        self.watches = load_watches(path)
+        self.path = path            # 状态文件,里面是 watches
+        self.watches = watches
         self._due = {}              # 路线 → 什么时候再看
         self._end_due = 0
         self._lock = threading.Lock()
 
     def _china(self):
-        return datetime.datetime.fromtimestamp(self._now(), CHINA)
+        return datetime.datetime.fromtimestamp(self._wall(), CHINA)
 
     # 答话
 
@@ -485,8 +488,10 @@ def main():
         server = easywechat.WeChatServer('demo')
         if not server.client.settings['agentid']:
             raise easywechat.ConfigError('agentid is missing: alerts are sent with it')
+        watches = load_watches(args.state)
+        save_watches(args.state, watches)       # 写不进去的,现在就说
         watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
-                          args.state)
+                          args.state, watches)
         server.register_callback('text', watcher.answer)
         threading.Thread(target=run, args=(watcher,), daemon=True).start()
         server.run(host='0.0.0.0', port=args.port)
