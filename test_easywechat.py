@@ -2265,12 +2265,13 @@ class Fake12306:
 
     def __init__(self, case):
         self.rows, self.mode, self.path, self.paths = [], None, 'leftTicket/queryA', []
+        self.cookie = 'JSESSIONID=1'
         self.url = StandIn(case, self.answer).url
 
     def row(self, code, start='VNP', end='AOH', can='Y', **seats):
         """一行余票;``seats`` 是 {'二等座': '有'}。"""
         cells = [''] * 57
-        cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, start, end, start, end, '07:00', '11:32',
+        cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, 'HBB', 'SNH', start, end, '07:00', '11:32',
                        '04:32', can, 'x', '20261231']
         for name, left in seats.items():
             cells[ticket_watcher.SEATS[name]] = left
@@ -2287,7 +2288,7 @@ class Fake12306:
             text, kind = "<script>var CLeftTicketUrl = 'leftTicket/queryA';</script>", 'text/html'
         elif path == 'resources/js/framework/station_name.js':
             text = self.stations
-        elif 'JSESSIONID=1' not in handler.headers.get('Cookie', ''):
+        elif self.cookie not in handler.headers.get('Cookie', ''):
             text, kind = '<html>请登录</html>', 'text/html'
         elif path != self.path:
             text = json.dumps({'c_url': self.path, 'c_name': 'CLeftTicketUrl', 'status': False})
@@ -2299,8 +2300,10 @@ class Fake12306:
         data = data.compress(text.encode('utf-8')) + data.flush()
         handler.send_response(status)
         for item in (('Content-Type', kind), ('Content-Encoding', 'gzip'), ('Content-Length', str(len(data))),
-                     ('Set-Cookie', 'JSESSIONID=1; Path=/otn'), ('Location', '/error.html')):
+                     ('Location', '/otn/error.html')):
             handler.send_header(*item)
+        if path == 'leftTicket/init':
+            handler.send_header('Set-Cookie', self.cookie + '; Path=/otn')
         handler.end_headers()
         handler.wfile.write(data)
 
@@ -2396,8 +2399,10 @@ class TicketTests(BotCase):
         self.assertEqual(self.look(*seats), [])             # 还在
         more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
         self.assertIn('11:32:商务座 1 张\n', more)            # 只说新的
-        self.assertEqual(self.look(*sold), [])
         self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
+        self.assertIn('没有直达的车', self.say('列表'))
+        self.assertEqual(self.look(row('G1', 二等座='5', 一等座='2', 商务座='1')), [])
+        self.assertEqual(self.look(*sold), [])
         self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
         self.restart()
         self.assertEqual(self.look(*seats), [])
@@ -2445,6 +2450,7 @@ class TicketTests(BotCase):
 
     def test_after_a_refusal_it_waits_longer_and_longer(self):
         self.say('监控 北京 上海 2026-12-31')
+        self.look()
         modes = [(200, '<html>系统忙', 'text/html'), (503, '', 'text/html'), (302, '', 'text/html'),
                  (200, '', 'application/json'), (200, '{"data": {}, "status": true}', 'application/json'),
                  (200, '[]', 'application/json')]
@@ -2455,14 +2461,13 @@ class TicketTests(BotCase):
             self.assertIn('12306 refused %d times' % (len(waits) + 1), logs.output[0])
             waits.append(self.watcher.railway.not_before - self.clock)
             self.assertIn('12306 现在不答应', self.say('列表'))
-            count = len(self.railway.paths)
             self.look(after=waits[-1] - 1)                  # 还没到时候
-            self.assertEqual(len(self.railway.paths), count)
+            self.assertEqual(len(self.railway.paths), 3 + len(waits))
             self.clock += 61
         for n, wait in enumerate(waits):
             self.assertTrue(10 * 2 ** (n + 1) <= wait <= 15 * 2 ** (n + 1), waits)
-        self.railway.mode = None
-        self.assertEqual(len(self.look(self.railway.row('G1', 硬卧='12'), after=0)), 1)   # 新的 cookie
+        self.railway.mode, self.railway.cookie = None, 'JSESSIONID=2'
+        self.assertEqual(len(self.look(self.railway.row('G1', 硬卧='12'), after=0)), 1)
         self.assertEqual(self.watcher.railway.failures, 0)
 
     def test_days_that_are_not_on_sale_wait_and_days_that_passed_end(self):
