@@ -2324,10 +2324,9 @@ class BotCase(ClientCase):
         thread.start()
         type(self).stopping += thread,
 
-    def serve(self, callback):
+    def serve(self):
         self.server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')),
                                    api_base=self.url, **self.wecom.settings)
-        self.server.register_callback('text', callback)
         host, port = self.server.start('127.0.0.1', 0)
         self.addCleanup(self.stop)
         self.callback_url = 'http://%s:%d/weixin' % (host, port)
@@ -2359,7 +2358,7 @@ class TicketTests(BotCase):
         self.railway = Fake12306(self)
         self.state = os.path.join(self.folder, 'tickets.json')
         self.clock = datetime.datetime(2026, 12, 20, 10, tzinfo=ticket_watcher.CHINA).timestamp()
-        self.serve(lambda msg: self.watcher.answer(msg))
+        self.serve()
         self.restart()
 
     def restart(self):
@@ -2370,6 +2369,7 @@ class TicketTests(BotCase):
             ticket_watcher.load_watches(self.state))
         railway._now = self.watcher._now = self.watcher._wall = lambda: self.clock
         railway._sleep = self.sleep
+        self.server.register_callback('text', self.watcher.answer)
         self.watcher.step()         # 车站表
 
     def sleep(self, seconds):
@@ -2581,7 +2581,8 @@ class LlmTests(BotCase):
         self.llm = FakeLlm(self)
         self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
         self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
-        self.serve(self.chat.answer)
+        self.serve()
+        llm_bot.register(self.server, self.chat)
 
     def pushed(self, count):
         """等到主动发来了 ``count`` 条。"""
@@ -2698,6 +2699,8 @@ class LlmTests(BotCase):
         self.assertEqual(self.wecom.inbox['zhangsan'][-1], ('text', '一二'))
         self.say('好')
         self.assertEqual(self.llm.asked[-1], ['system', '好'])
+        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='M')
+        self.assertEqual(reply['Content'], '只看得懂文字')
 
     def test_what_is_missing_is_one_line_and_exit_code_2(self):
         for env, name in [({}, 'OPENAI_API_KEY is missing'),

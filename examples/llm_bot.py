@@ -210,28 +210,33 @@ class Chat:
 
     def answer(self, msg):
         """回调:一句话 → 回答,一段一段的 (生成器)。"""
-        user, question = msg['FromUserName'], msg['Content'].strip()
+        user = msg['FromUserName']
         with self._lock:
-            if question == '清除':      # 正在答的那个问题,答完了也不会记下
-                self._talks.pop(user, None)
-                talk, refusal = None, '好,都忘了'
-            elif user in self._busy:
-                talk, refusal = None, '前一个问题还没答完,等它完了再问'
-            else:
-                self._busy.add(user)
-                talk, refusal = self._talk(user), None
-        if not talk:
-            yield refusal
+            busy = user in self._busy
+            self._busy.add(user)
+            talk = self._talk(user)
+        if busy:
+            yield '前一个问题还没答完,等它完了再问'
             return
         try:
-            yield from self._reply(talk, question)
+            yield from self._reply(talk, msg['Content'])
         finally:
             with self._lock:
                 self._busy.discard(user)
 
+    def forget(self, msg):
+        """回调:忘了这个人;正在答的那个问题,答完了也不会记下。"""
+        with self._lock:
+            self._talks.pop(msg['FromUserName'], None)
+        return '好,都忘了'
 
-def only_text(msg):
-    return '只看得懂文字'
+
+def register(server, chat):
+    """登记回调。"""
+    server.register_callback('text', chat.answer)
+    server.register_callback('text', chat.forget, pattern=r'\s*清除\s*')
+    for kind in 'image', 'voice', 'video', 'location', 'link', 'file':
+        server.register_callback(kind, lambda msg: '只看得懂文字')
 
 
 # ---- 设置 --------------------------------------------------------------------------------------
@@ -239,7 +244,8 @@ def only_text(msg):
 def read_ini():
     """easywechat 用的那个 config.ini;没有就是空的。"""
     here = os.path.dirname(os.path.abspath(__file__))
-    paths = [os.environ.get('EASYWECHAT_CONFIG')] if os.environ.get('EASYWECHAT_CONFIG') else [
+    given = os.environ.get('EASYWECHAT_CONFIG')
+    paths = [given] if given else [
         os.path.join(folder, 'config.ini') for folder in (here, os.getcwd(), os.path.dirname(here))]
     ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
     try:
@@ -271,12 +277,9 @@ def main():
     args = parser.parse_args()
     try:
         server = easywechat.WeChatServer('demo')
-        chat = Chat(find_endpoint().stream, args.system)
-        server.register_callback('text', chat.answer)
-        for kind in 'image', 'voice', 'video', 'location', 'link', 'file':
-            server.register_callback(kind, only_text)
+        register(server, Chat(find_endpoint().stream, args.system))
         server.run(host='0.0.0.0', port=args.port)
-    except (easywechat.ConfigError, OSError) as e:
+    except (easywechat.ConfigError, ImportError, OSError) as e:
         print('llm_bot: %s' % getattr(e, 'errmsg', e), file=sys.stderr)
         return 2
     return 0

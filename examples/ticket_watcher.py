@@ -161,7 +161,7 @@ class Railway:
             page = self._get('leftTicket/init')
             self._follow((re.findall(r"CLeftTicketUrl\s*=\s*'([^']*)'", page) or [None])[0])
         for _ in range(2):          # 路径换了,就再问一次
-            text = self._get(self._path, [      # 它要这个顺序
+            text = self._get(self._path, [      # 网页的顺序
                 ('leftTicketDTO.train_date', date), ('leftTicketDTO.from_station', start),
                 ('leftTicketDTO.to_station', end), ('purpose_codes', 'ADULT')])
             try:
@@ -238,9 +238,10 @@ def parse_watch(words, stations, today):
     ends = [find_station(stations, name) for name in words[:2]]
     if ends[0] == ends[1]:
         raise ValueError('出发和到达是同一个车站')
-    watch = dict(zip(('start', 'end'), (end[0] for end in ends)), codes=[end[1] for end in ends],
-                 exact=[end[2] for end in ends], date=str(parse_date(words[2], today)),
-                 trains=[], seats=[], seen=[], note='')
+    names, codes, exact = map(list, zip(*ends))
+    watch = {'start': names[0], 'end': names[1], 'codes': codes, 'exact': exact,
+             'date': str(parse_date(words[2], today)),
+             'trains': [], 'seats': [], 'seen': [], 'note': ''}
     for word in words[3:]:
         seats = [seat for seat in SEATS if seat in (word, word + '座')]
         if not seats and not re.fullmatch('[A-Za-z][0-9]{0,4}|[0-9]{1,4}', word):
@@ -433,7 +434,7 @@ class Watcher:
         watch['seen'] = now
 
     def _visit(self, route):
-        """看一条路线,它的监控都用这一次的结果。一趟车也没有不算票没了:12306 忙的时候也会这样。"""
+        """看一条路线,它的监控都用这一次的结果。一趟车也没有不算票没了:卖完的车也在里面。"""
         self._due[route] = self._now() + self.every
         trains = self.railway.query(*route)
         clock = self._china().strftime('%H:%M')
@@ -495,7 +496,7 @@ def main():
         server.register_callback('text', watcher.answer)
         threading.Thread(target=run, args=(watcher,), daemon=True).start()
         server.run(host='0.0.0.0', port=args.port)
-    except (easywechat.ConfigError, OSError) as e:
+    except (easywechat.ConfigError, ImportError, OSError) as e:
         print('ticket_watcher: %s' % getattr(e, 'errmsg', e), file=sys.stderr)
         return 2
     return 0
