@@ -2934,6 +2934,8 @@ class _HTTPServer(http.server.HTTPServer):
 
     def close(self, deadline):
         """不再接受连接,关掉还在读的,等正在回答的;都完了返回 True。"""
+        with contextlib.suppress(OSError):      # 叫醒 serve_forever;不行的系统上它自己 0.2 秒醒一次
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.shutdown()
         self.server_close()
         self._evict(len(self._reading))

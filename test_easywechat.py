@@ -8,8 +8,10 @@ import ast
 import binascii
 import collections
 import contextlib
+import datetime
 import hashlib
 import http.client
+import http.server
 import io
 import json
 import logging
@@ -19,6 +21,7 @@ import random
 import re
 import signal
 import socket
+import socketserver
 import stat
 import struct
 import subprocess
@@ -40,7 +43,11 @@ from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatExc
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, 'examples'))
 
+import llm_bot  # noqa: E402
+import monkey_monitor  # noqa: E402
+import nas_monitor  # noqa: E402
 import simulator  # noqa: E402
+import ticket_watcher  # noqa: E402
 
 SOURCE = os.path.join(HERE, 'easywechat.py')
 PLANTED = 'plantedS3cret'
@@ -2662,8 +2669,6 @@ class SimulatorCommandTests(SimulatorCase):
             self.assertEqual(simulator.callback_url(line), 'http://%s:80/weixin' % url)
         self.assertIsNone(simulator.callback_url(b'GET http://127.0.0.1:80/weixin'))
 
-import monkey_monitor  # noqa: E402
-import nas_monitor  # noqa: E402
 
 
 def png_size(data):
@@ -3084,6 +3089,490 @@ class NasTests(ExampleCase):
         env = dict(os.environ, EASYWECHAT_CONFIG=self.config(token='', encoding_aes_key=''), XDG_CACHE_HOME=self.folder)
         self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=env), 0)
         self.assertEqual(len(self.wecom.messages), 1)
+
+
+class StandIn:
+    """本机的一个 HTTP 服务:``answer(handler)`` 自己写回答。"""
+
+    def __init__(self, case, answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            log_message = staticmethod(lambda *args: None)
+
+            def do_GET(self):
+                with contextlib.suppress(OSError):      # 听的人走了
+                    answer(self)
+
+            do_POST = do_GET
+        server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
+            ('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = 'http://127.0.0.1:%d' % server.server_address[1]
+        case.addCleanup(server.server_close)
+        case.addCleanup(server.shutdown)
+
+
+class Fake12306:
+    """12306 的三个地址。没有先到 init 领 cookie 的,得到的是错误页面。"""
+
+    stations = ("var station_names ='@bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||"
+                '@bjd|北京东|BOP|beijingdong|bjd|1|0357|北京|||'
+                '@bji|北京|BJP|beijing|bj|2|0357|北京|||@bjn|北京南|VNP|beijingnan|bjn|3|0357|北京|||'
+                '@sha|上海|SHH|shanghai|sh|10|0712|上海|||@shq|上海虹桥|AOH|shanghaihongqiao|shhq|12|0712|上海|||'
+                '@tji|天津|TJP|tianjin|tj|15|0351|天津|||\';')
+
+    def __init__(self, case):
+        self.rows, self.mode, self.path, self.paths = [], None, 'leftTicket/queryA', []
+        self.cookie = 'JSESSIONID=1'
+        self.url = StandIn(case, self.answer).url
+
+    def row(self, code, start='VNP', end='AOH', can='Y', **seats):
+        """一行余票;``seats`` 是 {'二等座': '有'}。"""
+        cells = [''] * 57
+        cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, 'HBB', 'SNH', start, end, '07:00', '11:32',
+                       '04:32', can, 'x', '20261231']
+        for name, left in seats.items():
+            cells[ticket_watcher.SEATS[name]] = left
+        return '|'.join(cells)
+
+    def answer(self, handler):
+        path, _, query = handler.path.partition('?')
+        path = path[len('/otn/'):]
+        self.paths.append(path)
+        kind, status = 'application/json;charset=UTF-8', 200
+        if self.mode:
+            status, text, kind = self.mode
+        elif path == 'leftTicket/init':
+            text, kind = "<script>var CLeftTicketUrl = 'leftTicket/queryA';</script>", 'text/html'
+        elif path == 'resources/js/framework/station_name.js':
+            text = self.stations
+        elif self.cookie not in handler.headers.get('Cookie', ''):
+            text, kind = '<html>请登录</html>', 'text/html'
+        elif path != self.path:
+            text = json.dumps({'c_url': self.path, 'c_name': 'CLeftTicketUrl', 'status': False})
+        else:
+            self.query = urllib.parse.parse_qsl(query)
+            text = json.dumps({'httpstatus': 200, 'data': {'result': self.rows, 'flag': '1', 'map': {
+                'VNP': '北京南', 'BJP': '北京', 'AOH': '上海虹桥', 'SHH': '上海'}}, 'messages': '', 'status': True})
+        data = zlib.compressobj(wbits=31)
+        data = data.compress(text.encode('utf-8')) + data.flush()
+        handler.send_response(status)
+        for item in (('Content-Type', kind), ('Content-Encoding', 'gzip'), ('Content-Length', str(len(data))),
+                     ('Location', '/otn/error.html')):
+            handler.send_header(*item)
+        if path == 'leftTicket/init':
+            handler.send_header('Set-Cookie', self.cookie + '; Path=/otn')
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+class BotCase(ClientCase):
+    """一个真的机器人:投递进来,看企业微信里的人看到什么。"""
+
+    stopping = ()
+
+    @classmethod
+    def tearDownClass(cls):
+        for thread in cls.stopping:
+            thread.join()
+
+    def stop(self):
+        """在后台停:要等 0.2 秒,下一个测试不必等它。"""
+        thread = threading.Thread(target=self.server.stop)
+        thread.start()
+        type(self).stopping += thread,
+
+    def serve(self):
+        self.server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')),
+                                   api_base=self.url, **self.wecom.settings)
+        host, port = self.server.start('127.0.0.1', 0)
+        self.addCleanup(self.stop)
+        self.callback_url = 'http://%s:%d/weixin' % (host, port)
+
+    def say(self, text, user='zhangsan'):
+        """用户说一句 → 被动回复的文本;没有是 None。"""
+        return (self.wecom.deliver(self.callback_url, user=user, Content=text) or {}).get('Content')
+
+    def start(self, name, *args, secret='x', **env):
+        """以一个新进程启动那个例子,它应当马上结束 → (退出码, stderr)。"""
+        config = os.path.join(self.folder, 'config.ini')
+        with open(config, 'w', encoding='utf-8') as f:
+            f.write('[demo]\n' + ''.join('%s = %s\n' % item for item in dict(
+                self.wecom.settings, api_base=self.url, secret=secret).items()))
+        os.chmod(config, 0o600)
+        env = dict({k: v for k, v in os.environ.items() if not k.startswith(('EASYWECHAT_', 'OPENAI_'))},
+                   EASYWECHAT_CONFIG=config, **env)
+        done = subprocess.run([sys.executable, os.path.join(HERE, 'examples', name)] + list(args), env=env,
+                              cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+        err = done.stderr.decode('utf-8', 'replace')
+        LOG.write(err)
+        return done.returncode, err
+
+
+class TicketTests(BotCase):
+
+    def setUp(self):
+        super().setUp()
+        self.railway = Fake12306(self)
+        self.state = os.path.join(self.folder, 'tickets.json')
+        self.clock = datetime.datetime(2026, 12, 20, 10, tzinfo=ticket_watcher.CHINA).timestamp()
+        self.serve()
+        self.restart()
+
+    def restart(self):
+        """新的进程,同一个状态文件。"""
+        railway = ticket_watcher.Railway(self.railway.url)
+        self.watcher = ticket_watcher.Watcher(
+            railway, lambda text, user: self.server.client.send(text, to=user), self.state,
+            ticket_watcher.load_watches(self.state))
+        railway._now = self.watcher._now = self.watcher._wall = lambda: self.clock
+        railway._sleep = self.sleep
+        self.server.register_callback('text', self.watcher.answer)
+        self.watcher.step()         # 车站表
+
+    def sleep(self, seconds):
+        self.clock += seconds
+
+    def look(self, *rows, after=90):
+        """``after`` 秒以后 12306 上是 ``rows``;看一次 → 新收到的。"""
+        self.railway.rows = list(rows)
+        before = len(self.wecom.messages)
+        self.clock += after
+        self.watcher.step()
+        return [m['text']['content'] for m in self.wecom.messages[before:]]
+
+    def test_seats_are_told_once_and_again_when_they_come_back(self):
+        self.assertIn('开始监控 北京 → 上海 2026-12-31 G', self.say('监控 北京 上海 2026-12-31 G'))
+        row = self.railway.row
+        sold = (row('G1', 二等座='无', 商务座='候补'), row('D3', 二等座='有'),
+                row('G5', can='IS_TIME_NOT_BUY', 二等座='9'))
+        self.assertEqual(self.look(*sold), [])
+        self.assertEqual(self.railway.query, [
+            ('leftTicketDTO.train_date', '2026-12-31'), ('leftTicketDTO.from_station', 'BJP'),
+            ('leftTicketDTO.to_station', 'SHH'), ('purpose_codes', 'ADULT')])
+        seats = row('G1', 二等座='有', 一等座='3'), row('D3', 二等座='有')
+        text, = self.look(*seats)
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 3 张,二等座有\n', text)
+        self.assertNotIn('D3', text)
+        self.assertEqual(self.look(*seats), [])             # 还在
+        more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
+        self.assertIn('11:32:商务座 1 张\n', more)            # 只说新的
+        self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
+        self.assertIn('没有直达的车', self.say('列表'))
+        self.assertEqual(self.look(row('G1', 二等座='5', 一等座='2', 商务座='1')), [])
+        self.assertEqual(self.look(*sold), [])
+        self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
+        self.restart()
+        self.assertEqual(self.look(*seats), [])
+        self.assertIn('1. 北京 → 上海 2026-12-31 G(10:', self.say('列表'))
+        self.assertEqual(stat.S_IMODE(os.stat(self.state).st_mode), 0o600)
+
+    def test_an_alert_that_was_not_sent_is_sent_later(self):
+        self.say('监控 北京 上海 2026-12-31')
+        seats = self.railway.row('G1', 二等座='有'),
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.look(*seats), [])
+        self.assertEqual(len(self.look(*seats)), 1)
+        self.assertEqual(self.look(*seats), [])
+
+    def test_one_query_serves_all_watches_of_a_route(self):
+        self.say('监控 北京 上海 2026-12-31 G')
+        self.say('监控 北京南 上海虹桥 2026-12-31 一等', user='lisi')
+        self.say('监控 北京 上海 2026-12-31 D3', user='lisi')
+        row = self.railway.row
+        self.look(row('G1', 二等座='有', 一等座='2'), row('D31', 二等座='有'))
+        self.assertEqual(self.railway.paths.count('leftTicket/queryA'), 1)
+        self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan'])
+        self.look(row('G1', 二等座='有', 一等座='2'), row('G7', 'BJP', 一等座='2'), after=16)
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
+        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南,不是北京
+        self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan', 'lisi'])
+        before = len(self.railway.paths)
+        self.look(after=16)                                 # 两条路线都看过了,没到一分钟
+        self.assertEqual(len(self.railway.paths), before)
+
+    def test_requests_keep_their_distance_and_a_new_path_is_followed(self):
+        self.say('监控 北京 上海 2026-12-31')
+        self.railway.path = 'leftTicket/queryZ'
+        begin = self.clock
+        self.assertEqual(len(self.look(self.railway.row('G1', 无座='有'), after=60)), 1)
+        self.assertEqual(self.railway.paths[1:], ['leftTicket/init', 'leftTicket/queryA', 'leftTicket/queryZ'])
+        self.assertGreaterEqual(self.clock - begin - 60, 2 * 10)     # init、A、Z 之间
+        self.look()
+        self.assertEqual(self.railway.paths[4:], ['leftTicket/queryZ'])
+        self.railway.path = 'http://evil/queryZ'
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.look()
+        self.assertEqual(self.railway.paths[5:], ['leftTicket/queryZ'])
+
+    def test_after_a_refusal_it_waits_longer_and_longer(self):
+        self.say('监控 北京 上海 2026-12-31')
+        self.look()
+        modes = [(200, '<html>系统忙', 'text/html'), (503, '', 'text/html'), (302, '', 'text/html'),
+                 (200, '', 'application/json'), (200, '{"data": {}, "status": true}', 'application/json'),
+                 (200, '[]', 'application/json')]
+        waits = []
+        for self.railway.mode in modes:
+            with self.assertLogs('easywechat', 'WARNING') as logs:
+                self.look(after=90 if not waits else 0)
+            self.assertIn('12306 refused %d times' % (len(waits) + 1), logs.output[0])
+            waits.append(self.watcher.railway.not_before - self.clock)
+            self.assertIn('12306 现在不答应', self.say('列表'))
+            self.look(after=waits[-1] - 1)                  # 还没到时候
+            self.assertEqual(len(self.railway.paths), 3 + len(waits))
+            self.clock += 61
+        for n, wait in enumerate(waits):
+            self.assertTrue(10 * 2 ** (n + 1) <= wait <= 15 * 2 ** (n + 1), waits)
+        self.railway.mode, self.railway.cookie = None, 'JSESSIONID=2'
+        self.assertEqual(len(self.look(self.railway.row('G1', 硬卧='12'), after=0)), 1)
+        self.assertEqual(self.watcher.railway.failures, 0)
+
+    def test_days_that_are_not_on_sale_wait_and_days_that_passed_end(self):
+        self.assertIn('2026-12-22 才开始卖', self.say('监控 北京 上海 2027-01-05'))
+        count = len(self.railway.paths)
+        seats = self.railway.row('G1', 二等座='有'),
+        self.assertEqual(self.look(*seats), [])
+        self.assertEqual(len(self.railway.paths), count)
+        self.assertIn('2026-12-22 开始卖', self.say('列表'))
+        self.assertEqual(len(self.look(*seats, after=2 * 86400)), 1)
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.look(after=15 * 86400)
+        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了,不再监控'])
+        self.assertEqual(self.say('列表'), '没有在监控的')
+
+    def test_wrong_input_gets_a_sentence(self):
+        for text, answer in [
+                ('你好', '监控 北京 上海 2026-12-31:有票了'), ('监控 北京', '写成:监控 北京 上海'),
+                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站,有:上海虹桥'),
+                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '「2026-02-30」不对'),
+                ('监控 北京 上海 2026-12-19', '已经过了'), ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」'),
+                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京,上海,2026-12-31,g1,二等', '开始监控'),
+                ('监控 北京 上海 2026-12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'),
+                ('取消 一', '写成:取消 2')]:
+            self.assertIn(answer, self.say(text), text)
+        for n in range(9):
+            self.say('监控 天津 上海 2026-12-31 G%d' % n)
+        self.assertIn('最多监控 10 个', self.say('监控 天津 上海 2026-12-31 K1'))
+        self.assertIn('开始监控', self.say('监控 天津 上海 2026-12-31 K1', user='lisi'))
+        self.assertEqual(self.say('取消 2'), '取消了:\n天津 → 上海 2026-12-31 G0')
+        self.assertEqual(self.say('取消').count('\n'), 9)
+        self.assertEqual((self.say('列表'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
+
+    def test_a_broken_state_file_is_set_aside(self):
+        for text in '{', '{"watches": [{"user": "x"}]}', '[]':
+            with open(self.state, 'w') as f:
+                f.write(text)
+            with self.assertLogs('easywechat', 'ERROR'):
+                self.restart()
+            with open(self.state + '.broken') as f:
+                self.assertEqual(f.read(), text)
+            self.assertEqual(self.say('列表'), '没有在监控的')
+
+    def test_without_the_table_of_stations_it_says_so(self):
+        self.railway.mode = 500, '', 'text/html'
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.restart()
+        self.assertIn('没有车站表', self.say('监控 北京 上海 2026-12-31'))
+
+    def test_what_is_missing_is_one_line_and_exit_code_2(self):
+        code, err = self.start('ticket_watcher.py', secret='')
+        self.assertEqual((code, err.count('\n')), (2, 1), err)
+        self.assertIn('secret is missing', err)
+        os.mkdir(self.state)
+        code, err = self.start('ticket_watcher.py', '--state', self.state)
+        self.assertEqual((code, err.count('\n')), (2, 1), err)
+
+
+class FakeLlm:
+    """OpenAI 兼容的接口:下一个回答在 ``script`` 里,一个一个片段地流出来;没有了就数这是第几问。"""
+
+    key = 'sk-' + PLANTED
+
+    def __init__(self, case):
+        self.script, self.asked, self.gate = [], [], threading.Event()
+        self.url = StandIn(case, self.answer).url + '/v1'
+        case.addCleanup(self.gate.set)
+
+    def answer(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])).decode('utf-8'))
+        if handler.headers['Authorization'] != 'Bearer ' + self.key or body['stream'] is not True:
+            handler.send_error(418)
+            return
+        self.asked.append([m['content'] for m in body['messages']])
+        step = self.script.pop(0) if self.script else ['答 %d' % len(self.asked)]
+        if isinstance(step, int):
+            handler.send_response(step)
+            handler.send_header('Location', '/elsewhere')
+            handler.end_headers()
+            handler.wfile.write(('{"error": {"message": "Incorrect API key: %s"}}' % self.key).encode())
+            return
+        handler.protocol_version = 'HTTP/1.1'
+        handler.close_connection = True
+        handler.send_response(200)
+        handler.send_header('Transfer-Encoding', 'chunked')
+        handler.end_headers()
+        handler.wfile.write(b'e\r\n: keep-alive\n\n\r\n')
+        for piece in step + ['[DONE]']:
+            if piece is None:
+                self.gate.wait(10)
+            elif piece is Ellipsis:         # 断在半中间
+                return
+            elif piece.startswith('{') or piece == '[DONE]':
+                self.send(handler, piece)
+            else:
+                self.send(handler, json.dumps({'choices': [{'delta': {'content': piece}}]}, ensure_ascii=False))
+        handler.wfile.write(b'0\r\n\r\n')
+
+    def send(self, handler, data):
+        """一个事件,七个字节一块:总有断在一个字中间的。"""
+        data = ('data: %s\r\n\r\n' % data).encode('utf-8')
+        for n in range(0, len(data), 7):
+            handler.wfile.write(b'%x\r\n%s\r\n' % (len(data[n:n + 7]), data[n:n + 7]))
+
+
+class LlmTests(BotCase):
+
+    def setUp(self):
+        super().setUp()
+        self.llm = FakeLlm(self)
+        self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
+        self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
+        self.serve()
+        llm_bot.register(self.server, self.chat)
+
+    def pushed(self, count):
+        """等到主动发来了 ``count`` 条。"""
+        deadline = time.monotonic() + 10
+        while len(self.wecom.messages) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return [m['text']['content'] for m in self.wecom.messages]
+
+    def test_a_short_answer_is_the_passive_reply_and_the_history_is_sent(self):
+        self.llm.script = [['你', '好', '😀', '!'], ['', '再见']]
+        self.assertEqual(self.say('在吗'), '你好😀!')
+        self.assertEqual(self.say('走了'), '再见')
+        self.assertEqual(self.say('谁', user='lisi'), '答 3')
+        self.assertEqual(self.llm.asked[1:], [['system', '在吗', '你好😀!', '走了'], ['system', '谁']])
+        self.assertEqual(self.wecom.messages, [])
+
+    def test_a_long_answer_comes_in_parts_while_it_is_written(self):
+        parts = ['第 %d 段。%s' % (n, '长长的话,' * 60) for n in range(4)]
+        parts[2] = '```\n' + 'a\n\n' * 200 + '```'
+        pieces = [piece for part in parts for piece in (part[:99], part[99:], '\n', '\n')]
+        self.llm.script = [pieces[:8] + [None] + pieces[8:]]
+        self.assertIsNone(self.say('讲讲'))
+        self.assertEqual(self.pushed(2), parts[:2])             # 后面的还没有写
+        self.assertIn('还没答完', self.say('快点'))
+        self.assertEqual(self.say('你呢', user='lisi'), '答 2')
+        self.llm.gate.set()
+        self.assertEqual(self.pushed(4), parts)
+        self.say('然后')
+        self.assertEqual(self.llm.asked[-1][1:], ['讲讲', ''.join(pieces), '然后'])
+
+    def test_an_endless_paragraph_is_cut_between_sentences(self):
+        text = ''.join('第 %d 句话在这里,没有空行。' % n for n in range(200))
+        self.llm.script = [list(text)]
+        self.say('讲讲')
+        self.pushed(5)
+        deadline = time.monotonic() + 10
+        while ''.join(self.pushed(0)) != text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(''.join(self.pushed(0)), text)
+        for part in self.pushed(0):
+            self.assertTrue(part.endswith('。') and len(part.encode('utf-8')) <= 2048, part)
+
+    def test_trouble_is_a_sentence_and_what_came_is_delivered(self):
+        key, cut = self.llm.key, '{"choices": [{"delta": {}, "finish_reason": "length"}]}'
+        for step, sentence in [
+                (401, '(接口不认这个密钥 (401)'), (429, '(问得太快,或额度用完了 (429)'), (503, '(接口出错了 (503)'),
+                (302, '(接口不收这个问题 (302)'), (400, '(接口不收这个问题 (400)'), ([...], '(回答没有完就断了)'),
+                (['一半', ...], '一半\n\n(回答没有完就断了)'), (['一半', cut], '一半\n\n(太长,没有说完)'),
+                (['{"error": {"message": "%s"}}' % key], '(接口出错了)'), (['{x'], '(接口答的看不懂)'),
+                (['{"choices": ["%s"]}' % key], '(接口答的看不懂)')]:
+            self.llm.script = [step]
+            with self.assertLogs('easywechat', 'ERROR') as logs:
+                self.assertIn(sentence, self.say('在吗'))
+            self.assertEqual(len(logs.output), 1)
+            self.assertNotIn(PLANTED, logs.output[0])
+        self.assertEqual(self.llm.asked[-1][1:], ['在吗', '一半'] * 2 + ['在吗'])      # 没有答的不记
+        self.llm.script = [['']]
+        self.assertEqual(self.say('在吗'), '(没有回答)')
+
+    def test_a_silent_or_missing_endpoint_is_a_sentence(self):
+        self.endpoint.timeout = 0.1
+        self.llm.script = [['一半', None]]
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.say('在吗'), '一半\n\n(接口太久没有回答)')
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))        # 没有人听
+            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % s.getsockname()[1], 'm').stream
+            with self.assertLogs('easywechat', 'ERROR'):
+                self.assertEqual(self.say('在吗'), '(和接口的连接断了)')
+        self.chat._stream = self.endpoint.stream
+        self.endpoint.most = 3
+        self.llm.script = [['一二三', '四', '五']]
+        self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
+
+    def test_it_forgets_when_told_and_after_a_while_and_the_oldest(self):
+        now = [1000]
+        self.chat._now = lambda: now[0]
+        self.say('一')
+        now[0] += 1800
+        self.say('二')
+        self.assertEqual(self.llm.asked[-1], ['system', '一', '答 1', '二'])
+        now[0] += 1801
+        self.say('三')
+        self.assertEqual(self.llm.asked[-1], ['system', '三'])
+        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.say('四')
+        self.assertEqual(self.llm.asked[-1], ['system', '四'])
+        self.chat.turns = 2
+        for text in '五六七':
+            self.say(text)
+        self.assertEqual(self.llm.asked[-1], ['system', '五', '答 5', '六', '答 6', '七'])
+        self.chat.characters = 7
+        self.say('八')
+        self.say('九')
+        self.assertEqual(self.llm.asked[-1], ['system', '八', '答 8', '九'])
+        self.chat.users = 2
+        self.say('甲', user='lisi')
+        self.say('乙', user='wangwu')
+        self.assertEqual(list(self.chat._talks), ['lisi', 'wangwu'])
+        now[0] += 1801
+        self.say('丙')
+        self.assertEqual(list(self.chat._talks), ['zhangsan'])
+
+    def test_forgetting_holds_for_the_answer_under_way(self):
+        self.llm.script = [['一', None, '二']]
+        thread = threading.Thread(target=self.say, args=('讲讲',))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not self.llm.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.llm.gate.set()
+        thread.join()
+        self.assertEqual(self.wecom.inbox['zhangsan'][-1], ('text', '一二'))
+        self.say('好')
+        self.assertEqual(self.llm.asked[-1], ['system', '好'])
+        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='M')
+        self.assertEqual(reply['Content'], '只看得懂文字')
+
+    def test_what_is_missing_is_one_line_and_exit_code_2(self):
+        for env, name in [({}, 'OPENAI_API_KEY is missing'),
+                          ({'OPENAI_API_KEY': PLANTED, 'OPENAI_BASE_URL': PLANTED}, 'OPENAI_BASE_URL is not')]:
+            code, err = self.start('llm_bot.py', **env)
+            self.assertEqual((code, err.count('\n')), (2, 1), err)
+            self.assertIn(name, err)
+            self.assertNotIn(PLANTED, err)
+
+    def test_the_section_of_the_file_comes_before_the_environment(self):
+        with open(os.path.join(self.folder, 'config.ini'), 'w') as f:
+            f.write('[llm]\napi_key = "%s"\nbase_url = %s/\n' % (self.llm.key, self.llm.url))
+        with environment(EASYWECHAT_CONFIG=f.name, OPENAI_API_KEY='x', OPENAI_MODEL='m'):
+            self.chat._stream = llm_bot.find_endpoint().stream
+        self.assertEqual(self.say('在吗'), '答 1')
 
 
 class PromiseTests(unittest.TestCase):

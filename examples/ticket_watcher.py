@@ -1,0 +1,506 @@
+#!/usr/bin/env python3
+"""12306余票监控:有票了就发消息。只看余票,不登录,不下单。
+
+    python examples/simulator.py examples/ticket_watcher.py # 没有账号,在本机的企业微信里试
+    python examples/ticket_watcher.py                       # 用 config.ini 的 [demo],要有 secret
+
+对它说::
+
+    监控 北京 上海 2026-12-31                   # 出发站 到达站 日期;站名就是城市名的,同城的站都看
+    监控 北京 上海 2026-12-31 G D31 二等座       # 只看这些车次、席别
+    列表
+    取消 2                                      # 列表里的第二个;只写「取消」是全部
+
+12306 没有公开的接口:这里用的是它的网页自己查余票的那个,没有文档,随时会变。所以问得慢(`Railway.pause`、
+`Watcher.every`),被拒绝就越等越久,不用来抢票。用到的:
+
+    /otn/leftTicket/init
+        会话的 cookie,和余票的路径:var CLeftTicketUrl = 'leftTicket/queryX'
+    /otn/resources/js/framework/station_name.js
+        @bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||@…,从 0 数起:1 站名,2 电报码,7 城市
+    /otn/leftTicket/queryX?leftTicketDTO.train_date=…
+        {"data": {"result": ["…|…", …], "map": {"VNP": "北京南"}}}
+        或 {"c_url": "leftTicket/queryY"}:路径换了
+        result 的每一行:3 车次,6、7 上下车的站,8、9 时刻,11 能不能买 (Y),20–33 座位 (`SEATS`)
+"""
+
+import argparse
+import collections
+import contextlib
+import datetime
+import difflib
+import http.client
+import http.cookiejar
+import json
+import logging
+import os
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+
+# 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+
+import easywechat  # noqa: E402
+
+BASE = 'https://kyfw.12306.cn'
+CHINA = datetime.timezone(datetime.timedelta(hours=8))
+#: 今天算在内,卖几天以内的票。
+PRESALE = 15
+#: 每个人最多监控几个。
+MOST = 10
+#: 席别 → 一行里的第几列。
+SEATS = {'商务座': 32, '优选一等座': 20, '特等座': 25, '一等座': 31, '二等座': 30, '高级软卧': 21,
+         '动卧': 33, '软卧': 23, '硬卧': 28, '软座': 24, '硬座': 29, '无座': 26}
+HELP = '''监控 北京 上海 2026-12-31:有票了告诉你
+监控 北京 上海 2026-12-31 G D31 二等座:只看这些车次、席别
+列表:在看哪些
+取消 2:不看列表里的第二个;只写「取消」是全部'''
+
+logger = logging.getLogger('easywechat.tickets')
+
+Train = collections.namedtuple('Train', 'code start end departs arrives seats')
+
+
+# ---- 12306 ------------------------------------------------------------------------------------
+
+class Refused(Exception):
+    """12306 没有照预想的回答。"""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """12306 用转到错误页面来拒绝。"""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def parse_stations(text):
+    """station_name.js → {站名: (电报码, 城市)}。"""
+    rows = [row.split('|') for row in text.split('@')[1:]]
+    return {row[1]: (row[2], row[7] if len(row) > 7 else row[1]) for row in rows if len(row) > 5}
+
+
+def parse_train(row, names):
+    """余票的一行 → `Train`;``seats`` 是有票的 {席别: '有' 或张数}。看不懂的是 None。"""
+    cells = row.split('|') if isinstance(row, str) else []
+    if len(cells) <= max(SEATS.values()):
+        return None
+    seats = {name: cells[n] for name, n in SEATS.items()
+             if cells[11] == 'Y' and re.fullmatch('有|[1-9][0-9]*', cells[n])}
+    start, end = ((code, str(names.get(code, code))) for code in cells[6:8])
+    return Train(cells[3], start, end, cells[8], cells[9], seats)
+
+
+class Railway:
+    """和 12306 的会话:一次一个请求,慢慢来。"""
+
+    #: 两次请求之间至少几秒,不管有多少个监控;再随机多等至多一半。
+    pause = 10
+    #: 被拒绝一次等 ``pause`` 的 2 倍,再一次 4 倍 … 最多这么多秒。
+    longest = 3600
+    #: 等网络多少秒;一个回答最多多少字节,解压以后也是。
+    timeout, most = 15, 4 << 20
+
+    _now = staticmethod(time.monotonic)
+    _sleep = staticmethod(time.sleep)
+
+    def __init__(self, base=BASE):
+        self.base = base.rstrip('/')
+        self.stations = {}
+        self.not_before = 0         # 什么时候可以再请求
+        self.failures = 0           # 连着被拒绝了几次
+        self._forget()
+
+    def _forget(self):
+        """下次从头来:新的 cookie,新的路径。"""
+        self._path = None
+        self._opener = urllib.request.build_opener(
+            NoRedirect, urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+
+    def _wait(self, seconds):
+        self.not_before = self._now() + seconds * random.uniform(1, 1.5)
+
+    def _get(self, path, query=()):
+        """一个请求 → 正文 (str)。"""
+        self._sleep(max(0, self.not_before - self._now()))
+        url = '%s/otn/%s?%s' % (self.base, path, urllib.parse.urlencode(query))
+        request = urllib.request.Request(url.rstrip('?'), headers={
+            'User-Agent': 'Mozilla/5.0', 'Accept-Encoding': 'gzip', 'Cache-Control': 'no-cache',
+            'Referer': self.base + '/otn/leftTicket/init'})
+        try:
+            with self._opener.open(request, timeout=self.timeout) as response:
+                data = response.read(self.most + 1)
+                if response.headers.get('Content-Encoding') == 'gzip':
+                    data = zlib.decompressobj(31).decompress(data, self.most + 1)
+        except urllib.error.HTTPError as e:
+            e.close()
+            raise Refused('%s: HTTP %d' % (path, e.code)) from None
+        except (OSError, http.client.HTTPException, zlib.error) as e:
+            raise Refused('%s: %s' % (path, getattr(e, 'reason', e))) from None
+        finally:
+            self._wait(self.pause)
+        if len(data) > self.most:
+            raise Refused('%s: more than %d bytes' % (path, self.most))
+        return data.decode('utf-8', 'replace')
+
+    def _follow(self, path):
+        if not re.fullmatch('leftTicket/query[A-Za-z0-9]*', str(path)):
+            raise Refused('no path for queries: %.100r' % (path,))
+        self._path = path
+
+    def _query(self, date, start, end):
+        if not self._path:
+            page = self._get('leftTicket/init')
+            self._follow((re.findall(r"CLeftTicketUrl\s*=\s*'([^']*)'", page) or [None])[0])
+        for _ in range(2):          # 路径换了,就再问一次
+            text = self._get(self._path, [      # 网页的顺序
+                ('leftTicketDTO.train_date', date), ('leftTicketDTO.from_station', start),
+                ('leftTicketDTO.to_station', end), ('purpose_codes', 'ADULT')])
+            try:
+                answer = json.loads(text)
+                if not answer.get('c_url'):
+                    rows, names = answer['data']['result'], answer['data'].get('map') or {}
+                    return [train for train in (parse_train(row, names) for row in rows) if train]
+                self._follow(answer['c_url'])
+            except (ValueError, AttributeError, LookupError, TypeError):
+                raise Refused('not an answer: %.100r' % text) from None
+        raise Refused('the path of the query changes all the time')
+
+    def _carefully(self, job, *args):
+        """跑 ``job``;被拒绝了,下次越等越久。"""
+        try:
+            result = job(*args)
+        except Refused as e:
+            self.failures += 1
+            self._forget()
+            self._wait(min(self.pause * 2 ** min(self.failures, 20), self.longest))
+            logger.warning('12306 refused %d times, the next request in %.0f s: %s',
+                           self.failures, self.not_before - self._now(), e)
+            raise
+        self.failures = 0
+        return result
+
+    def query(self, date, start, end):
+        """这一天从 ``start`` 到 ``end`` (电报码) 的车 → [`Train`];不成抛 `Refused`。"""
+        return self._carefully(self._query, date, start, end)
+
+    def _load(self):
+        stations = parse_stations(self._get('resources/js/framework/station_name.js'))
+        if not stations:
+            raise Refused('no station in station_name.js')
+        self.stations = stations
+
+    def load(self):
+        """取车站表;不成抛 `Refused`。"""
+        self._carefully(self._load)
+
+
+# ---- 监控 --------------------------------------------------------------------------------------
+# 一个监控是一个 dict:user,start、end (站名),codes (电报码),exact (上下车是不是就要这个站),date,
+# trains、seats (只看这些;空的是都看),seen (上次有票的 [车次, 席别]),note (上次看到什么)。
+
+def find_station(stations, name):
+    """→ (站名, 电报码, 是不是就要这个站);没有抛 `ValueError`,带着像的。"""
+    name = name if name in stations else name.rstrip('站')
+    if name not in stations:
+        close = [n for n in stations if name in n][:5] if name else []
+        close = close or difflib.get_close_matches(name, stations, 5, 0.5)
+        raise ValueError('没有「%s」这个车站%s' % (name, ',有:' + '、'.join(close) if close else ''))
+    code, city = stations[name]
+    return name, code, city != name
+
+
+def parse_date(text, today):
+    """'2026-12-31' → date;不能看的抛 `ValueError`。"""
+    try:
+        date = datetime.datetime.strptime(text, '%Y-%m-%d').date()
+    except ValueError:
+        raise ValueError('日期写成 2026-12-31 这样,「%s」不对' % text) from None
+    if date < today:
+        raise ValueError('%s 已经过了' % date)
+    return date
+
+
+def parse_watch(words, stations, today):
+    """「监控」后面的词 → 监控;不对的抛 `ValueError`,是给用户的一句话。"""
+    if len(words) < 3:
+        raise ValueError('写成:监控 北京 上海 2026-12-31,后面可以有车次和席别')
+    if not stations:
+        raise ValueError('12306 还没有答应,没有车站表:过几分钟再说一次')
+    ends = [find_station(stations, name) for name in words[:2]]
+    if ends[0] == ends[1]:
+        raise ValueError('出发和到达是同一个车站')
+    names, codes, exact = map(list, zip(*ends))
+    watch = {'start': names[0], 'end': names[1], 'codes': codes, 'exact': exact,
+             'date': str(parse_date(words[2], today)),
+             'trains': [], 'seats': [], 'seen': [], 'note': ''}
+    for word in words[3:]:
+        seats = [seat for seat in SEATS if seat in (word, word + '座')]
+        if not seats and not re.fullmatch('[A-Za-z][0-9]{0,4}|[0-9]{1,4}', word):
+            raise ValueError('看不懂「%s」:车次写 G 或 G1,席别有 %s' % (word, '、'.join(SEATS)))
+        watch['seats' if seats else 'trains'].extend(seats or [word.upper()])
+    return watch
+
+
+def sale_begins(watch):
+    date = datetime.datetime.strptime(watch['date'], '%Y-%m-%d').date()
+    return date - datetime.timedelta(PRESALE - 1)
+
+
+def route_of(watch):
+    return (watch['date'],) + tuple(watch['codes'])
+
+
+def describe(watch):
+    return ' '.join(['%s → %s' % (watch['start'], watch['end']), watch['date']]
+                    + watch['trains'] + watch['seats'])
+
+
+def wanted(watch, trains):
+    """这个监控要的车,只留要的席别。"""
+    found = []
+    for train in trains:
+        places = zip(watch['exact'], watch['codes'], (train.start[0], train.end[0]))
+        if any(exact and code != place for exact, code, place in places):
+            continue
+        if watch['trains'] and not any(train.code == t or t.isalpha() and train.code.startswith(t)
+                                       for t in watch['trains']):
+            continue
+        found.append(train._replace(seats={
+            name: left for name, left in train.seats.items()
+            if not watch['seats'] or name in watch['seats']}))
+    return found
+
+
+def alert(watch, trains, clock):
+    """新有票的车 → 发给用户的话。"""
+    lines = ['%s %s %s → %s %s:%s' % (
+        t.code, t.start[1], t.departs, t.end[1], t.arrives,
+        ','.join(name + (left if left == '有' else ' %s 张' % left)
+                 for name, left in t.seats.items())) for t in trains[:15]]
+    if len(trains) > 15:
+        lines.append('… 还有 %d 趟' % (len(trains) - 15))
+    return '有票了,%s\n%s\n(%s 看到的)' % (describe(watch), '\n'.join(lines), clock)
+
+
+def load_watches(path):
+    """状态文件 → 监控的 list。读不懂的改名放在一边,从头来。"""
+    try:
+        with open(path, encoding='utf-8') as f:
+            watches = json.load(f)['watches']
+        for watch in watches:
+            describe(watch), sale_begins(watch), dict(watch['seen']), watch['user'] + watch['note']
+            (_, _), (_, _) = watch['codes'], watch['exact']
+        return watches
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError) as e:
+        os.replace(path, path + '.broken')
+        logger.error('%s is broken (%r), moved to %s.broken', path, e, path)
+        return []
+
+
+def save_watches(path, watches):
+    """写状态文件 (0600):要么是旧的,要么是新的,没有一半的。"""
+    handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(os.path.abspath(path)))
+    try:
+        with open(handle, 'w', encoding='utf-8') as f:
+            json.dump({'watches': watches}, f, ensure_ascii=False)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+class Watcher:
+    """所有人的监控:`answer` 在回调的线程里答话,`step` 在自己的线程里看票。"""
+
+    #: 同一条路线、同一天,至少隔几秒再看。
+    every = 60
+
+    _now = staticmethod(time.monotonic)
+    _wall = staticmethod(time.time)
+
+    def __init__(self, railway, send, path, watches):
+        self.railway = railway
+        self.send = send            # send(文本, 用户),不成抛 APIError
+        self.path = path            # 状态文件,里面是 watches
+        self.watches = watches
+        self._due = {}              # 路线 → 什么时候再看
+        self._end_due = 0
+        self._lock = threading.Lock()
+
+    def _china(self):
+        return datetime.datetime.fromtimestamp(self._wall(), CHINA)
+
+    # 答话
+
+    def answer(self, msg):
+        """回调:一句话 → 一句话。"""
+        words = re.findall(r'[^\s,,、]+', msg['Content']) or ['']
+        commands = {'监控': self._add, '取消': self._cancel, '列表': self._list}
+        if words[0] not in commands:
+            return HELP
+        try:
+            with self._lock:
+                return commands[words[0]](msg['FromUserName'], words[1:])
+        except ValueError as e:
+            return str(e)
+        except OSError as e:
+            logger.error('cannot write %s: %s', self.path, e.strerror)
+            return '磁盘写不进去,没有改'
+
+    def _of(self, user):
+        return [watch for watch in self.watches if watch['user'] == user]
+
+    def _keep(self, watches):
+        save_watches(self.path, watches)
+        self.watches = watches
+
+    def _add(self, user, words):
+        today = self._china().date()
+        watch = dict(parse_watch(words, self.railway.stations, today), user=user)
+        mine = self._of(user)
+        if describe(watch) in [describe(other) for other in mine]:
+            raise ValueError('已经在看了:' + describe(watch))
+        if len(mine) >= MOST:
+            raise ValueError('每个人最多监控 %d 个,先取消一个' % MOST)
+        self._keep(self.watches + [watch])
+        later = '\n%s 才开始卖,到那天开始看' % sale_begins(watch) if sale_begins(watch) > today else ''
+        return '开始监控 %s,有票了告诉你%s' % (describe(watch), later)
+
+    def _cancel(self, user, words):
+        mine = self._of(user)
+        if not mine:
+            return '没有在监控的'
+        if words:
+            if not words[0].isdecimal() or not 1 <= int(words[0]) <= len(mine):
+                raise ValueError('写成:取消 2,是「列表」里的第几个,现在有 %d 个' % len(mine))
+            mine = [mine[int(words[0]) - 1]]
+        self._keep([watch for watch in self.watches if watch not in mine])
+        return '取消了:\n' + '\n'.join(map(describe, mine))
+
+    def _list(self, user, words):
+        today = self._china().date()
+        lines = ['%d. %s(%s)' % (n, describe(watch), '%s 开始卖' % sale_begins(watch)
+                                 if sale_begins(watch) > today else watch['note'] or '还没有看过')
+                 for n, watch in enumerate(self._of(user), 1)]
+        if lines and self.railway.failures:
+            lines.append('12306 现在不答应,%d 秒以后再问' % max(
+                0, self.railway.not_before - self._now()))
+        return '\n'.join(lines) or '没有在监控的'
+
+    # 看票
+
+    def _notify(self, watch, text):
+        """发出去了,或者再发也没有用,是 True。不知道送到没有的算没有:收到两遍好过一遍也没有。"""
+        try:
+            self.send(text, watch['user'])
+        except easywechat.APIError as e:
+            logger.error('not sent to %s: %s', watch['user'], e)
+            return e.errcode == 81013       # 没有这个人,或者不给他看了
+        return True
+
+    def _end(self, today):
+        """日期过了的,说一声,不再看。"""
+        over = [watch for watch in self.watches if watch['date'] < today
+                and self._notify(watch, describe(watch) + ' 过了,不再监控')]
+        if over:
+            with self._lock:
+                self._keep([watch for watch in self.watches if watch not in over])
+
+    def _look(self, watch, trains, clock):
+        """``trains`` 里新有票的发出去;没有发成的不记作看到过,下次再发。"""
+        trains = wanted(watch, trains)
+        count = len([t for t in trains if t.seats])
+        watch['note'] = '%s 看过,%d 趟车,%d 趟有票' % (clock, len(trains), count)
+        old = [(code, seat) for code, seat in watch['seen']]
+        now = [(t.code, seat) for t in trains for seat in t.seats]
+        fresh = [t._replace(seats={seat: left for seat, left in t.seats.items()
+                                   if (t.code, seat) not in old}) for t in trains]
+        fresh = [t for t in fresh if t.seats]
+        if fresh and not self._notify(watch, alert(watch, fresh, clock)):
+            now = [seat for seat in now if seat in old]
+        watch['seen'] = now
+
+    def _visit(self, route):
+        """看一条路线,它的监控都用这一次的结果。一趟车也没有不算票没了:卖完的车也在里面。"""
+        self._due[route] = self._now() + self.every
+        trains = self.railway.query(*route)
+        clock = self._china().strftime('%H:%M')
+        for watch in self.watches:
+            if route == route_of(watch) and trains:
+                self._look(watch, trains, clock)
+            elif route == route_of(watch):
+                watch['note'] = clock + ' 看过,没有直达的车'
+        with self._lock:
+            self._keep(self.watches)
+
+    def step(self):
+        """到时候了的事,做一件。"""
+        now, today = self._now(), str(self._china().date())
+        if now >= self._end_due:
+            self._end_due = now + self.every
+            self._end(today)
+        self._due = {route: self._due.get(route, 0) for route in [
+            route_of(watch) for watch in self.watches
+            if str(sale_begins(watch)) <= today <= watch['date']]}
+        due = [route for route in self._due if self._due[route] <= now]
+        if now < self.railway.not_before:
+            return
+        with contextlib.suppress(Refused):      # 写了日志,也算好了等多久
+            if due and (self.railway.stations or self.railway.failures):
+                self._visit(min(due, key=self._due.get))
+            elif not self.railway.stations:
+                self.railway.load()
+
+
+def run(watcher):
+    """看票的线程。"""
+    while True:
+        try:
+            watcher.step()
+        except Exception:       # 磁盘满了,或者没有想到的:线程没了,人还以为在看
+            logger.exception('the watch goes on in a minute')
+            time.sleep(60)
+        time.sleep(1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description='12306余票监控')
+    parser.add_argument('--port', type=int, default=8000, help='在哪个端口监听 (8000)')
+    parser.add_argument('--state', default='ticket_watcher.json', metavar='FILE',
+                        help='监控记在哪个文件 (ticket_watcher.json)')
+    parser.add_argument('--base', default=BASE, metavar='URL', help='12306 的地址 (%s)' % BASE)
+    args = parser.parse_args()
+    if not re.match('https?://.', args.base):
+        parser.error('--base takes http://… or https://…')
+    try:
+        server = easywechat.WeChatServer('demo')
+        if not server.client.settings['agentid']:
+            raise easywechat.ConfigError('agentid is missing: alerts are sent with it')
+        watches = load_watches(args.state)
+        save_watches(args.state, watches)       # 写不进去的,现在就说
+        watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
+                          args.state, watches)
+        server.register_callback('text', watcher.answer)
+        threading.Thread(target=run, args=(watcher,), daemon=True).start()
+        server.run(host='0.0.0.0', port=args.port)
+    except (easywechat.ConfigError, ImportError, OSError) as e:
+        print('ticket_watcher: %s' % getattr(e, 'errmsg', e), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
