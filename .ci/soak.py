@@ -29,8 +29,7 @@ kinds = {'slow': lambda: time.sleep(5) or 'slow', 'fail': lambda: 1 / 0, 'five':
          'long': lambda: 'x' * 5000, 'none': lambda: None}
 server.register_callback('*', lambda msg: kinds.get(msg['Content'], lambda: msg)())
 easywechat.logging.getLogger('easywechat').setLevel('CRITICAL')
-print(server.start('127.0.0.1', 0)[1], flush=True)
-server._wait()
+server.run('127.0.0.1', 0)
 ''' % os.path.join(HERE, os.pardir)
 
 
@@ -67,8 +66,8 @@ def main():
                **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items()})
     with tempfile.TemporaryDirectory() as folder:
         server = subprocess.Popen([sys.executable, '-c', BOT], env=dict(env, XDG_CACHE_HOME=folder),
-                                  stdout=subprocess.PIPE, cwd=folder)
-        url = 'http://127.0.0.1:%d/weixin' % int(server.stdout.readline())
+                                  stderr=subprocess.PIPE, cwd=folder)
+        url = re.search(r'http://127\S+', server.stderr.readline().decode()).group()
         rest = figures(server.pid)
         stop, count = threading.Event(), {}
         threads = [threading.Thread(target=drive, args=(wecom, url, stop, count)) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""WeRoBot's echo on its own server (bottle on wsgiref, threads). Its requests carry 公众号's `signature` beside ours."""
+"""WeRoBot on its own server (bottle on wsgiref, threads). Its requests carry 公众号's signature beside ours."""
 import os
 import socketserver
 import sys
@@ -7,7 +7,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from werobot import WeRoBot
 
 robot = WeRoBot(token=os.environ['EASYWECHAT_TOKEN'])
-robot.config.update(SESSION_STORAGE=False, APP_ID=os.environ['EASYWECHAT_CORPID'], ENCODING_AES_KEY=os.environ['EASYWECHAT_ENCODING_AES_KEY'])
+robot.config.update(SESSION_STORAGE=False, ENCODING_AES_KEY=os.environ["EASYWECHAT_ENCODING_AES_KEY"],
+                    APP_ID=os.environ['EASYWECHAT_CORPID'])
 
 
 @robot.text
