@@ -23,7 +23,7 @@
     错误 → XML → 加解密 → 配置 → 存储 → 消息 → 主动模式 → 回调模式 → 服务器 → 命令行
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐                    ┌▶ 你的函数(dict) ─▶ str | dict | Path | …
-    gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher.handle ┤
+    gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher.respond┤
     Flask 视图、测试 ───────────────────┘  验签 → 解密 → XML      XML → 加密 → 签名
 
 MIT License, EasyWeChat contributors.
@@ -1342,8 +1342,40 @@ def _within(seconds, job, abort):
     return value
 
 
+@functools.lru_cache(maxsize=None)
+def _connection(base):
+    """http.client 的一种连接,连上了告诉它的 `_Exchange`。"""
+    class Connection(base):
+        exchange = None
+
+        def connect(self):
+            base.connect(self)              # 包括代理的 CONNECT 和 TLS 握手
+            self.exchange.connected_by(self.sock)
+    return Connection
+
+
+def _make_opener(tls):
+    """urllib 的 opener:只有 http 和 https,标准的代理环境变量;不跟随重定向,什么状态都原样返回。"""
+    from urllib import request as web
+
+    class Transport(web.HTTPHandler):
+        https_request = web.HTTPHandler.http_request
+
+        def http_open(self, req):
+            return self.do_open(functools.partial(req.exchange.connection, 'HTTPConnection'), req)
+
+        def https_open(self, req):
+            return self.do_open(functools.partial(req.exchange.connection, 'HTTPSConnection'), req,
+                                context=tls())
+    opener = web.OpenerDirector()
+    opener.addheaders = [('User-Agent', 'EasyWeChat')]
+    opener.add_handler(web.ProxyHandler())
+    opener.add_handler(Transport())
+    return opener
+
+
 class _Exchange:
-    """一次 HTTP 请求:走到了哪一步,怎么打断它。``connected`` 以前失败的,肯定没有到。"""
+    """一次 HTTP 请求:走到了哪一步,怎样打断它。``connected`` 以前失败的,肯定没有到。"""
 
     def __init__(self, caller, within):
         self._caller = caller
@@ -1353,39 +1385,26 @@ class _Exchange:
         self._aborted = False
         self.connected = False
 
-    def _connection(self, base):
-        exchange = self
+    def connection(self, name, *args, **kwargs):
+        """http.client 里叫 ``name`` 的连接;没有 ssl 的 Python 没有 HTTPSConnection。"""
+        connection = _connection(getattr(http.client, name))(*args, **kwargs)
+        connection.exchange = self
+        return connection
 
-        class Connection(base):
-            def connect(self):
-                base.connect(self)          # 包括代理的 CONNECT 和 TLS 握手
-                self.sock.settimeout(exchange._within)
-                with exchange._lock:
-                    if exchange._aborted:   # 等的人已经走了,不许再发出去
-                        raise OSError('too late')
-                    exchange._socket, exchange.connected = self.sock, True
-        return Connection
-
-    def _opener(self):
-        """urllib 的 opener:只有 http 和 https,标准的代理环境变量;不跟随重定向,什么状态都原样返回。"""
-        from urllib import request as web
-        transport = web.HTTPHandler()
-        transport.http_open = lambda req: transport.do_open(
-            self._connection(http.client.HTTPConnection), req)
-        transport.https_open = lambda req: transport.do_open(
-            self._connection(http.client.HTTPSConnection), req, context=self._caller._tls())
-        transport.https_request = transport.http_request
-        opener = web.OpenerDirector()
-        opener.addheaders = [('User-Agent', 'EasyWeChat')]
-        opener.add_handler(web.ProxyHandler())
-        opener.add_handler(transport)
-        return opener
+    def connected_by(self, sock):
+        """连上了;等的人已经走了,就不许再发出去。"""
+        sock.settimeout(self._within)
+        with self._lock:
+            if self._aborted:
+                raise OSError('too late')
+            self._socket, self.connected = sock, True
 
     def _open(self, url, body, headers, redirects):
         from urllib.request import Request
         for left in range(redirects, -1, -1):
-            response = self._opener().open(Request(url, body, headers),
-                                           timeout=self._caller.connect_within)
+            request = Request(url, body, headers)
+            request.exchange = self
+            response = self._caller._urllib().open(request, timeout=self._caller.connect_within)
             where = response.headers.get('Location')
             if response.status not in (301, 302, 303, 307, 308) or not where or not left:
                 return response
@@ -1555,6 +1574,7 @@ class _Caller:
         self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
         self._pace = _Pace(lambda seconds: self._sleep(seconds))
         self._context = None
+        self._opener = None
 
     def __repr__(self):
         return '<%s of corpid %s>' % (type(self).__name__, _mask(self.settings['corpid']))
@@ -1572,6 +1592,12 @@ class _Caller:
                         self.settings['ca_file'], e.strerror or e)) from None
             self._context = context
         return self._context
+
+    def _urllib(self):
+        """发请求用的 urllib opener,各个线程共用。"""
+        if self._opener is None:
+            self._opener = _make_opener(self._tls)
+        return self._opener
 
     def _network_error(self, error, connected, path, harmless):
         """urllib 的各种异常 → `NetworkError`,其中没有网址;``harmless`` 的调用再来一次也没关系。"""
@@ -2063,7 +2089,7 @@ _RELEASED = 1795392000      # 2026-11-23:比这还早的时钟是没有校过的
 
 
 def _parse_query(query):
-    """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8。"""
+    """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8;别的不看。"""
     found = {}
     try:
         if query.count('&') >= 16:
@@ -2096,8 +2122,9 @@ def _body_length(fields, limit):
 class _Run:
     """一次正在跑的回调;重复投递在这里等同一个结果。"""
 
-    __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'lock', 'first',
-                 '_gate', 'done', 'reply', 'leased', 'waiting', 'held', 'pushing', 'items', 'ended')
+    __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'record', 'leased',
+                 'lock', 'first', '_gate', 'done', 'reply', 'started', 'waiting', 'held', 'pushing',
+                 'items', 'ended')
 
     def __init__(self, name, msg, first):
         self.name = name                # 在存储里
@@ -2106,13 +2133,15 @@ class _Run:
             str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId',
                                           'ResponseCode'))
         self.begin = time.monotonic()
-        self.lock = threading.Lock()    # 下面这些,和它在存储里的记录
+        self.record = threading.Lock()  # 它在存储里的记录:存储可能很慢
+        self.leased = None              # 认领到了:上次续租的时刻
+        self.lock = threading.Lock()    # 下面这些
         self.first = first              # 怎样回答第一次投递;回答过了是 None
         self._gate = threading.Lock()   # 开着就是有了答案
         self._gate.acquire()
         self.done = False
         self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
-        self.leased = 0                 # 是这个进程在跑,上次续租的时刻
+        self.started = False            # 占到名额,在跑了
         self.waiting = 0                # 还有几次投递在等
         self.held = None                # 第一条结果,和它写成的被动回复:只有它一条,就是答复
         self.pushing = False            # 企业微信已经得到空的 200,结果都主动发送
@@ -2120,20 +2149,22 @@ class _Run:
         self.ended = False              # 不会再有了
 
     def finish(self, reply):
-        """有答案了;已经有了就不变。"""
-        if not self.done:
-            self.reply, self.done = reply, True
-            self._gate.release()
+        """有答案了:回答第一次投递,放等着的过去;已经有了就不变。None 是没有答案。"""
+        with self.lock:
+            if not self.done:
+                self.reply, self.done = reply, True
+                self._gate.release()
+            self.answer()
 
     def wait(self, until):
-        """等答案,至多到 ``until`` (monotonic 秒)。"""
+        """等答案,至多到 ``until`` (monotonic 秒);返回有没有。"""
         if not self.done and self._gate.acquire(timeout=max(0, until - time.monotonic())):
             self._gate.release()        # 还有别的投递在等
+        return self.done
 
     def answer(self):
-        """回答第一次投递:有答案就是答案,没有就断开。已经回答过就算了。"""
-        with self.lock:
-            first, self.first = self.first, None
+        """拿着 ``lock`` 回答第一次投递:有答案就是答案,没有就断开。已经回答过就算了。"""
+        first, self.first = self.first, None
         if first:
             first(self.reply)
 
@@ -2239,13 +2270,13 @@ class Dispatcher:
         self._client = None
         self._outbox = _Outbox(self._push, lambda *job: self._helpers.submit(0, *job))
         self._lock = threading.Lock()   # 下面一个,和 _Run.waiting
-        self._watching = False          # 有一条线程在看时间
+        self._watching = None           # 有一条线程在看时间:它的进程号
         self._asked = 0                 # 上次问能不能发的时刻
-        self._callbacks = {}
-        self._patterns = []
+        self._callbacks, self._patterns = {}, []
         self._running = {}              # 存储里的名字 → _Run
         self._slots = threading.Semaphore(self.max_callbacks)
         self._threads = _Threads(self.max_callbacks)
+        self._errands = _Threads(self.max_callbacks)
         self._helpers = _Threads(2 * self.max_callbacks)
         self._refusals = _RefusalLog()
         self._clock_warned = False
@@ -2360,7 +2391,7 @@ class Dispatcher:
 
     def _work(self, run, msg):
         """跑回调,回答,存下答复。"""
-        reply = b''
+        run.started, reply = True, b''
         try:
             self._call(run, msg)
             if run.held:
@@ -2368,9 +2399,13 @@ class Dispatcher:
         except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
             logger.error('internal error after the callback%s', _traceback())
         finally:
-            self._conclude(run, reply)
-            self._slots.release()
-            self._forget(run)
+            try:
+                self._conclude(run, reply)
+                with run.record:
+                    self._record(run)
+            finally:
+                self._slots.release()
+                self._forget(run)
 
     def _forget(self, run):
         """这次完了,不会再有结果。"""
@@ -2436,70 +2471,92 @@ class Dispatcher:
                          _show(run.id), _show(e, 400))
 
     def _conclude(self, run, reply):
-        """``reply`` 是这条消息的答复:交给等着的投递,存下。已经有了就不变。
+        """``reply`` 是这条消息的答复:交给等着的投递。已经有了就不变。
 
         None 是不让企业微信再等:它得到空的 200,已有的和以后的结果都主动发送。
         """
         with run.lock:
-            if run.done:
-                return
-            if reply is None:
+            late = reply and not run.done and not run.waiting and not run.first
+            if late and self._can_send(wait=False):     # 没有投递在等了
+                reply = None
+            if reply is None and not run.done:
                 if run.held:
                     run.items.append(run.held[0])
                 run.pushing = True
-            late = reply and not run.waiting and not run.first
-            run.finish(reply or b'')
-        run.answer()                        # 先交出去:存储可能很慢
-        self.store.set(run.name, b'+' + run.reply, ex=self._keep())
-        if late:
+        run.finish(reply or b'')
+        if late and reply:
             logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
                            'waited for it', _show(run.id), _show(run.user),
                            time.monotonic() - run.begin)
 
+    def _record(self, run):
+        """拿着 ``run.record`` 写它在存储里的记录:没有跑完的是租约,跑完的是答复,没能跑的不留。"""
+        if not run.done:
+            self.store.set(run.name, b'-', ex=self.lease)
+        elif run.reply is not None:
+            self.store.set(run.name, b'+' + run.reply, ex=self._keep())
+        else:
+            self.store.delete(run.name)
+
+    def _renew(self, run):
+        if run.record.acquire(False):       # 上一次还没写完,就不必了
+            try:
+                self._record(run)
+            finally:
+                run.record.release()
+
     def _watch(self):
         """有回调在跑的时候,一条线程看着时间;十秒没有回调就结束。"""
         slow, quiet = min(self.lease / 3, self.answer_within), 0
+        tick = min(slow / 10, 0.1)
         while quiet < 10:
-            time.sleep(slow / 10)
-            quiet = 0 if self._running else quiet + slow / 10
+            time.sleep(tick)
+            quiet = 0 if self._running else quiet + tick
             for run in list(self._running.values()):
-                if run.leased and not run.done and time.monotonic() - run.begin >= slow:
+                if run.leased and time.monotonic() - run.begin >= slow:
                     self._look_at(run)
         with self._lock:
-            self._watching = False
+            self._watching = None
         if self._running:                   # 刚来的,它以为还有人看着
             self._keep_watch()
 
     def _keep_watch(self):
-        with self._lock:
-            start, self._watching = not self._watching, True
+        with self._lock:                    # 进程号:fork 以后,别人的线程不算
+            start, self._watching = self._watching != os.getpid(), os.getpid()
         try:
             if start:
                 _start_thread(self._watch)
         except RuntimeError as e:           # can't start new thread:企业微信自己会断开
-            self._watching = False
+            self._watching = None
             logger.error('nobody watches the time of running callbacks: %s', e)
 
     def _look_at(self, run):
-        """慢的回调:续租;到时候替它回答第一次投递。会等网络、等存储的,别的线程去做。"""
-        now = time.monotonic()
-        if now - run.leased >= self.lease / 3:
-            run.leased = now
-            self._helpers.submit(0, self._renew, run)
-        can_send = self._can_send(wait=False)
-        if now - run.begin >= self.answer_within and can_send:
-            self._helpers.submit(0, self._push_later, run)
-        elif now - run.begin >= self.hold_within:
-            run.answer()
-
-    def _renew(self, run):
-        with run.lock:
-            if not run.done:
-                self.store.set(run.name, b'-', ex=self.lease)
+        """慢的回调:续租;到时候替它回答第一次投递。存储可能很慢,别的线程去写。"""
+        try:
+            now = time.monotonic()
+            if now - run.leased >= self.lease / 3 and self._errands.submit(0, self._renew, run):
+                run.leased = now
+            if run.done:
+                return
+            can_send = self._can_send(wait=False)
+            if now - run.begin >= self.answer_within and can_send and run.started:
+                self._push_later(run)
+            elif now - run.begin >= self.hold_within:
+                with run.lock:
+                    run.answer()
+        except Exception:                   # 本文件的错;别的回调还要有人看着
+            logger.error('internal error in the clock%s', _traceback())
 
     def _push_later(self, run):
         self._conclude(run, None)
         self._outbox.kick(run.user)
+
+    def _give_up(self, run):
+        """这次跑不成:断开,不留记录,企业微信会再投递。"""
+        run.finish(None)
+        with run.record:
+            self._record(run)
+        self._forget(run)
 
     def _start(self, run, msg, spawn):
         """认领到了:去跑;同时跑着的太多,就等到不能再等为止。"""
@@ -2510,12 +2567,9 @@ class Dispatcher:
             if spawn(self._work, run, msg):
                 return
             self._slots.release()
-        logger.error('all %d callbacks are busy; WeCom will deliver again', self.max_callbacks)
-        with run.lock:
-            run.finish(None)
-            self.store.delete(run.name)
-        run.answer()
-        self._forget(run)
+        logger.error('all %d callbacks are busy, or no thread can be started; WeCom will deliver '
+                     'again', self.max_callbacks)
+        self._give_up(run)
 
     def _begin(self, run, msg, spawn):
         """认领到了就跑;别的进程认领了就等它的答复,它死了就接手。"""
@@ -2524,7 +2578,6 @@ class Dispatcher:
             if stored[:1] == b'+' or time.monotonic() - run.begin > self.hold_within:
                 del self._running[run.name]
                 run.finish(stored[1:] if stored[:1] == b'+' else None)
-                run.answer()
                 return
             time.sleep(self.lease / 60)
         self._start(run, msg, spawn)
@@ -2535,28 +2588,33 @@ class Dispatcher:
         while True:
             mine = _Run(name, msg, answer)
             run = self._running.setdefault(name, mine)
-            if run is not mine:
-                self._wait_for(run, begin)
-                # 等的那次也只是在等别的进程,比这次先到时限:接着等
-                if run.done and run.reply is None and time.monotonic() - begin < self.hold_within:
-                    continue
+            if run is mine:
+                break
+            self._wait_for(run, begin)
+            # 等的那次也只是在等别的进程,比这次先到时限:接着等
+            if not run.done or run.reply is not None or time.monotonic() - begin >= self.hold_within:
                 return answer(run.reply)
-            try:
-                return self._begin(run, msg, spawn)
-            except BaseException:           # 本文件的错:不能留下一个谁也等不到的
-                logger.error('internal error in a delivery%s', _traceback())
-                run.finish(None)
-                run.answer()
-                return self._forget(run)
+            time.sleep(self.lease / 60)
+        try:
+            self._begin(run, msg, spawn)
+        except BaseException as e:          # 本文件的错:不能留下一个谁也等不到的
+            self._give_up(run)
+            if not isinstance(e, Exception):
+                raise
+            logger.error('internal error in a delivery%s', _traceback())
 
     def _wait_for(self, run, begin):
         """等 ``run`` 的答案,最多三次投递一起等,各占一条线程。"""
         with self._lock:
             run.waiting += 1
-        if run.waiting <= 3:
-            run.wait(begin + self.hold_within)
-        with self._lock:
-            run.waiting -= 1
+        try:
+            if run.waiting <= 3 and not run.wait(begin + self.answer_within):
+                if run.started and self._can_send(wait=False):      # 看时间的线程开不出来
+                    self._push_later(run)
+                run.wait(begin + self.hold_within)
+        finally:
+            with self._lock:
+                run.waiting -= 1
 
     def finish(self, deadline):
         """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
@@ -2644,8 +2702,8 @@ class Dispatcher:
     def respond(self, method, target, body, client, send, spawn=_at_once):
         """一个请求 → 恰好一次 ``send(status, headers, body)``,不抛异常;参数同 `handle`。
 
-        回调就在这条线程上跑(``spawn`` 可以把它交给别的):它慢,到时候另一条线程会替它 ``send``,所以
-        返回的时候早就回答过了。``send`` 不许抛异常。
+        回调就在这条线程上跑,跑完才返回(``spawn`` 可以把它交给别的线程):它慢,到时候另一条线程会替它
+        ``send``。``send`` 不许抛异常。
         """
         try:
             query = self._query_of(method, target)
@@ -2678,7 +2736,7 @@ class Dispatcher:
             answers.append(answer)
             ready.release()
         self.respond(method, target, body, client, send,
-                     functools.partial(self._threads.submit, self.hold_within))
+                     functools.partial(self._threads.submit, 1))
         if not ready.acquire(timeout=self.hold_within + 1):     # 开不出看时间的线程
             return self.refuse(WeChatError(503), client)
         return answers[0]
@@ -2709,7 +2767,7 @@ class Dispatcher:
 
 
 # ---- 服务器 Server ----------------------------------------------------------------------------
-# http.server 的外壳:一个连接一个请求,一个严格的读法,一次 sendall,关闭。它什么也不决定,只抄 handle 的回答。
+# http.server 的外壳:一个连接一个请求,一个严格的读法,一次 sendall,关闭。它什么也不决定,回答来自 respond。
 # 时限都是总数,走一个字节不会重新计时;连接满了,关掉读得最久的那个,正在等回调的从不关。
 
 #: 请求行和头部 (RFC 9112 §3、§5):大写的方法,以一个 / 开头的可见 ASCII,名字是 token,没有折行。
@@ -2862,7 +2920,7 @@ class _HTTPServer(http.server.HTTPServer):
         self._lock = threading.Lock()
         self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前 → 读了多少字节正文
         self._most = self._limit(dispatcher.max_connections)
-        self._threads = _Threads(self._most + 2 * dispatcher.max_callbacks)
+        self._threads = _Threads(self._most + 4 * dispatcher.max_callbacks)
         super().__init__((host, port), _Handler)
 
     @staticmethod

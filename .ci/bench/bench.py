@@ -1,12 +1,14 @@
-"""Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS]].
+"""Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS [CHART.svg]]].
 
 An echo bot of text messages of 50 Chinese characters, each with its own MsgId; verified, decrypted, answered,
 encrypted, signed. The server on one core, wrk on the other; `Connection: close`; 1, 8 and 64 connections. Each round
-starts every server afresh, in turn; medians; ratios to the first row. Replies are sampled and decrypted. Environments
-are thrown away.
+starts every server afresh, in turn; a warm-up; medians; ratios to the first row. Replies are sampled and decrypted.
+Environments are thrown away. Then the codec alone, and on each Python found what an import costs and --echo holds.
 """
 import contextlib
+import glob
 import hashlib
+import html
 import os
 import platform
 import re
@@ -36,7 +38,7 @@ OFFSETS = {1: 0, 8: 10000, 64: 25000}
 
 def servers(python, folder):
     """name → the command, to which the port is added (or put where PORT stands)."""
-    app = [python, '-m']
+    app, echo = [python, '-m'], ['--echo', '--host', '127.0.0.1', '--port']
     return {
         'original stack (Flask, xmltodict, dicttoxml)': [python, 'original.py'],
         'wechatpy on Flask': [python, 'wechatpy_app.py'],
@@ -47,7 +49,8 @@ def servers(python, folder):
         'http.server as it comes, our codec': [python, 'stock.py'],
         'Node, @wecom/crypto': ['node', 'node.js'],
         'Go, net/http by hand': [os.path.join(folder, 'server')],
-        'easywechat --echo': [python, os.path.join(ROOT, 'easywechat.py'), '--echo', '--host', '127.0.0.1', '--port'],
+        'python -m easywechat --echo': app + ['easywechat'] + echo,
+        'python easywechat.py --echo': [python, os.path.join(ROOT, 'easywechat.py')] + echo,
     }
 
 
@@ -126,6 +129,8 @@ def measure(name, command, wecom, env):
                                stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         row = {'start ms': first_reply(wecom, url, begin), 'RSS idle': memory(process.pid, 'VmRSS')}
+        for _ in range(50):             # warm-up
+            good_reply(wecom, url)
         for connections in OFFSETS:
             before = cpu(process.pid)
             row['cl%d' % connections], p50, bad = wrk(url, connections, env)
@@ -155,23 +160,48 @@ def codec(python):
     """In process: verify, open, parse, build, seal, sign; ours against wechatpy's → microseconds each."""
     code = open(os.path.join(HERE, 'codec.py')).read()
     out = subprocess.check_output(['taskset', '-c', '1', python, '-c', code, ROOT]).decode().split()
-    return float(out[0]), float(out[1])
+    return float(out[0]), float(out[1]), float(out[0]) / float(out[1])
 
 
-def imports(python):
-    """`import easywechat` over the bare interpreter, from its .pyc → (ms CPU, MB)."""
+OWN = ('import re, resource, sys; status = open("/proc/self/status").read(); usage = resource.getrusage(0); '
+       'print(usage.ru_utime + usage.ru_stime, re.search("VmRSS:[^0-9]*([0-9]+)", status).group(1), len(sys.modules))')
+
+
+def imports(python, env):
+    """`import easywechat` over the bare interpreter, from its .pyc → (ms CPU, MB, modules)."""
     def run(code):
-        env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
-        rows = []
-        for _ in range(9):
-            process = subprocess.Popen([python, '-c', code, ROOT], env=env)
-            _, _, usage = os.wait4(process.pid, 0)
-            process.returncode = 0
-            rows.append((usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024))
+        rows = [list(map(float, subprocess.check_output([python, '-c', code + OWN], env=env).split()))
+                for _ in range(9)]
         return [statistics.median(column) for column in zip(*rows)]
-    bare = run('pass')
-    ours = run('import sys; sys.path.insert(0, sys.argv[1]); import easywechat')
-    return (ours[0] - bare[0]) * 1000, ours[1] - bare[1]
+    bare, ours = run(''), run('import easywechat; ')
+    return (ours[0] - bare[0]) * 1000, (ours[1] - bare[1]) / 1024, ours[2] - bare[2]
+
+
+def small(folder, env):
+    """On each Python found: what an import costs, and what an idle --echo holds."""
+    for path in sorted(glob.glob(os.path.expanduser('~/.pyenv/versions/3.*/bin/python')), key=version_of):
+        if version_of(path)[:2] not in ((3, 8), (3, 11), (3, 13)):
+            continue
+        python = os.path.join(folder, 'python%d%d' % version_of(path)[:2], 'bin', 'python')
+        subprocess.check_call([path, '-m', 'venv', os.path.dirname(os.path.dirname(python))])
+        subprocess.check_call([python, '-m', 'pip', '-q', 'install', 'pycryptodome'], stderr=subprocess.DEVNULL)
+        subprocess.check_call([python, '-c', 'import easywechat'], env=env)
+        print('Python %d.%d.%d: import %.0f ms CPU, %.1f MB, %d modules over the bare interpreter' % (
+            version_of(path) + imports(python, env)))
+        for name in '-m easywechat', os.path.join(ROOT, 'easywechat.py'):
+            process = subprocess.Popen([python] + name.split() + ['--echo', '--port', '0'], env=env,
+                                       stdout=subprocess.PIPE)
+            while '在监听' not in process.stdout.readline().decode():
+                pass
+            time.sleep(0.3)
+            print('    python %s --echo, idle: %.1f MB' % (os.path.basename(name), memory(process.pid, 'VmRSS')),
+                  flush=True)
+            process.kill()
+            process.wait()
+
+
+def version_of(path):
+    return tuple(map(int, re.search(r'/(\d+)\.(\d+)\.(\d+)/', path).groups()))
 
 
 def main():
@@ -185,34 +215,56 @@ def main():
         subprocess.check_call(['go', 'build', '-o', folder, 'server.go'], cwd=HERE, env=dict(os.environ, GOCACHE=folder))
         wecom = simulator.WeCom()
         wecom.settings['secret'] = ''
-        env = dict(os.environ, REQUESTS=os.path.join(folder, 'requests'), XDG_CACHE_HOME=folder,
-                   NODE_PATH=os.path.join(folder, 'node_modules'),
-                   **{'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v})
+        env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
+        env.update({'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v}, XDG_CACHE_HOME=folder,
+                   REQUESTS=os.path.join(folder, 'requests'), NODE_PATH=os.path.join(folder, 'node_modules'),
+                   PYTHONPATH=ROOT, PYTHONPYCACHEPREFIX=folder)
         rows = {name: [] for name in servers(python, folder)}
         for n in range(ROUNDS):
             write_requests(wecom, env['REQUESTS'])
             for name, command in servers(python, folder).items():
                 rows[name].append(measure(name, command, wecom, env))
             print('round %d of %d' % (n + 1, ROUNDS), file=sys.stderr, flush=True)
-        print_table({name: {key: statistics.median(row[key] for row in got) for key in got[0]}
-                     for name, got in rows.items()})
-        ours, theirs = codec(python)
-        print('codec in process: ours %.0f µs, wechatpy %.0f µs (%.2f)' % (ours, theirs, ours / theirs))
-        print('import easywechat: %.0f ms CPU, %.1f MB over the bare interpreter' % imports(python))
+        table = {name: {key: statistics.median(row[key] for row in got) for key in got[0]}
+                 for name, got in rows.items()}
+        print_table(table, python)
+        print('codec in process: ours %.0f µs, wechatpy %.0f µs (%.2f)' % codec(python))
+        small(folder, {k: v for k, v in env.items() if not k.startswith('EASYWECHAT_')})
+        if len(sys.argv) > 3:
+            chart(table, sys.argv[3])
 
 
-def print_table(table):
+def print_table(table, python):
     with open('/proc/cpuinfo') as f:
         model = re.search('model name\\s*: (.*)', f.read())
-    print('%s, %s, Python %s, %s, %d rounds of %s s' % (
+    freeze = subprocess.check_output([python, '-m', 'pip', 'freeze']).decode().split()
+    print('%s, %s, Python %s, Node %s, %s, %d rounds of %s s\n%s' % (
         time.strftime('%Y-%m-%d'), model.group(1) if model else platform.machine(), platform.python_version(),
-        subprocess.check_output(['node', '--version']).decode().strip() if shutil.which('node') else 'no node',
-        ROUNDS, SECONDS))
+        subprocess.check_output(['node', '--version']).decode().strip(),
+        subprocess.check_output(['go', 'version']).decode().split()[2], ROUNDS, SECONDS, ' '.join(freeze)))
     columns = ['cl1', 'cl8', 'cl64', 'p50 ms', 'CPU µs', 'RSS idle', 'RSS peak', 'start ms']
     first = next(iter(table.values()))
     print('%-46s' % '' + ''.join('%16s' % c for c in columns))
     for name, row in table.items():
         print('%-46s' % name + ''.join('%16s' % ('%.1f (%.2f)' % (row[c], row[c] / first[c])) for c in columns))
+
+
+def chart(table, path):
+    """Requests a second at 8 connections, the first row being 1, as bars."""
+    first, bars, top = next(iter(table.values())), [], max(row['cl8'] for row in table.values())
+    for n, (name, row) in enumerate(sorted(table.items(), key=lambda item: item[1]['cl8'])):
+        y, width, ours = 34 + 26 * n, 330 * row['cl8'] / top, 'easywechat' in name
+        bold = ' font-weight="bold"' * ours
+        bars.append('<text x="282" y="%d" text-anchor="end"%s>%s</text><rect x="290" y="%d" width="%.0f" height="16" '
+                    'rx="3" class="%s"/><text x="%.0f" y="%d"%s>%.1f</text>' % (
+                        y + 13, bold, html.escape(name), y, width, 'ours' if ours else 'peer', 296 + width, y + 13,
+                        bold, row['cl8'] / first['cl8']))
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 %d" font-family="sans-serif" '
+                'font-size="13"><style>text{fill:#333}.ours{fill:#0a66d0}.peer{fill:#b8bec8}'
+                '@media(prefers-color-scheme:dark){text{fill:#ddd}.peer{fill:#667}}</style>'
+                '<text x="20" y="20">每秒回话的条数,8 个连接,一个核;旧版的一套 = 1</text>%s</svg>\n' % (
+                    44 + 26 * len(bars), ''.join(bars)))
 
 
 if __name__ == '__main__':
