@@ -2149,12 +2149,11 @@ class _Run:
         self.ended = False              # 不会再有了
 
     def finish(self, reply):
-        """有答案了:回答第一次投递,放等着的过去;已经有了就不变。None 是没有答案。"""
-        with self.lock:
-            if not self.done:
-                self.reply, self.done = reply, True
-                self._gate.release()
-            self.answer()
+        """拿着 ``lock``:有答案了,回答第一次投递,放等着的过去;已经有了就不变。None 是没有答案。"""
+        if not self.done:
+            self.reply, self.done = reply, True
+            self._gate.release()
+        self.answer()
 
     def wait(self, until):
         """等答案,至多到 ``until`` (monotonic 秒);返回有没有。"""
@@ -2163,7 +2162,7 @@ class _Run:
         return self.done
 
     def answer(self):
-        """拿着 ``lock`` 回答第一次投递:有答案就是答案,没有就断开。已经回答过就算了。"""
+        """拿着 ``lock``:回答第一次投递,没有答案就断开;已经回答过就算了。"""
         first, self.first = self.first, None
         if first:
             first(self.reply)
@@ -2275,13 +2274,16 @@ class Dispatcher:
         self._callbacks, self._patterns = {}, []
         self._running = {}              # 存储里的名字 → _Run
         self._slots = threading.Semaphore(self.max_callbacks)
-        self._threads = _Threads(self.max_callbacks)
-        self._errands = _Threads(self.max_callbacks)
-        self._helpers = _Threads(2 * self.max_callbacks)
+        self._make_pools()
         self._refusals = _RefusalLog()
         self._clock_warned = False
         if self.settings['secret']:
             self.client     # noqa: B018    写错的 api_base 现在就报,不等到第一个慢的回调
+
+    def _make_pools(self):
+        self._threads = _Threads(self.max_callbacks)            # `handle` 的回调
+        self._errands = _Threads(self.max_callbacks)            # 写存储
+        self._helpers = _Threads(2 * self.max_callbacks)        # 主动发送
 
     def __repr__(self):
         return '<%s %s, corpid %s>' % (type(self).__name__, self.appname,
@@ -2391,21 +2393,19 @@ class Dispatcher:
 
     def _work(self, run, msg):
         """跑回调,回答,存下答复。"""
-        run.started, reply = True, b''
+        run.started = True
         try:
             self._call(run, msg)
-            if run.held:
-                reply = run.held[1]
+            self._conclude(run, run.held[1] if run.held else b'')
+            with run.record:
+                self._record(run)
         except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
             logger.error('internal error after the callback%s', _traceback())
+            with run.lock:
+                run.finish(b'')
         finally:
-            try:
-                self._conclude(run, reply)
-                with run.record:
-                    self._record(run)
-            finally:
-                self._slots.release()
-                self._forget(run)
+            self._slots.release()
+            self._forget(run)
 
     def _forget(self, run):
         """这次完了,不会再有结果。"""
@@ -2483,7 +2483,7 @@ class Dispatcher:
                 if run.held:
                     run.items.append(run.held[0])
                 run.pushing = True
-        run.finish(reply or b'')
+            run.finish(reply or b'')
         if late and reply:
             logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
                            'waited for it', _show(run.id), _show(run.user),
@@ -2553,7 +2553,8 @@ class Dispatcher:
 
     def _give_up(self, run):
         """这次跑不成:断开,不留记录,企业微信会再投递。"""
-        run.finish(None)
+        with run.lock:
+            run.finish(None)
         with run.record:
             self._record(run)
         self._forget(run)
@@ -2577,7 +2578,8 @@ class Dispatcher:
             stored = self.store.get(run.name) or b'-'
             if stored[:1] == b'+' or time.monotonic() - run.begin > self.hold_within:
                 del self._running[run.name]
-                run.finish(stored[1:] if stored[:1] == b'+' else None)
+                with run.lock:
+                    run.finish(stored[1:] if stored[:1] == b'+' else None)
                 return
             time.sleep(self.lease / 60)
         self._start(run, msg, spawn)
@@ -2598,7 +2600,9 @@ class Dispatcher:
         try:
             self._begin(run, msg, spawn)
         except BaseException as e:          # 本文件的错:不能留下一个谁也等不到的
-            self._give_up(run)
+            with run.lock:
+                run.finish(None)
+            self._forget(run)
             if not isinstance(e, Exception):
                 raise
             logger.error('internal error in a delivery%s', _traceback())
@@ -2620,10 +2624,10 @@ class Dispatcher:
         """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
         while self._running and time.monotonic() < deadline:
             time.sleep(0.02)
-        threads, self._threads = self._threads, _Threads(self.max_callbacks)
-        threads.close(deadline)
-        helpers, self._helpers = self._helpers, _Threads(2 * self.max_callbacks)
-        helpers.close(deadline)         # 回调给的,由它们发出去,所以最后
+        pools = self._threads, self._errands, self._helpers     # 最后的一个发出前面给的
+        self._make_pools()
+        for pool in pools:
+            pool.close(deadline)
         for run in self._outbox.left():
             logger.warning('stopped before the answer to message %s of %s was delivered',
                            _show(run.id), _show(run.user))

@@ -1828,6 +1828,77 @@ class OnceTests(ClientCase):
         server.stop()
         self.assertEqual(server._running, {})
 
+    def test_what_waits_for_a_turn_is_not_answered_before_it_runs(self):
+        class Small(Hasty):
+            max_callbacks = 1
+        go, runs = threading.Event(), []
+        server = make_server(lambda msg: runs.append(msg['Content']) or go.wait(10) and 'ok', Small,
+                             secret='s', api_base=self.url)
+        server.client.trusted = True
+        first, second = message(Content='1'), message(Content='2')
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(server.handle(*delivery(first))[0], 200)       # 空的:有了结果再发
+            self.assertEqual(server.handle(*delivery(second))[0], 503)      # 没有跑:企业微信再来
+        go.set()
+        self.assertEqual(opened(server.handle(*delivery(second))[2])['Content'], 'ok')
+        self.assertEqual(runs, ['1', '2'])
+
+    def test_a_stalled_store_or_sender_delays_no_answer(self):
+        stall = threading.Event()
+
+        class Stalled(easywechat._Shared):
+            def set(self, name, value, ex=None, nx=False):
+                if not nx:
+                    stall.wait(10)
+                return super().set(name, value, ex, nx)
+        for secret, expected in ('', 503), ('s', 200):
+            stall.clear()
+            server = make_server(lambda msg: time.sleep(0.8) or 'x', Hasty, secret=secret, api_base=self.url,
+                                 store=Stalled(MemoryStore()))
+            for _ in range(64 if secret else 0):
+                server._helpers.submit(0, stall.wait, 10)
+            if secret:
+                server.client.trusted = True
+            begin = time.monotonic()
+            self.assertEqual(server.handle(*delivery(message()))[0], expected)
+            self.assertLess(time.monotonic() - begin, 0.7)
+            stall.set()
+
+    def test_a_turn_comes_back_whatever_fails(self):
+        class Broken(MemoryStore):
+            def set(self, name, value, ex=None, nx=False):
+                if value[:1] == b'+':
+                    raise RuntimeError('x')
+                return super().set(name, value, ex, nx)
+
+        class Small(Hasty):
+            max_callbacks = 2
+        server = make_server(lambda msg: 'ok', Small, store=Broken())
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual([server.handle(*delivery(message()))[0] for _ in range(4)], [200] * 4)
+
+    def test_an_error_in_the_clock_does_not_stop_it(self):
+        server = make_server(lambda msg: time.sleep(0.8), Hasty)
+        look, errors = server._can_send, []
+
+        def broken(wait):
+            if not errors:
+                errors.append(1)
+                raise RuntimeError('x')
+            return look(wait)
+        server._can_send = broken
+        with self.assertLogs('easywechat', 'ERROR'):
+            begin = time.monotonic()
+            self.assertEqual(server.handle(*delivery(message()))[0], 503)
+        self.assertLess(time.monotonic() - begin, 0.75)
+
+    def test_an_interrupt_goes_through(self):
+        server = make_server(lambda msg: 'x', Hasty)
+        server._outbox.join = lambda run: sys.exit(3)
+        with self.assertRaises(SystemExit):
+            server.handle(*delivery(message()))
+        self.assertEqual(server._running, {})
+
     def test_what_stop_cuts_off_is_in_the_log(self):
         go = threading.Event()
         server, url = self.server(lambda msg: go.wait(10) and 'x')
