@@ -73,9 +73,8 @@ codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
 __version__ = '0.1.0'
 
 __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt',
-           'MemoryStore', 'FileStore', 'xml_to_dict', 'dict_to_xml', 'get_config', 'ierror',
-           'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
-           'NetworkError']
+           'MemoryStore', 'FileStore', 'xml_to_dict', 'dict_to_xml', 'get_config', 'get_section',
+           'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError', 'NetworkError']
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -788,6 +787,13 @@ def get_config(appname, ini_name=None, **settings):
     _secrets.extend(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot')
                     if len(values[k]) > 5)
     return values
+
+
+def get_section(name, ini_name=None):
+    """同一个 config.ini 里别的一节,例如自己的程序的阈值 → dict,值是 str;没有文件、没有这一节是 ``{}``。"""
+    path = next((p for p in _config_paths(ini_name) if os.path.isfile(p)), None)
+    ini = _read_ini(path) if path else configparser.ConfigParser()
+    return {k: _clean(v) for k, v in ini.items(name)} if ini.has_section(name) else {}
 
 
 # ---- 存储 Store -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -101,19 +102,21 @@ def make_server(callback=None, cls=WeChatServer, **settings):
 def run_cli(*args, stdin=b'', **kwargs):
     """在空目录里运行命令行 → (退出码, stdout, stderr)。给了 LC_ALL 就在新的进程里,否则在这个进程里。"""
     with tempfile.TemporaryDirectory() as folder:
+        source = shutil.copy(SOURCE, folder)        # 仓库里填好的 config.ini 不算
         env = dict(os.environ, XDG_CACHE_HOME=folder, **kwargs)
         for name in list(env):
             if name.startswith('EASYWECHAT_') and name not in kwargs:
                 del env[name]
         if 'LC_ALL' in kwargs:
-            done = subprocess.run([sys.executable, SOURCE] + [a.encode() for a in args], cwd=folder,
+            done = subprocess.run([sys.executable, source] + [a.encode() for a in args], cwd=folder,
                                   env=env, input=stdin, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, timeout=20)
             result = done.returncode, done.stdout.decode(), done.stderr.decode()
         else:
             out, err = io.StringIO(), io.StringIO()
             with environment(**env), working_in(folder), contextlib.redirect_stdout(out), \
-                    contextlib.redirect_stderr(err), swapped(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin))):
+                    contextlib.redirect_stderr(err), swapped(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin))), \
+                    swapped(easywechat, '__file__', source), swapped(sys.modules['__main__'], '__file__', source):
                 try:
                     code = easywechat.main(list(args))
                 except SystemExit as e:     # argparse
@@ -568,6 +571,18 @@ class ConfigTests(unittest.TestCase):
         with open(os.path.join(HERE, 'config.ini.example'), encoding='utf-8') as f:
             self.assertEqual(f.read(), easywechat._CONFIG_TEMPLATE.format(
                 corpid='', token='', encoding_aes_key=''))
+
+
+    def test_a_section_of_ones_own(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'c.ini')
+            with open(path, 'wb') as f:
+                f.write('[nas]\ndisk = "90"  # 百分之\nname=硬盘\n'.encode('gb18030'))
+            os.chmod(path, 0o600)
+            self.assertEqual(easywechat.get_section('nas', path), {'disk': '90', 'name': '硬盘'})
+            self.assertEqual(easywechat.get_section('llm', path), {})
+            with environment(EASYWECHAT_CONFIG=path + 'x'):
+                self.assertEqual(easywechat.get_section('nas'), {})
 
 
 # ---- 存储 Store -------------------------------------------------------------------------------
