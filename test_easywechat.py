@@ -61,6 +61,18 @@ CASES = {'text': {'Content': '状态'}, 'image': {'PicUrl': 'https://e.x/p.jpg',
 IDS = iter(range(1, 10 ** 9))
 
 
+def setUpModule():
+    """仓库里可能有填好的 config.ini:不许读它,更不许给里面的人发消息。"""
+    setUpModule.folder = tempfile.TemporaryDirectory()
+    os.chdir(setUpModule.folder.name)
+    easywechat.__file__ = sys.modules['__main__'].__file__ = os.path.join(os.getcwd(), 'easywechat.py')
+
+
+def tearDownModule():
+    os.chdir(HERE)
+    setUpModule.folder.cleanup()
+
+
 def message(**fields):
     """一条消息的 XML;没写的字段用常见的值,MsgId 每次不同。"""
     full = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'li.lei', 'CreateTime': 1700000000,
@@ -102,7 +114,7 @@ def make_server(callback=None, cls=WeChatServer, **settings):
 def run_cli(*args, stdin=b'', **kwargs):
     """在空目录里运行命令行 → (退出码, stdout, stderr)。给了 LC_ALL 就在新的进程里,否则在这个进程里。"""
     with tempfile.TemporaryDirectory() as folder:
-        source = shutil.copy(SOURCE, folder)        # 仓库里填好的 config.ini 不算
+        source = shutil.copy(SOURCE, folder)
         env = dict(os.environ, XDG_CACHE_HOME=folder, **kwargs)
         for name in list(env):
             if name.startswith('EASYWECHAT_') and name not in kwargs:
@@ -115,8 +127,7 @@ def run_cli(*args, stdin=b'', **kwargs):
         else:
             out, err = io.StringIO(), io.StringIO()
             with environment(**env), working_in(folder), contextlib.redirect_stdout(out), \
-                    contextlib.redirect_stderr(err), swapped(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin))), \
-                    swapped(easywechat, '__file__', source), swapped(sys.modules['__main__'], '__file__', source):
+                    contextlib.redirect_stderr(err), swapped(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin))):
                 try:
                     code = easywechat.main(list(args))
                 except SystemExit as e:     # argparse
@@ -2155,7 +2166,8 @@ class CommandTests(unittest.TestCase):
         """`--echo` 在空目录里跑着 → (进程, 端口, 开头的输出)。"""
         with tempfile.TemporaryDirectory() as folder:
             env = dict(os.environ, PYTHONIOENCODING='utf-8', **env)
-            process = subprocess.Popen([sys.executable, SOURCE, '--echo', '--port', '0'] + list(args),
+            source = shutil.copy(SOURCE, folder)
+            process = subprocess.Popen([sys.executable, source, '--echo', '--port', '0'] + list(args),
                                        cwd=folder, env=env, stdout=subprocess.PIPE,
                                        stderr=subprocess.PIPE)
             lines = []
@@ -2326,7 +2338,8 @@ class SendCommandTests(ClientCase):
                 "sys.exit(easywechat.main(['--send', 'x']))")
         env = dict({'EASYWECHAT_' + k.upper(): v for k, v in self.wecom.settings.items()},
                    EASYWECHAT_API_BASE=self.url, XDG_CACHE_HOME=self.folder)
-        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE, env=dict(os.environ, **env)), 0)
+        shutil.copy(SOURCE, self.folder)
+        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=self.folder, env=dict(os.environ, **env)), 0)
         self.assertEqual(len(self.wecom.messages), 1)
 
 
@@ -3710,7 +3723,7 @@ class PromiseTests(unittest.TestCase):
                 "server.handle('GET', '/nosuch')\n"
                 "server.stop()\n")
         done = subprocess.run([sys.executable, '-c', code], cwd=HERE, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE)
+                              stderr=subprocess.PIPE, env=dict(os.environ, EASYWECHAT_CONFIG='none'))
         self.assertEqual((done.stdout.decode().strip(), done.returncode), ('ok', 0), done.stderr)
         self.assertIn(b'expected /weixin', done.stderr)
 
@@ -3755,7 +3768,8 @@ class PromiseTests(unittest.TestCase):
             settings['corpid'] = wecom.settings['corpid']
             env = {'EASYWECHAT_' + k.upper(): v for k, v in settings.items()}
             with environment(XDG_CACHE_HOME=folder, **env):
-                with swapped(WeChatServer, 'run', lambda *args, **kwargs: None), working_in(HERE):
+                shutil.copy(os.path.join(HERE, 'README.md'), folder)
+                with swapped(WeChatServer, 'run', lambda *args, **kwargs: None), working_in(folder):
                     for block in blocks:
                         space = {'__name__': 'readme', 'server': make_server()}
                         exec(compile(block, 'README.md', 'exec'), space)
