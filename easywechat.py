@@ -1250,75 +1250,76 @@ def _start_thread(target, *args):
 
 
 class _Threads:
-    """一些留着的线程:有空闲的就用最近用过的那条,没有才开新的,最多 ``limit`` 条。"""
+    """最多 ``limit`` 件活同时做。线程做完了留着,各处共用:有空闲的就用最近用过的那条,没有才开新的。"""
 
     #: 空闲这么多秒的线程结束。
     idle = 10
 
+    _lock = threading.Lock()
+    _seats = []                         # 空闲线程的座位 [叫醒它的锁, 它的活],后进先出
+
     def __init__(self, limit):
         self._limit = limit
+        self._busy = 0
         self._changed = threading.Condition()
-        self._count = 0                 # 一共几条
-        self._free = []                 # 空闲线程的座位 [叫醒它的锁, 它的活],后进先出
 
     def submit(self, wait, job, *args):
-        """交出一件活,最多等 ``wait`` 秒有线程空出来;没有返回 False。"""
+        """交出一件活,最多等 ``wait`` 秒轮到它;轮不到、开不出线程,返回 False。"""
         with self._changed:
-            if not self._free and self._count >= self._limit and not self._changed.wait_for(
-                    lambda: self._free or self._count < self._limit, wait):
+            if self._busy >= self._limit and not self._changed.wait_for(
+                    lambda: self._busy < self._limit, wait):
                 return False
-            if self._free:
-                seat = self._free.pop()
-                seat[1] = job, args
-                seat[0].release()
-                return True
-            self._count += 1
+            self._busy += 1
+        with self._lock:
+            seat = self._seats.pop() if self._seats else None
+        if seat:
+            seat[1] = self, job, args
+            seat[0].release()
+            return True
         try:
-            _start_thread(self._run, (job, args))
+            _start_thread(self._sit, (self, job, args))
             return True
         except RuntimeError:            # can't start new thread
             self._ended()
             return False
 
-    def _run(self, work):
+    @classmethod
+    def _sit(cls, work):
         seat = [threading.Lock(), None]
         seat[0].acquire()
         while work:
-            job, args = work
+            pool, job, args = work
             try:
                 job(*args)
             except BaseException:       # 本文件的错;线程还要接着用
                 logger.error('internal error in a thread%s', _traceback())
             work = job = args = seat[1] = None
-            with self._changed:
-                self._free.append(seat)
-                self._changed.notify_all()
-            if not seat[0].acquire(timeout=self.idle):
-                with self._changed:
-                    if seat in self._free:
-                        self._free.remove(seat)
-                        break
+            with cls._lock:
+                cls._seats.append(seat)
+            pool._ended()
+            if not seat[0].acquire(timeout=cls.idle):
+                with cls._lock:
+                    if seat in cls._seats:
+                        cls._seats.remove(seat)
+                        return
                 seat[0].acquire()       # 活正在路上
             work = seat[1]
-        self._ended()
 
     def _ended(self):
         with self._changed:
-            self._count -= 1
+            self._busy -= 1
             self._changed.notify_all()
 
     def close(self, deadline):
         """不再接活,等手里的做完,至多到 ``deadline`` (monotonic 秒);都做完了返回 True。"""
         with self._changed:
-            self._limit, seats, self._free = 0, self._free, []
-            done = self._changed.wait_for(lambda: len(seats) + len(self._free) == self._count,
+            self._limit = 0
+            return self._changed.wait_for(lambda: not self._busy,
                                           max(0, deadline - time.monotonic()))
-            seats += self._free
-            self._free = []
-        for seat in seats:
-            seat[0].release()
-        return done
 
+
+if hasattr(os, 'register_at_fork'):     # fork 出来的进程里没有这些线程
+    os.register_at_fork(after_in_child=_Threads._seats.clear)
 
 #: 发请求的线程;被放弃的请求(比如 DNS 不答)还占着,直到它自己结束。
 _CALLS = _Threads(64)
