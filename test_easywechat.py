@@ -2699,7 +2699,8 @@ sys.path.insert(0, %r)
 import easywechat
 print('bot', os.getpid(), *sys.argv[1:], flush=True)
 server = easywechat.WeChatServer('shop')
-server.register_callback('text', lambda msg: msg['Content'] + os.environ['EASYWECHAT_CONFIG'])
+server.register_callback('text', lambda msg: ' '.join([msg['Content']] + [os.environ[name] for name in (
+    'EASYWECHAT_CONFIG', 'XDG_CACHE_HOME', 'XDG_STATE_HOME')]))
 server.run(host='127.0.0.1', port=0)
 '''
 
@@ -2730,7 +2731,8 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
-        config = self.events('out', url=url)[-1]['body']['content'][1:]
+        config, *folders = self.events('out', url=url)[-1]['body']['content'].split()[1:]
+        self.assertEqual(folders, [os.path.dirname(config)] * 2)
         self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
         with open(config) as f:
             text = f.read()

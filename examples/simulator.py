@@ -1646,10 +1646,11 @@ def fresh_secrets():
 
 def child_environment(folder):
     """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置:否则 easywechat 会找到用户真的 config.ini,
-    把这里的话发给真的人;环境里的设置也不能漏进来。token 存在临时的目录里,用完就没有了。
+    把这里的话发给真的人;环境里的设置也不能漏进来。token 和程序自己的状态存在临时的目录里,用完就没有了。
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}
-    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder)
+    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder,
+                XDG_STATE_HOME=folder)
 
 
 def callback_url(line):
