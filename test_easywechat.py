@@ -866,9 +866,11 @@ class SendTests(ClientCase):
             {'card_type': 'news_notice', 'card_action': {'type': 1, 'url': 'https://e.x'},
              'card_image': {'url': 'https://e.x/p.png'}},
             {'card_type': 'button_interaction', 'task_id': 't1', 'button_list': [{'text': 'b', 'key': 'k'}]},
-            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {'question_key': 'q'},
+            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {
+                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
              'submit_button': {'text': 's', 'key': 'k'}},
-            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{'question_key': 'q'}],
+            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{
+                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]}],
              'submit_button': {'text': 's', 'key': 'k'}})]
         for message in [
                 {'msgtype': 'text', 'text': {'content': 'x'}}, {'msgtype': 'markdown', 'markdown': {'content': '# x'}},
@@ -1938,7 +1940,7 @@ class OnceTests(ClientCase):
             time.sleep(0.6)
             return {'MsgType': 'update_template_card', 'TemplateCard': {
                 'CardType': 'text_notice', 'MainTitle': {'Title': '好了'},
-                'CardAction': {'Type': 1, 'AppId': 'a', 'PagePath': 'p'},
+                'CardAction': {'Type': 2, 'AppId': 'a', 'PagePath': 'p'},
                 'HorizontalContentList': [{'KeyName': 'k', 'UserId': 'u'}]}}
         server, url = self.server(callback)
         server.client.get_token()
@@ -1949,7 +1951,7 @@ class OnceTests(ClientCase):
         self.assertEqual(self.wecom.updates, [{
             'userids': ['zhangsan'], 'response_code': 'RC', 'agentid': 1000002, 'template_card': {
                 'card_type': 'text_notice', 'main_title': {'title': '好了'}, 'card_action': {
-                    'type': 1, 'appid': 'a', 'pagepath': 'p'},
+                    'type': 2, 'appid': 'a', 'pagepath': 'p'},
                 'horizontal_content_list': [{'keyname': 'k', 'userid': 'u'}]}}])
 
 
@@ -2335,6 +2337,8 @@ class SendCommandTests(ClientCase):
 CARD = {'card_type': 'button_interaction', 'main_title': {'title': '重启?'}, 'task_id': 'job-7',
         'button_list': [{'text': '重启', 'key': 'ok'}]}
 NOTICE = {'card_type': 'text_notice', 'main_title': {'title': 't'}, 'card_action': {'type': 1, 'url': 'https://e.x'}}
+NEWS = dict(NOTICE, card_type='news_notice', card_image={'url': 'https://e.x/p.png'})
+MINI = {'appid': 'wx1', 'title': '会议室预订'}
 VOTE = {'card_type': 'vote_interaction', 'main_title': {'title': 't'}, 'task_id': 'v',
         'checkbox': {'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
         'submit_button': {'text': '提交', 'key': 's'}}
@@ -2394,6 +2398,21 @@ WRONG_MESSAGES = [
     (42041, card(VOTE, checkbox={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 18}]})),
     (42046, card(VOTE, submit_button={'text': 's'})), (42046, card(VOTE, submit_button=None)),
     (42049, card(VOTE, submit_button={'text': '长' * 11, 'key': 's'})),
+    (42045, card(NOTICE, card_action={'type': 0, 'url': 'https://e.x'})),
+    (42045, card(NOTICE, card_action={'type': 2, 'url': 'https://e.x'})),
+    (42045, card(NOTICE, card_action={'type': 1, 'appid': 'a', 'pagepath': 'p'})),
+    (42030, card(jump_list=[{'title': 't', 'type': 2, 'url': 'https://e.x'}])), (42028, card(quote_area={'type': 1})),
+    (40035, card(jump_list={'title': 't'})), (42033, card(NEWS, vertical_content_list=[{'title': '长' * 39}])),
+    (45002, card(NEWS, vertical_content_list=[{'title': 't'}, {'title': 't', 'desc': '长' * 161}])),
+    (42044, card(NEWS, card_image={'url': 'https://e.x/p.png', 'aspect_ratio': 2.3})),
+    (42042, card(button_selection={'question_key': 'q'})),
+    (42041, card(button_selection={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 17}]})),
+    (42042, card(VOTE, checkbox={'question_key': 'q'})), (40035, card(button_list=[{'text': 'b', 'key': 'k', 'style': 9}])),
+    (40031, app_message('miniprogram_notice', MINI, touser='@all')),
+    (90200, app_message('miniprogram_notice', dict(MINI, description='三个字'))),
+    (40035, app_message(safe=7)), (40035, app_message(safe=2)),
+    (40035, app_message(enable_duplicate_check=1, duplicate_check_interval=99999)),
+    (45002, app_message('news', article(appid='a', pagepath='p' * 129))),
 ]
 CLICK = {'type': 'click', 'name': '状态', 'key': 's'}
 WRONG_MENUS = [
@@ -2412,6 +2431,9 @@ WRONG_ROBOT = [
     (301019, {'msgtype': 'image', 'image': {'base64': 'AAAA', 'md5': '0'}}),
     (42031, {'msgtype': 'template_card', 'template_card': CARD}),
     (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, main_title={'title': '长' * 27})}),
+    (45002, {'msgtype': 'template_card', 'template_card': dict(NOTICE, horizontal_content_list=[
+        {'keyname': 'k', 'value': '长' * 27}])}),
+    (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, jump_list=[{'title': '长' * 14}])}),
 ]
 
 
@@ -2516,6 +2538,9 @@ class SimulatorTests(SimulatorCase):
         self.assertEqual(self.call('message/send', app_message('file', {'media_id': mine}))['errcode'], 40007)
         self.assertEqual(self.call('message/send', app_message('image', send['file']))['errcode'], 40007)
         self.assertEqual(self.call('message/send', app_message('file', send['file']))['errcode'], 0)
+        program = self.call('media/upload', files=(b'a.exe', b'MZ' * 9), type='file')['media_id']
+        secret = app_message('file', {'media_id': program}, safe=1)
+        self.assertEqual(self.call('message/send', secret)['errcode'], 40005)
         picture = self.call('media/uploadimg', files=(b'a.png', b'\x89PNG\r\n'))['url']
         self.assertEqual(self.http('GET', picture[len(self.url):])[2], b'\x89PNG\r\n')
         self.wecom.media_life = 0
@@ -2526,9 +2551,19 @@ class SimulatorTests(SimulatorCase):
         for _ in range(3):
             self.assertEqual(self.call('message/send', app_message())['errcode'], 0)        # 悄悄丢掉
         self.assertEqual((len(self.wecom.messages), len(self.wecom.dropped)), (2, 1))
+        dropped = self.call('message/send', app_message())['msgid']
+        self.assertEqual(self.call('message/recall', {'msgid': dropped})['errcode'], 0)
         robot = [self.api('webhook/send', {'msgtype': 'text', 'text': {'content': 'x'}},
                           key=self.wecom.settings['robot'])['errcode'] for _ in range(3)]
         self.assertEqual(robot, [0, 0, 45009])
+
+    def test_the_same_message_twice_is_dropped_if_asked(self):
+        def send(user, text='x', check=1):
+            self.call('message/send', app_message(body={'content': text}, touser=user, enable_duplicate_check=check))
+            return [len(self.wecom.inbox[name]) for name in ('zhangsan', 'lisi')]
+        self.assertEqual([send('zhangsan'), send('zhangsan'), send('zhangsan|lisi'), send('lisi', 'y'), send('lisi', 'y', 0)],
+                         [[1, 0], [1, 0], [1, 1], [1, 2], [1, 3]])
+        self.assertIn('和刚才的一样', self.events('note')[-1]['text'])
 
     def test_a_message_is_recalled_for_a_day(self):
         done = self.call('message/send', app_message(touser='zhangsan|Nobody', toparty='9'))

@@ -63,21 +63,76 @@ def size(value):
 
 
 # ---- 消息的类型 (path/90236) -------------------------------------------------------------------
-# 每个函数看一种类型:message[msgtype] 是 body,不合规矩就 Refused。素材分两家:应用的,和群机器人自己的。
+# 最多多长、几项,都在下面的表里;此外的规矩,一种类型一个函数,不合就 Refused。``robot`` 是群机器人的
+# (path/91770):它的素材是自己的,卡片的字少一些。
+
+#: 类型 → {字段: (最多几个字,群机器人的若不同,错误码)};路过的列表看每一项,列表自己的是项数。
+TEXTS = {
+    'textcard': {'btntxt': (4, 45002)}, 'news': {'articles': (8, 45008)},
+    'mpnews': {'articles': (8, 45008)},
+    'miniprogram_notice': {
+        'title': (12, 90200), 'description': (12, 90200), 'content_item': (10, 90201),
+        'content_item.key': (10, 90202), 'content_item.value': (30, 90203)},
+    'template_card': {
+        'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033),
+        'main_title.desc': (44, 30, 45002), 'emphasis_content.title': (14, 10, 45002),
+        'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
+        'action_menu.action_list': (3, 42047), 'horizontal_content_list': (6, 42036),
+        'horizontal_content_list.keyname': (5, 42027),
+        'horizontal_content_list.value': (30, 26, 45002), 'jump_list': (3, 42037),
+        'jump_list.title': (18, 13, 42033), 'vertical_content_list': (4, 42047),
+        'vertical_content_list.title': (38, 42033), 'vertical_content_list.desc': (160, 45002),
+        'button_list': (6, 42035), 'button_list.text': (10, 42038),
+        'button_selection.option_list': (10, 42042), 'button_selection.option_list.text': (16, 42041),
+        'checkbox.option_list': (20, 42042), 'checkbox.option_list.text': (17, 42041),
+        'select_list': (3, 42042), 'select_list.option_list': (10, 42042),
+        'select_list.option_list.text': (16, 42041), 'submit_button.text': (10, 42049)},
+}
+#: 同样的,量 UTF-8 的字节。
+BYTES = {
+    'text': {'content': (2048, 45002)}, 'markdown': {'content': (2048, 4096, 45002)},
+    'markdown_v2': {'content': (4096, 45002)},
+    'video': {'title': (128, 45002), 'description': (512, 45002)},
+    'textcard': {'title': (128, 45002), 'description': (512, 45002), 'url': (2048, 40039)},
+    'news': {'articles.title': (128, 45002), 'articles.description': (512, 45002),
+             'articles.url': (2048, 40039), 'articles.pagepath': (128, 45002)},
+    'mpnews': {'articles.title': (128, 45002), 'articles.digest': (512, 45002),
+               'articles.content': (666 << 10, 45002), 'articles.author': (64, 45032)},
+    'miniprogram_notice': {'page': (1024, 90204)},
+}
+LISTS = '_list', 'articles', 'content_item'
+
+
+def found(body, path):
+    """``path`` (a.b.c) 上的每一个值;路过的列表走进每一项。"""
+    values = [body]
+    for name in path.split('.'):
+        values = [v for value in values for v in (value if isinstance(value, list) else [value])]
+        values = [value[name] for value in values if value.get(name) is not None]
+    return values
+
+
+def check_limits(kind, body, robot):
+    for table, measure in (TEXTS, len), (BYTES, size):
+        for path, row in table.get(kind, {}).items():
+            for value in found(body, path):
+                need(isinstance(value, list if path.endswith(LISTS) else str), 40035,
+                     '%s.%s has the wrong type' % (kind, path))
+                need(measure(value) <= row[-2 if robot else 0], row[-1],
+                     '%s.%s size out of limit' % (kind, path))
+
+
+def check_url(url):
+    need(size(url), 40035, 'missing url')
+    need(re.match('[a-z]+://', url), 40094, 'url without scheme')
+
+
+def check_content(wecom, body, robot):
+    need(size(body.get('content')), 44004, 'empty content')
+
 
 MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
          'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
-
-
-def check_text(wecom, body):
-    need(size(body.get('content')), 44004, 'empty content')
-    # 真的企业微信不报错,只是截断
-    body['content'] = body['content'].encode('utf-8')[:2048].decode('utf-8', 'ignore')
-
-
-def check_markdown(wecom, body):
-    need(size(body.get('content')), 44004, 'empty content')
-    need(size(body['content']) <= 2048, 45002, 'content size out of limit')
 
 
 def check_media_id(wecom, media_id, kind=None, owner='app'):
@@ -87,63 +142,42 @@ def check_media_id(wecom, media_id, kind=None, owner='app'):
 
 
 def check_media(kind):
-    def check(wecom, body):
-        check_media_id(wecom, body.get('media_id'), kind)
-        need(size(body.get('title')) <= 128 and size(body.get('description')) <= 512, 45002,
-             'content size out of limit')
-    return check
+    return lambda wecom, body, robot: check_media_id(wecom, body.get('media_id'), kind,
+                                                     'robot' if robot else 'app')
 
 
-def check_url(url):
-    need(size(url), 40035, 'missing url')
-    need(re.match('[a-z]+://', url), 40094, 'url without scheme')
-    need(size(url) <= 2048, 40039, 'invalid url size')
-
-
-def check_textcard(wecom, body):
+def check_textcard(wecom, body, robot):
     need(size(body.get('title')), 41016, 'missing title')
     need(size(body.get('description')), 41033, 'missing description')
-    need(size(body['title']) <= 128 and size(body['description']) <= 512, 45002,
-         'content size out of limit')
-    need(len(body.get('btntxt') or '') <= 4, 45002, 'btntxt size out of limit')
     check_url(body.get('url'))
 
 
 def check_articles(body):
     articles = body.get('articles')
-    need(isinstance(articles, list) and articles, 44004, 'empty articles')
-    need(len(articles) <= 8, 45008, 'article size out of limit')
+    need(articles, 44004, 'empty articles')
     for article in articles:
         need(size(article.get('title')), 41016, 'missing title')
-        need(size(article['title']) <= 128, 45002, 'title size out of limit')
     return articles
 
 
-def check_news(wecom, body):
+def check_news(wecom, body, robot):
     for article in check_articles(body):
-        need(size(article.get('description')) <= 512, 45002, 'description size out of limit')
         if not (article.get('appid') and article.get('pagepath')):
             check_url(article.get('url'))
 
 
-def check_mpnews(wecom, body):
+def check_mpnews(wecom, body, robot):
     for article in check_articles(body):
         check_media_id(wecom, article.get('thumb_media_id'))
         need(size(article.get('content')), 44004, 'empty content')
-        need(size(article['content']) <= 666 << 10 and size(article.get('digest')) <= 512, 45002,
-             'content size out of limit')
-        need(size(article.get('author')) <= 64, 45032, 'author size out of limit')
 
 
-def check_miniprogram_notice(wecom, body):
+def check_miniprogram_notice(wecom, body, robot):
     need(size(body.get('appid')), 90200, 'missing appid')
-    need(4 <= len(body.get('title') or '') <= 12, 90200, 'invalid title')
-    need(size(body.get('page')) <= 1024, 90204, 'invalid page')
-    items = body.get('content_item') or []
-    need(len(items) <= 10, 90201, 'too many items')
-    for item in items:
-        need(0 < len(item.get('key') or '') <= 10, 90202, 'invalid key')
-        need(len(item.get('value') or '') <= 30, 90203, 'invalid value')
+    need(len(body.get('title') or '') >= 4, 90200, 'invalid title')
+    need(len(body.get('description') or 'none') >= 4, 90200, 'invalid description')
+    for item in body.get('content_item') or []:
+        need(item.get('key'), 90202, 'invalid key')
 
 
 # ---- 模板卡片 ---------------------------------------------------------------------------------
@@ -160,80 +194,73 @@ CARDS = {
 }
 #: 点了要回调的几种:必须有 task_id,发出去时有 response_code。
 INTERACTIVE = 'button_interaction', 'vote_interaction', 'multiple_interaction'
-#: 字段 → 应用、群机器人各最多几个字,和超了的错误码。
-CARD_TEXTS = {'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033),
-              'main_title.desc': (44, 30, 45002), 'emphasis_content.title': (14, 10, 45002),
-              'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
-              'submit_button.text': (10, 10, 42049)}
-#: 列表 → 最多几项,和多了的错误码。
-CARD_LISTS = {'button_list': (6, 42035), 'horizontal_content_list': (6, 42036),
-              'jump_list': (3, 42037), 'select_list': (3, 42042), 'vertical_content_list': (4, 42047)}
 
 
-def check_key(value, errcode, errmsg):
-    need(0 < size(value) <= 1024, errcode, errmsg)
+def check_key(value, errcode, errmsg, most=1024):
+    need(0 < size(value) <= most, errcode, errmsg)
 
 
-def check_target(target, errcode):
-    """跳到哪里:网址,或小程序。"""
-    url = target.get('url')
-    need(url or target.get('appid') and target.get('pagepath'), errcode, 'url or appid missing')
-    need(not url or re.match('[a-z]+://', url), 42028, 'invalid url')
+def check_target(target, errcode=42028, types='012'):
+    """跳到哪里:``type`` 是 0 不跳,1 网址,2 小程序。"""
+    kind = str(target.get('type', 0))
+    need(len(kind) == 1 and kind in types, errcode, 'invalid type')
+    if kind == '1':
+        need(target.get('url'), errcode, 'url missing')
+        need(re.match('[a-z]+://', target['url']), 42028, 'invalid url')
+    if kind == '2':
+        need(target.get('appid') and target.get('pagepath'), 42030 if errcode == 42028 else errcode,
+             'appid or pagepath missing')
 
 
-def check_options(question, most):
+def check_options(question):
     check_key(question.get('question_key'), 42043, 'invalid question_key')
-    options = question.get('option_list') or []
-    need(len(options) <= most, 42042, 'too many options')
+    options = question.get('option_list')
+    need(options, 42042, 'option_list missing')
     for option in options:
-        need(0 < size(option.get('id')) <= 128, 42040, 'invalid option id')
-        need(0 < len(option.get('text') or '') <= 17, 42041, 'invalid option text')
+        check_key(option.get('id'), 42040, 'invalid option id', 128)
+        need(option.get('text'), 42041, 'invalid option text')
     need(len({option['id'] for option in options}) == len(options), 42040, 'duplicate option id')
 
 
 def check_buttons(body):
     for button in body.get('button_list') or []:
-        need(0 < len(button.get('text') or '') <= 10, 42038, 'invalid button text')
-        if str(button.get('type', 0)) == '1' or 'key' not in button and button.get('url'):
-            check_target(button, 42028)
+        need(button.get('text'), 42038, 'invalid button text')
+        need(str(button.get('style', 1)) in tuple('1234'), 40035, 'invalid button style')
+        if str(button.get('type', 0)) == '1':
+            check_target(button)
         else:
             check_key(button.get('key'), 42017, 'button key missing')
-    actions = (body.get('action_menu') or {}).get('action_list') or []
-    need(len(actions) <= 3, 42047, 'too many actions')
-    for action in actions:
+    for action in (body.get('action_menu') or {}).get('action_list') or []:
         need(action.get('text'), 42049, 'invalid action text')
         check_key(action.get('key'), 42039, 'action key missing')
-    need(len({action['key'] for action in actions}) == len(actions), 42051, 'duplicate menu key')
+    keys = found(body, 'action_menu.action_list.key')
+    need(len(set(keys)) == len(keys), 42051, 'duplicate menu key')
 
 
-def check_content(wecom, body):
-    """列在卡片中间的几行,和下面的跳转。"""
+def check_lines(wecom, body):
+    """卡片中间的几行,能点的区域,和下面的跳转。"""
     for line in body.get('horizontal_content_list') or []:
-        need(0 < len(line.get('keyname') or '') <= 5, 42027, 'invalid keyname')
-        need(len(line.get('value') or '') <= 30, 45002, 'value size out of limit')
+        need(line.get('keyname'), 42027, 'invalid keyname')
         kind = str(line.get('type', 0))
-        if kind == '1':
-            check_target(line, 42028)
+        if kind not in ('2', '3'):
+            check_target(line, types='01')
         need(kind != '2' or line.get('media_id') in wecom.media, 42029, 'invalid media_id')
         need(kind != '3' or str(line.get('userid')).lower() in wecom.users, 42050, 'invalid userid')
     for jump in body.get('jump_list') or []:
-        need(0 < len(jump.get('title') or '') <= 18, 42033, 'invalid jump title')
-        if str(jump.get('type', 0)) != '0':
-            check_target(jump, 42030 if str(jump['type']) == '2' else 42028)
+        need(jump.get('title'), 42033, 'invalid jump title')
+        check_target(jump)
+    for area in found(body, 'quote_area') + found(body, 'image_text_area'):
+        check_target(area)
 
 
-def check_sizes(body, robot):
-    for path, (most, of_robot, errcode) in CARD_TEXTS.items():
-        value = body
-        for name in path.split('.'):
-            value = (value or {}).get(name)
-        need(len(value or '') <= (of_robot if robot else most), errcode, '%s too long' % path)
-    for name, (most, errcode) in CARD_LISTS.items():
-        need(isinstance(body.get(name, []), list), 40035, 'template_card.%s is no list' % name)
-        need(len(body.get(name, [])) <= most, errcode, '%s has too many items' % name)
+def check_image(body, robot):
+    image = body.get('card_image') or {}
+    need(image.get('url') or body.get('image_text_area') and not robot, 42044,
+         'card_image.url missing')
+    need(1.3 <= float(image.get('aspect_ratio') or 1.3) <= 2.25, 42044, 'invalid aspect_ratio')
 
 
-def check_template_card(wecom, body, robot=False):
+def check_template_card(wecom, body, robot):
     """``task_id`` 不在这里看:更新的卡片不用写。"""
     kind = body.get('card_type')
     need(kind in CARDS and not (robot and kind in INTERACTIVE), 42031, 'invalid card_type')
@@ -241,26 +268,22 @@ def check_template_card(wecom, body, robot=False):
         need(body.get(field), errcode, 'template_card.%s missing' % field)
     need((body.get('main_title') or {}).get('title')
          or kind == 'text_notice' and body.get('sub_title_text'), 42033, 'main_title.title missing')
-    check_sizes(body, robot)
     if kind == 'news_notice':
-        need((body.get('card_image') or {}).get('url')
-             or body.get('image_text_area') and not robot, 42044, 'card_image.url missing')
-    if body.get('card_action') and str(body['card_action'].get('type')) != '0':
-        check_target(body['card_action'], 42045)
+        check_image(body, robot)
+    if body.get('card_action'):
+        check_target(body['card_action'], 42045, '012' if kind in INTERACTIVE else '12')
     check_buttons(body)
-    check_content(wecom, body)
-    for question, most in ((body.get('button_selection'), 10), (body.get('checkbox'), 20)):
-        if question:
-            check_options(question, most)
+    check_lines(wecom, body)
+    for question in found(body, 'button_selection') + found(body, 'checkbox'):
+        check_options(question)
     for question in body.get('select_list') or []:
-        check_options(question, 10)
+        check_options(question)
     if body.get('submit_button'):
         check_key(body['submit_button'].get('key'), 42046, 'submit_button.key missing')
 
 
 def check_sent_card(wecom, body):
     """message/send 的卡片:能点的要有 task_id,没有用过的,而且应用要有回调 URL。"""
-    check_template_card(wecom, body)
     task_id = body.get('task_id')
     if body['card_type'] in INTERACTIVE or body.get('action_menu'):
         need(task_id, 42014, 'task_id missing')
@@ -270,10 +293,40 @@ def check_sent_card(wecom, body):
         need(task_id not in wecom.task_ids, 42014, 'duplicate task_id')
 
 
-CHECKS = {'text': check_text, 'markdown': check_markdown, 'textcard': check_textcard,
-          'news': check_news, 'mpnews': check_mpnews, 'template_card': check_sent_card,
-          'miniprogram_notice': check_miniprogram_notice}
+CHECKS = {'text': check_content, 'markdown': check_content, 'markdown_v2': check_content,
+          'textcard': check_textcard, 'news': check_news, 'mpnews': check_mpnews,
+          'template_card': check_template_card, 'miniprogram_notice': check_miniprogram_notice}
 CHECKS.update((kind, check_media(kind)) for kind in MEDIA)
+#: 群机器人能发的。
+ROBOT = 'text', 'markdown', 'markdown_v2', 'image', 'news', 'file', 'voice', 'template_card'
+
+
+def check_body(wecom, kind, body, robot=False):
+    """``kind`` 的正文合不合规矩。应用的文本太长不是错,企业微信截断。"""
+    if kind == 'text' and not robot and size(body.get('content')):
+        body['content'] = body['content'].encode('utf-8')[:2048].decode('utf-8', 'ignore')
+    check_limits(kind, body, robot)
+    CHECKS[kind](wecom, body, robot)
+
+
+#: 开着 safe 也能发的文件。
+SAFE_FILES = ('.txt .pdf .doc .docx .ppt .pptx .xls .xlsx .xml .jpg .jpeg .png .bmp .gif').split()
+
+
+def check_message(wecom, message):
+    """message/send 的正文以外的字段。"""
+    kind, safe = message['msgtype'], message.get('safe', 0)
+    need(safe in (0, 1, 2) and (safe != 2 or kind == 'mpnews'), 40035, 'invalid safe')
+    need(not (kind == 'news' and safe), 40074, 'news can not be safe')
+    need(not (kind == 'file' and safe)
+         or wecom.media[message['file']['media_id']]['name'].lower().endswith(tuple(SAFE_FILES)),
+         40005, 'invalid file type')
+    need(0 <= message.get('duplicate_check_interval', 1800) <= 14400, 40035,
+         'invalid duplicate_check_interval')
+    need(not (kind == 'miniprogram_notice' and '@all' in (message.get('touser') or '').lower()), 40031,
+         'miniprogram_notice can not go to @all')
+    if kind == 'template_card':
+        check_sent_card(wecom, message[kind])
 
 
 # ---- 菜单 (path/90231) ------------------------------------------------------------------------
@@ -345,10 +398,8 @@ def reply_body(wecom, reply):
     else:
         body = json_names(reply.get(REPLIES.get(kind)))
         need(isinstance(body, dict), 40008, '%s is no passive reply' % kind)
-    if kind == 'update_template_card':
-        check_template_card(wecom, body)
-    elif kind != 'update_button':
-        CHECKS[kind](wecom, body)
+    if kind != 'update_button':
+        check_body(wecom, kind.replace('update_', ''), body)
     return body
 
 
@@ -387,6 +438,8 @@ class Corp:
         self.media = {}             # media_id → {'type', 'name', 'data', 'owner', 'at'}
         self.menu = None
         self.task_ids = set()
+        self._sent = {}             # msgid → 什么时候发的
+        self._repeated = {}         # 查重复的消息 → 到什么时候
         self.name, self.url, self.bot = '监控', '', ''      # 应用的名字、api_base、回调 URL
         self.events = collections.deque(maxlen=1000)
         self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
@@ -539,10 +592,10 @@ class Corp:
         message = self._json(body)
         self._check_agent(message)
         kind = message.get('msgtype')
-        need(kind in CHECKS, 40008, 'invalid message type')
+        need(kind in CHECKS and kind != 'markdown_v2', 40008, 'invalid message type')
         need(isinstance(message.get(kind), dict), 40035, 'invalid parameter: %s' % kind)
-        need(not (kind == 'news' and message.get('safe')), 40074, 'news can not be safe')
-        CHECKS[kind](self, message[kind])
+        check_body(self, kind, message[kind])
+        check_message(self, message)
         users, wrong = self._receivers(message)
         return dict(wrong, **self._deliver(message, users))
 
@@ -564,14 +617,26 @@ class Corp:
         need(found, 81013, 'user & party & tag all invalid')
         return [u for u in self.users if u in found], wrong
 
+    def _why_dropped(self, message, user):
+        """为什么 ``user`` 看不到这一条,'' 是看得到。"""
+        now = time.monotonic()
+        if message.get('enable_duplicate_check'):
+            what = json.dumps([user, message[message['msgtype']]], sort_keys=True)
+            if self._repeated.get(what, 0) > now:
+                return '和刚才的一样'
+            self._repeated[what] = now + message.get('duplicate_check_interval', 1800)
+        if self._counted('member ' + user) > self.per_member:
+            return '一分钟里超过 %d 条' % self.per_member
+        return ''
+
     def _deliver(self, message, users):
         kind, msgid = message['msgtype'], self._next('msg')
-        fresh = [u for u in users if self._counted('member ' + u) <= self.per_member]
-        (self.messages if fresh else self.dropped).append(message)
-        shown = {}
+        self._sent[msgid], shown = time.time(), {}
+        why = {user: self._why_dropped(message, user) for user in users}
+        (self.dropped if all(why.values()) else self.messages).append(message)
         for user in users:
-            if user not in fresh:
-                self._log('note', user=user, text='一分钟里超过 %d 条,企业微信悄悄丢掉了' % self.per_member)
+            if why[user]:
+                self._log('note', user=user, text=why[user] + ',企业微信悄悄丢掉了')
                 continue
             self.inbox[user].append((kind, message[kind].get('content', message[kind])))
             asked = self._asked.get(user)
@@ -588,9 +653,8 @@ class Corp:
     def api_message_recall(self, query, body, headers):
         msgid = self._json(body).get('msgid')
         need(msgid, 40063, 'msgid missing')
-        sent = [e for e in self.events if e.get('msgid') == msgid]
-        need(sent and sent[0]['at'] + self.recall_within > time.time(), 40058, 'invalid msgid')
-        for event in sent:
+        need(self._sent.get(msgid, 0) + self.recall_within > time.time(), 40058, 'invalid msgid')
+        for event in [e for e in self.events if e.get('msgid') == msgid]:
             self._log('recall', user=event['user'], of=event['id'])
         return {}
 
@@ -617,7 +681,7 @@ class Corp:
         need(isinstance(button, dict) or isinstance(card, dict), 40035,
              'button or template_card missing')
         if card:
-            check_template_card(self, card)
+            check_body(self, 'template_card', card)
         else:
             need(size(button.get('replace_name')), 40063, 'button.replace_name missing')
         del self._codes[update['response_code']]
@@ -676,21 +740,9 @@ class Corp:
         need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
         message = self._json(body)
         kind = message.get('msgtype')
-        content = message.get(kind) if isinstance(kind, str) else None
-        need(kind in ('text', 'markdown', 'markdown_v2', 'image', 'news', 'file', 'voice',
-                      'template_card') and isinstance(content, dict), 40008, 'invalid message type')
-        if kind in ('text', 'markdown', 'markdown_v2'):
-            need(size(content.get('content')), 44004, 'empty content')
-            need(size(content['content']) <= (2048 if kind == 'text' else 4096), 45002,
-                 'content size out of limit')
-        elif kind == 'image':
-            content = self._robot_image(content)
-        elif kind in ('file', 'voice'):
-            check_media_id(self, content.get('media_id'), kind, 'robot')
-        elif kind == 'template_card':
-            check_template_card(self, content, robot=True)
-        else:
-            check_news(self, content)
+        need(kind in ROBOT and isinstance(message.get(kind), dict), 40008, 'invalid message type')
+        content = self._robot_image(message[kind]) if kind == 'image' else message[kind]
+        check_body(self, kind, content, robot=True)
         need(self._counted('robot') <= self.per_robot, 45009, 'api freq out of limit')
         self.robot_messages.append(message)
         self._log('out', how='robot', type=kind, body=content)
