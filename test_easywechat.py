@@ -2407,7 +2407,8 @@ WRONG_MESSAGES = [
     (42044, card(NEWS, card_image={'url': 'https://e.x/p.png', 'aspect_ratio': 2.3})),
     (42042, card(button_selection={'question_key': 'q'})),
     (42041, card(button_selection={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 17}]})),
-    (42042, card(VOTE, checkbox={'question_key': 'q'})), (40035, card(button_list=[{'text': 'b', 'key': 'k', 'style': 9}])),
+    (42042, card(VOTE, checkbox={'question_key': 'q'})),
+    (40035, card(button_list=[{'text': 'b', 'key': 'k', 'style': 9}])),
     (40031, app_message('miniprogram_notice', MINI, touser='@all')),
     (90200, app_message('miniprogram_notice', dict(MINI, description='三个字'))),
     (40035, app_message(safe=7)), (40035, app_message(safe=2)),
@@ -2513,8 +2514,11 @@ class SimulatorTests(SimulatorCase):
                 (40033, 'message/send', json.dumps(app_message('text', {'content': '中'})).encode(), {}),
                 (41009, 'user/get', None, {}), (60111, 'user/get', None, {'userid': 'nobody'}),
                 (60003, 'user/simplelist', None, {'department_id': '9'}),
-                (40056, 'agent/get', None, {'agentid': '7'}), (46003, 'menu/get', None, {'agentid': '1000002'}),
-                (40056, 'menu/create', {'button': []}, {}), (41006, 'media/get', None, {}),
+                (301002, 'agent/get', None, {'agentid': '7'}), (40056, 'agent/get', None, {'agentid': 'x'}),
+                (46003, 'menu/get', None, {'agentid': '1000002'}),
+                (41011, 'menu/create', {'button': []}, {}), (0, 'message/send', app_message(body={'content': 'C:\\ucafe'}), {}),
+               
+                (41006, 'media/get', None, {}),
                 (40007, 'media/get', None, {'media_id': 'nosuch'}), (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
                 (93000, 'webhook/send', {}, {'key': 'nosuch'})):
             self.assertEqual(call(path, body, **query)['errcode'], errcode, path)
@@ -2561,8 +2565,8 @@ class SimulatorTests(SimulatorCase):
         def send(user, text='x', check=1):
             self.call('message/send', app_message(body={'content': text}, touser=user, enable_duplicate_check=check))
             return [len(self.wecom.inbox[name]) for name in ('zhangsan', 'lisi')]
-        self.assertEqual([send('zhangsan'), send('zhangsan'), send('zhangsan|lisi'), send('lisi', 'y'), send('lisi', 'y', 0)],
-                         [[1, 0], [1, 0], [1, 1], [1, 2], [1, 3]])
+        self.assertEqual([send('zhangsan'), send('zhangsan'), send('zhangsan|lisi'), send('lisi', 'y'),
+                          send('lisi', 'y', 0)], [[1, 0], [1, 0], [1, 1], [1, 2], [1, 3]])
         self.assertIn('和刚才的一样', self.events('note')[-1]['text'])
 
     def test_a_message_is_recalled_for_a_day(self):
@@ -2580,8 +2584,9 @@ class SimulatorTests(SimulatorCase):
         update = {'agentid': 1000002, 'userids': ['lisi'], 'response_code': code}
         for errcode, more in ((40035, {}), (40063, {'button': {}}), (42031, {'template_card': {'card_type': 'x'}}),
                               (60140, {'response_code': 'x', 'button': {'replace_name': 'n'}}),
-                              (0, {'button': {'replace_name': '好了'}}), (60140, {'button': {'replace_name': 'n'}})):
+                              (0, {'userids': ['LiSi'], 'button': {'replace_name': '好了'}}), (60140, {'button': {'replace_name': 'n'}})):
             self.assertEqual(self.call('message/update_template_card', dict(update, **more))['errcode'], errcode, more)
+        self.assertEqual(self.events('update')[-1]['user'], 'lisi')
         self.wecom.has_callback = False
         self.assertEqual(self.call('message/send', card(task_id='new'))['errcode'], 43012)
 
@@ -2695,6 +2700,18 @@ class SimulatorPageTests(SimulatorCase):
             self.server.client.send('x')
         self.assertEqual(caught[0].errcode, 60020)
         self.assertIn('error', self.post('/switch', {'settings': {}}))
+
+    def test_the_time_of_a_delivery_is_counted_from_its_beginning(self):
+        slow = simulator.WeCom()
+        self.addCleanup(slow.stop)
+        url = slow.start() + '/cgi-bin/trickle'
+        slow.script('trickle', 'trickle', 'trickle')        # 每 0.05 秒一个字节
+        self.wecom.patience, self.wecom.deliveries, self.wecom.verify_within = 0.2, 1, 0.1
+        for call, least in ((lambda: self.wecom.deliver(url, Content='x'), 0.2), (lambda: self.wecom.verify(url), 0.1)):
+            begin = time.monotonic()
+            call()
+            self.assertTrue(least <= time.monotonic() - begin < 2)
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有回答'])
 
     def test_a_pressed_button_changes_its_card(self):
         self.answers['template_card_event'] = {'MsgType': 'update_button', 'Button': {'ReplaceName': '已处理'}}

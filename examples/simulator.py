@@ -34,6 +34,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -403,6 +404,12 @@ def reply_body(wecom, reply):
     return body
 
 
+def hang_up(sock):
+    """断开一个连接,不管谁在读它。"""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
 # ---- 企业微信 ---------------------------------------------------------------------------------
 # 这里没有监听的套接字:一次 API 调用进来,一个回答出去 (`Corp.answer`);一条消息投递出去 (`Corp.deliver`)。
 # 发生的每件事记在 ``events`` 里,聊天页照着画。
@@ -416,8 +423,8 @@ class Corp:
     trusted, has_callback = True, True
     #: 一分钟内给一个成员的,再多就悄悄丢掉;群机器人的是报错。
     per_member, per_robot = 30, 20
-    #: 等回调几秒,一共投递几次;不是 200 的回答要不要再投递(文档前后不一)。
-    patience, deliveries, retry_status = 5, 3, False
+    #: 等回调几秒,一共投递几次;校验回调 URL 等几秒。
+    patience, deliveries, verify_within = 5, 3, 1
     #: 捣乱:每次投递路上多花几秒,每条消息的前几次回答丢在路上,用错的 Token 签名。
     delay, lost, wrong_token = 0, 0, False
 
@@ -563,19 +570,18 @@ class Corp:
 
     def _json(self, body):
         try:
-            need(not re.search(rb'\\u[0-9a-f]{4}', body), 40033, 'invalid charset: \\uxxxx')
+            need(not re.search(rb'(?<!\\)(\\\\)*\\u[0-9A-Fa-f]{4}', body), 40033,
+                 'invalid charset: \\uxxxx')
             data = json.loads(body.decode('utf-8'))
             need(isinstance(data, dict), 40063, 'empty parameter')
             return data
         except ValueError:
             raise Refused(40063, 'Warning: wrong json format.') from None
 
-    def _check_agent(self, data):
-        """JSON 里的 agentid:整数,而且是自己的。"""
-        need('agentid' in data, 41011, 'missing agentid')
-        need(isinstance(data['agentid'], int), 40056, 'invalid agentid')
-        need(str(data['agentid']) == self.settings['agentid'], 301002,
-             'not allow operate another agent')
+    def _check_agent(self, agentid):
+        need(agentid is not None, 41011, 'missing agentid')
+        need(isinstance(agentid, int), 40056, 'invalid agentid')
+        need(str(agentid) == self.settings['agentid'], 301002, 'not allow operate another agent')
 
     def api_gettoken(self, query, body, headers):
         need(query.get('corpid'), 41002, 'corpid missing')
@@ -590,7 +596,7 @@ class Corp:
 
     def api_message_send(self, query, body, headers):
         message = self._json(body)
-        self._check_agent(message)
+        self._check_agent(message.get('agentid'))
         kind = message.get('msgtype')
         need(kind in CHECKS and kind != 'markdown_v2', 40008, 'invalid message type')
         need(isinstance(message.get(kind), dict), 40035, 'invalid parameter: %s' % kind)
@@ -666,13 +672,13 @@ class Corp:
 
     def api_message_update_template_card(self, query, body, headers):
         update = self._json(body)
-        self._check_agent(update)
+        self._check_agent(update.get('agentid'))
         for key, most, errcode in (('userids', 1000, 40032), ('partyids', 100, 82002),
                                    ('tagids', 100, 82003)):
             need(isinstance(update.get(key, []), list), 40031, 'invalid %s' % key)
             need(len(update.get(key, [])) <= most, errcode, 'invalid %s size' % key)
         groups = update.get('partyids') or update.get('tagids') or update.get('atall')
-        users = list(self.users) if groups else update.get('userids') or []
+        users = list(self.users) if groups else [u.lower() for u in update.get('userids') or []]
         need(users, 82001, 'user & party & tag all empty')
         need(update.get('response_code'), 40063, 'response_code missing')
         until, cards = self._codes.get(update['response_code'], (0, {}))
@@ -762,7 +768,8 @@ class Corp:
     # 应用、菜单、通讯录
 
     def _agent(self, query):
-        need(query.get('agentid') == self.settings['agentid'], 40056, 'invalid agentid')
+        agentid = query.get('agentid')
+        self._check_agent(int(agentid) if re.fullmatch('[0-9]+', agentid or '') else agentid)
 
     def api_agent_get(self, query, body, headers):
         self._agent(query)
@@ -796,10 +803,6 @@ class Corp:
         need(query.get('department_id') in self.parties, 60003, 'department not found')
         return {'userlist': [{'userid': u, 'name': name, 'department': [1]}
                              for u, name in self.users.items()]}
-
-    def api_department_list(self, query, body, headers):
-        return {'department': [{'id': int(i), 'name': name, 'parentid': int(i != '1'),
-                                'order': int(i)} for i, name in self.parties.items()]}
 
     def api_getcallbackip(self, query, body, headers):
         return {'ip_list': ['127.0.0.1']}
@@ -850,22 +853,29 @@ class Corp:
         text = self._opened_text(answer)
         return xml_to_dict(text) if text else {}
 
-    def _exchange(self, url, query, body=None):
-        """一个请求,等 ``patience`` 秒 → (状态, 正文)。"""
-        if self.delay:
-            time.sleep(min(self.delay, self.patience))
-        if self.delay >= self.patience:
+    def _exchange(self, url, query, body=None, seconds=None):
+        """一个请求,一共等 ``seconds`` 秒(照常是 ``patience``)→ (状态, 正文)。"""
+        until = time.monotonic() + (seconds or self.patience)
+        time.sleep(min(self.delay, seconds or self.patience))
+        left = until - time.monotonic()
+        if left <= 0:
             raise TimeoutError('the network is too slow')
         parts = urllib.parse.urlsplit(url)
         connect = getattr(http.client, parts.scheme.upper() + 'Connection')
-        connection = connect(parts.hostname, parts.port, timeout=self.patience - self.delay)
-        try:
-            connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query), body,
-                               {'Content-Type': 'text/xml'} if body else {})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+        with contextlib.closing(connect(parts.hostname, parts.port, timeout=left)) as connection:
+            connection.connect()
+            alarm = threading.Timer(until - time.monotonic(), hang_up, [connection.sock])
+            alarm.start()           # timeout 只管每一次读,一个字节一个字节来的没完没了
+            try:
+                connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query),
+                                   body, {'Content-Type': 'text/xml'} if body else {})
+                response = connection.getresponse()
+                answer = response.read()
+            finally:
+                alarm.cancel()
+            if time.monotonic() >= until:
+                raise TimeoutError('the answer took too long')
+            return response.status, answer
 
     def ask(self, url, message):
         """投递一次,等 ``patience`` 秒 → (状态, 正文);连不上、等不到抛 `OSError` 或 `HTTPException`。"""
@@ -877,7 +887,8 @@ class Corp:
         query, encrypt = self._signed(echo)
         query['echostr'] = encrypt
         try:
-            status, answer = self._exchange(url, urllib.parse.urlencode(query))
+            status, answer = self._exchange(url, urllib.parse.urlencode(query),
+                                            seconds=self.verify_within)
         except (OSError, ValueError, http.client.HTTPException) as e:
             return '%s 没有回答: %s' % (url, e)
         if (status, answer) != (200, echo.encode()):
@@ -917,19 +928,19 @@ class Corp:
             raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
             if n <= self.lost:
                 raise ConnectionError('the answer was lost')
-            if status == 200 and self._opened_text(answer):
-                raw.append(['机器人 → 企业微信 · 明文', self._opened_text(answer)])
-                reply = self.opened(answer)
+            opened = self._opened_text(answer) if status == 200 else ''
+            if opened:
+                raw.append(['机器人 → 企业微信 · 明文', opened])
+                reply = xml_to_dict(opened)
         except (OSError, http.client.HTTPException) as e:
             refused = isinstance(e, ConnectionRefusedError)
             error = '回答丢在路上' if status else '连不上' if refused else '没有回答'
             status = 0
         except WeChatError as e:
             error = '回答读不懂: %s' % e.errmsg
-        failed = not status or status != 200 and self.retry_status
         self._log('answer', of=said, n=n, status=status, error=error, raw=raw,
-                  again=failed and n < self.deliveries, seconds=time.monotonic() - begin)
-        return None if failed else reply, raw
+                  again=not status and n < self.deliveries, seconds=time.monotonic() - begin)
+        return reply if status else None, raw
 
     def _passive(self, message, reply, raw, seconds):
         """被动回复到了用户那里。"""
