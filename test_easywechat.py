@@ -2516,10 +2516,10 @@ class SimulatorTests(SimulatorCase):
                 (60003, 'user/simplelist', None, {'department_id': '9'}),
                 (301002, 'agent/get', None, {'agentid': '7'}), (40056, 'agent/get', None, {'agentid': 'x'}),
                 (46003, 'menu/get', None, {'agentid': '1000002'}),
-                (41011, 'menu/create', {'button': []}, {}), (0, 'message/send', app_message(body={'content': 'C:\\ucafe'}), {}),
-               
-                (41006, 'media/get', None, {}),
-                (40007, 'media/get', None, {'media_id': 'nosuch'}), (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
+                (41011, 'menu/create', {'button': []}, {}),
+                (0, 'message/send', app_message(body={'content': 'C:\\ucafe'}), {}),
+                (41006, 'media/get', None, {}), (40007, 'media/get', None, {'media_id': 'nosuch'}),
+                (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
                 (93000, 'webhook/send', {}, {'key': 'nosuch'})):
             self.assertEqual(call(path, body, **query)['errcode'], errcode, path)
         self.wecom.trusted = False
@@ -2535,6 +2535,10 @@ class SimulatorTests(SimulatorCase):
         self.assertEqual(self.call('media/upload', b'x' * 99, type='file')['errcode'], 44001)
         done = self.call('media/upload', files=('报告.txt'.encode(), b'%PDF-1.7'), type='file')
         self.assertEqual((done['type'], done['created_at'].isdigit()), ('file', True))
+        bad = self.call('media/upload', files=(b'a\r\nX-Bad: 1', b'x' * 9), type='file')['media_id']
+        query = urllib.parse.urlencode({'access_token': list(self.wecom._tokens)[-1], 'media_id': bad})
+        headers = self.http('GET', '/cgi-bin/media/get?' + query)[1]
+        self.assertEqual((headers['X-Bad'], headers.get_filename()), (None, 'a__X-Bad: 1'))
         with self.wecom._lock:
             mine = self.wecom.keep('file', 'a.txt', b'robot', 'robot')
         send = {'msgtype': 'file', 'file': {'media_id': done['media_id']}}
@@ -2584,7 +2588,8 @@ class SimulatorTests(SimulatorCase):
         update = {'agentid': 1000002, 'userids': ['lisi'], 'response_code': code}
         for errcode, more in ((40035, {}), (40063, {'button': {}}), (42031, {'template_card': {'card_type': 'x'}}),
                               (60140, {'response_code': 'x', 'button': {'replace_name': 'n'}}),
-                              (0, {'userids': ['LiSi'], 'button': {'replace_name': '好了'}}), (60140, {'button': {'replace_name': 'n'}})):
+                              (0, {'userids': ['LiSi'], 'button': {'replace_name': '好了'}}),
+                              (60140, {'button': {'replace_name': 'n'}})):
             self.assertEqual(self.call('message/update_template_card', dict(update, **more))['errcode'], errcode, more)
         self.assertEqual(self.events('update')[-1]['user'], 'lisi')
         self.wecom.has_callback = False
@@ -2609,7 +2614,11 @@ class SimulatorTests(SimulatorCase):
                 ('/events', {'Host': 'evil.example:80'}, 403),
                 ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
                 ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
-                ('/cgi-bin/gettoken', {'Host': own, 'Origin': 'http://evil.example'}, 403), ('/x', {}, 404)):
+                ('/cgi-bin/gettoken', {'Host': 'evil.example', 'Sec-Fetch-Site': 'same-origin'}, 403),
+                ('/cgi-bin/gettoken', {'Host': own, 'Origin': self.url}, 403), ('/x', {}, 404),
+                ('HTTP://[', {}, 400), ('x', {}, 400), ('/events', {'Last-Event-ID': 'x'}, 400),
+                ('/', {'Content-Length': 'abc'}, 400), ('/', {'Content-Length': '-1'}, 400),
+                ('/say', {'Host': 'evil.example', 'Content-Length': '99'}, 403)):       # 不等正文
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
         body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
         self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
@@ -2741,8 +2750,13 @@ class SimulatorPageTests(SimulatorCase):
         self.server.client.call('menu/create', {'button': [CLICK]}, agentid=1000002)
         self.assertEqual(self.events('state', 'state')[-1]['menu'], {'button': [CLICK]})
         self.answers['click'] = {'MsgType': 'image', 'Image': {'MediaId': 'nosuch'}}
-        self.say({'MsgType': 'event', 'Event': 'click', 'EventKey': 's'})
-        self.assertIn('invalid media_id', self.events('note')[-1]['text'])
+        self.answers.update(dict.fromkeys(['pic_weixin', 'template_card_event'], 'x'))
+        for event, words in (('click', 'invalid media_id'), ('pic_weixin', 'takes no'),
+                             ('template_card_event', 'updates only')):
+            seen = self.wecom.events[-1]['id']
+            self.say({'MsgType': 'event', 'Event': event, 'EventKey': 's'})
+            self.assertIn(words, self.events('note', last=seen)[-1]['text'])
+        self.assertFalse(self.wecom.inbox['zhangsan'])
 
 
 BOT = '''
@@ -2759,12 +2773,14 @@ server.run(host='127.0.0.1', port=0)
 
 class SimulatorCommandTests(SimulatorCase):
 
-    def bot(self, code):
-        path = os.path.join(self.folder, 'bot.py')
+    def bot(self, code, name='bot.py'):
+        path = os.path.join(self.folder, name)
         with open(path, 'w', encoding='utf-8') as f:
             f.write(code)
         with open(os.path.join(self.folder, 'config.ini'), 'w') as f:       # 真的那个:不许用
-            f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n' % ('k' * 43))
+            f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n'
+                    '[nas]\ndisk = 9%%0\n[llm]\nmodel = m\n n\n' % ('k' * 43))
+            os.chmod(f.name, 0o600)
         return path
 
     def command(self, *args):
@@ -2776,10 +2792,11 @@ class SimulatorCommandTests(SimulatorCase):
         return process
 
     def test_one_command_starts_a_bot_and_ends_it(self):
-        process = self.command('--app', 'shop', self.bot(BOT % HERE), '--port', '7')
+        process = self.command('--app', 'shop', '--with', 'nas,llm', self.bot(BOT % HERE), '--port', '7')
+        url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
         word, pid, *args = process.stdout.readline().decode().split()
         self.assertEqual((word, args), ('bot', ['--port', '7']))
-        url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
+        self.assertIn('通过了校验', process.stdout.readline().decode())
         self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
@@ -2790,6 +2807,9 @@ class SimulatorCommandTests(SimulatorCase):
             text = f.read()
         for key in 'secret', 'token', 'encoding_aes_key', 'robot':
             self.assertNotIn(self.wecom.settings[key], text)
+        self.assertNotIn('wwreal', text)
+        sections = [easywechat.get_section(name, config) for name in ('nas', 'llm')]
+        self.assertEqual(sections, [{'disk': '9%0'}, {'model': 'm\nn'}])
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(10), 0)
         self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
@@ -2798,17 +2818,67 @@ class SimulatorCommandTests(SimulatorCase):
     def test_a_bot_that_exits_and_one_that_is_not_ours(self):
         foreign = ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr, flush=True)\n'
                    'time.sleep(60)')
-        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'), (foreign, 2, '没有通过校验'),
+        processes = []
+        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'),
+                                    ('import sys; sys.exit(2)', 2, '就加 --app'),
+                                    (foreign, 2, '没有通过校验'),
                                     ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9')):
-            process = self.command(self.bot(code))
+            processes.append((self.command(self.bot(code, '%d.py' % len(processes))), status, words))
+        for process, status, words in processes:
             err = process.communicate(timeout=20)[1].decode('utf-8')
             self.assertEqual((process.returncode, words in err), (status, True), err)
 
     def test_a_bot_that_runs_elsewhere(self):
-        process = self.command('--url', 'http://127.0.0.1:9/weixin')
-        out, err = process.communicate(timeout=20)
-        self.assertEqual((process.returncode, out[:6]), (2, b'[demo]'))
-        self.assertIn('没有回答', err.decode('utf-8'))
+        server = make_server(**dict(self.wecom.settings, api_base=self.url))
+        host, port = server.start('127.0.0.1', 0)
+        server.stop()
+        url, stopping, self.wecom.verify_within = 'http://127.0.0.1:%d/weixin' % port, [], 0.05
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            thread = threading.Thread(target=simulator.serve, args=(self.wecom, 'shop', url, stopping))
+            thread.start()
+            while '没有回答' not in err.getvalue():
+                time.sleep(0.01)
+            server.start('127.0.0.1', port)
+            self.addCleanup(server.stop)
+            while '通过了校验' not in out.getvalue():
+                time.sleep(0.01)
+            stopping.append(1)
+            thread.join()
+        self.assertIn('[shop]\napi_base = %s\n' % self.url, out.getvalue())
+        self.assertEqual(err.getvalue().count('每秒再试'), 1)
+
+    def test_the_help_is_readable_in_the_c_locale(self):
+        env = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+        out = subprocess.check_output([sys.executable, simulator.__file__, '--help'], env=env)
+        self.assertIn(b'--with', out)
+
+    def test_the_demo_says_what_it_lacks(self):
+        busy = socket.socket()
+        self.addCleanup(busy.close)
+        busy.bind(('0.0.0.0', 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        demo, processes = os.path.join(HERE, 'examples', 'demo.py'), []
+        simulator.write_config(os.path.join(self.folder, 'demo.ini'), {'demo': self.wecom.settings})
+        for config, code, words in (('nosuch.ini', 2, 'nosuch.ini'),
+                                    ('demo.ini', 3, 'cannot listen on 0.0.0.0 port ' + port)):
+            env = dict(os.environ, EASYWECHAT_CONFIG=os.path.join(self.folder, config))
+            processes.append((subprocess.Popen([sys.executable, demo, '--port', port], env=env, stderr=subprocess.PIPE),
+                              code, words))
+        for process, code, words in processes:
+            err = process.communicate(timeout=20)[1].decode('utf-8')
+            self.assertEqual((process.returncode, err.count('\n'), words in err), (code, 1, True), err)
+
+    def test_what_was_said_to_it_is_checked(self):
+        for args in (['--with', 'nas'], ['--with', 'nosuch', 'bot.py'], ['--with', 'shop', self.bot('')],
+                     ['--url', 'http://x/', 'bot.py'], ['--url', 'x']):
+            err = io.StringIO()
+            with environment(EASYWECHAT_CONFIG=os.path.join(self.folder, 'config.ini')), \
+                    contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
+                simulator.arguments(args)
+            self.assertIn('error: --', err.getvalue())
+
+    def test_its_bots_say_where_they_listen(self):
         for said, url in (b'0.0.0.0', '127.0.0.1'), (b'[::]', '[::1]'), (b'127.0.0.1', '127.0.0.1'):
             line = b'EasyWeChat \xe5\x9c\xa8 http://' + said + b':80/weixin ,\xe5'
             self.assertEqual(simulator.callback_url(line), 'http://%s:80/weixin' % url)

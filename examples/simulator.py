@@ -2,10 +2,12 @@
 """桌上的企业微信:一个文件,标准库。API、投递消息、聊天页都在里面。
 
     python examples/simulator.py examples/demo.py       # 启动机器人,打印聊天页的地址:在那里和它说话
-    python examples/simulator.py --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
+    python examples/simulator.py --with nas examples/nas_monitor.py     # 自己 config.ini 的 [nas] 也给它
+    python examples/simulator.py --port 9000 --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
     python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
 
-机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。
+机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。自己的 config.ini 里,
+只有 --with 说出的几节抄进去。
 
 程序里::
 
@@ -45,7 +47,8 @@ import urllib.parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-from easywechat import WeChatError, WXBizMsgCrypt, dict_to_xml, xml_to_dict  # noqa: E402
+from easywechat import (WeChatError, WXBizMsgCrypt, dict_to_xml, get_section,  # noqa: E402
+                        xml_to_dict)
 
 
 class Refused(Exception):
@@ -388,9 +391,17 @@ def json_names(value):
     return result
 
 
-def reply_body(wecom, reply):
-    """被动回复 (dict) → 它的正文,用主动发送的名字,不合规矩就 Refused。"""
+#: 这些事件可以有被动回复。
+ANSWERED = ('subscribe', 'enter_agent', 'LOCATION', 'click', 'view', 'view_miniprogram',
+            'scancode_waitmsg', 'template_card_event', 'template_card_menu_event')
+
+
+def reply_body(wecom, reply, event=None):
+    """对 ``event`` (消息是 None) 的被动回复 (dict) → 正文,用主动发送的名字,不合规矩就 Refused。"""
     kind = reply.get('MsgType') or ''
+    need(event is None or event in ANSWERED, 40008, 'the event %s takes no reply' % event)
+    need(event != 'template_card_event' or kind.startswith('update_'), 40008,
+         'the event %s takes updates only' % event)
     if kind == 'text':
         body = {'content': reply.get('Content')}
     elif kind == 'news':
@@ -423,7 +434,7 @@ class Corp:
     trusted, has_callback = True, True
     #: 一分钟内给一个成员的,再多就悄悄丢掉;群机器人的是报错。
     per_member, per_robot = 30, 20
-    #: 等回调几秒,一共投递几次;校验回调 URL 等几秒。
+    #: 等回调几秒,一共投递几次;校验回调 URL 等几秒,几秒以后再试。
     patience, deliveries, verify_within = 5, 3, 1
     #: 捣乱:每次投递路上多花几秒,每条消息的前几次回答丢在路上,用错的 Token 签名。
     delay, lost, wrong_token = 0, 0, False
@@ -946,12 +957,12 @@ class Corp:
         """被动回复到了用户那里。"""
         user, kind = message['FromUserName'], reply.get('MsgType')
         with self._lock:
-            self.inbox[user].append((kind, reply.get('Content', reply)))
             try:
-                body = reply_body(self, reply)
+                body = reply_body(self, reply, message.get('Event'))
             except (Refused, AttributeError, TypeError) as e:
                 self._log('note', user=user, text='企业微信不认这个被动回复: %s' % e.args[-1], raw=raw)
                 return
+            self.inbox[user].append((kind, reply.get('Content', reply)))
             if not kind.startswith('update_'):
                 self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds,
                           raw=raw)
@@ -1506,7 +1517,7 @@ PAGE = '''<!doctype html>
 
 # ---- HTTP -------------------------------------------------------------------------------------
 # 一个端口:/cgi-bin/ 是 API,其余是聊天页。聊天页只给本机的浏览器:别的网站的脚本不能借它的手进来
-# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它。
+# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它;浏览器的请求一概不收。
 
 TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
          '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
@@ -1535,21 +1546,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         try:
-            parts = urllib.parse.urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-            prefix, api, path = parts.path.rpartition('/cgi-bin/')
-            query = dict(urllib.parse.parse_qsl(parts.query))
-            host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
-            if origin and origin != 'http://' + host or not (api or LOOPBACK.fullmatch(host)):
+            numbers = [self.headers.get(name) or '0' for name in ('Content-Length', 'Last-Event-ID')]
+            path, _, query = self.path.partition('?')
+            prefix, api, name = path.rpartition('/cgi-bin/')
+            if not (path.startswith('/') and all(re.fullmatch('[0-9]{1,9}', n) for n in numbers)):
+                self._write(400, 'text/plain', b'bad request\n')
+            elif self._foreign(api):
                 self._write(403, 'text/plain', b'only for this machine\n')
-            elif api:
-                self._api(path, query, body)
             else:
-                self._page(self.command + ' /' + parts.path.split('/')[1], parts.path, query, body)
+                body, query = self.rfile.read(int(numbers[0])), dict(urllib.parse.parse_qsl(query))
+                if api:
+                    self._api(name, query, body)
+                else:
+                    self._page(self.command + ' /' + path.split('/')[1], path, query, body)
         except ConnectionError:
             pass                        # 对方走了
 
     do_POST = do_GET
+
+    def _foreign(self, api):
+        """是不是别的网站借浏览器的手来的。"""
+        host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
+        if api:
+            return origin is not None or 'Sec-Fetch-Site' in self.headers
+        return not LOOPBACK.fullmatch(host) or origin not in (None, 'http://' + host)
 
     def _api(self, path, query, body):
         wecom = self.server.wecom
@@ -1566,7 +1586,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_error(404)
             elif isinstance(answer, tuple):
                 name, data = answer
-                name = name.encode('utf-8').decode('latin-1')
+                name = re.sub('[\\x00-\\x1f"]', '_', name).encode('utf-8').decode('latin-1')
                 self._write(200, 'application/octet-stream', data,
                             ('Content-Disposition', 'attachment; filename="%s"' % name))
             else:
@@ -1686,19 +1706,19 @@ class WeCom(Corp):
 # 退出码:0 是被停下,2 是用法或校验不对;机器人自己退出了,是它的。
 
 def tell(text, stream=None):
-    """打印一行;终端显示不了的字转义,没有人读就算了。"""
-    stream = stream or sys.stdout
-    encoding = stream.encoding or 'utf-8'
+    """打印一行;没有人读就算了。"""
     try:
-        print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
-def write_config(path, app, settings):
+def write_config(path, sections):
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(handle, 'w', encoding='utf-8') as f:
-        f.write('[%s]\n' % app + ''.join('%s = %s\n' % item for item in settings.items()))
+        for name, values in sections.items():
+            f.write('[%s]\n' % name)
+            f.writelines('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
 
 
 def fresh_secrets():
@@ -1723,14 +1743,15 @@ def callback_url(line):
     return url and url.replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
 
 
-def introduce(wecom, url):
-    """校验回调 URL,打印聊天页的地址 → 成不成。"""
+def introduce(wecom, url, told=None):
+    """校验回调 URL → 哪里不对,'' 是通过。``told`` 是上一次说过的,不说第二遍;None 是只试一次。"""
     problem = wecom.verify(url)
-    if problem:
-        tell('simulator: 回调 URL 没有通过校验: %s' % problem, sys.stderr)
-    else:
-        tell('回调 URL %s 通过了校验。聊天页: %s/ 按 Ctrl-C 停止。' % (url, wecom.url))
-    return not problem
+    if not problem:
+        tell('回调 URL %s 通过了校验' % url)
+    elif problem != told:
+        again = '' if told is None else ';每秒再试'
+        tell('simulator: 回调 URL 没有通过校验: %s%s' % (problem, again), sys.stderr)
+    return problem
 
 
 def relay(wecom, process, problems):
@@ -1740,7 +1761,7 @@ def relay(wecom, process, problems):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
         url = callback_url(line)
-        if url and not introduce(wecom, url):
+        if url and introduce(wecom, url):
             problems.append(url)
 
 
@@ -1755,11 +1776,11 @@ def end(process):
         process.wait()
 
 
-def run_bot(wecom, command, app, stopping):
+def run_bot(wecom, command, app, sections, stopping):
     """启动机器人,到它退出或被停下为止 → 退出码。"""
     with tempfile.TemporaryDirectory() as folder:
-        write_config(os.path.join(folder, 'config.ini'), app,
-                     dict(wecom.settings, api_base=wecom.url))
+        write_config(os.path.join(folder, 'config.ini'),
+                     dict(sections, **{app: dict(wecom.settings, api_base=wecom.url)}))
         process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
                                    stderr=subprocess.PIPE, bufsize=0)
         problems = []
@@ -1777,44 +1798,64 @@ def run_bot(wecom, command, app, stopping):
             process.stderr.close()
     if stopping:
         return 0
-    if left is None:
+    if left is not None:
+        tell('simulator: 机器人退出了,退出码 %d' % left, sys.stderr)
+    if left in (None, 2):
         tell('simulator: 配置写在 [%s] 这一节;机器人用的是别的名字就加 --app' % app, sys.stderr)
         return 2
-    tell('simulator: 机器人退出了,退出码 %d' % left, sys.stderr)
     return left if left >= 0 else 128 - left
 
 
 def serve(wecom, app, url, stopping):
     """没有要启动的机器人:打印设置,和收到的消息,到被停下为止 → 退出码。"""
-    if not url:
-        tell('聊天页: %s/' % wecom.url, sys.stderr)
     tell('[%s]\napi_base = %s' % (app, wecom.url))
     for item in wecom.settings.items():
         tell('%s = %s' % item)
-    if url and not introduce(wecom, url):
-        return 2
+    told, next_try = '', 0
     while not stopping:
-        time.sleep(0.2)
+        if url and not wecom.bot and time.monotonic() >= next_try:
+            told, next_try = introduce(wecom, url, told), time.monotonic() + wecom.verify_within
         for arrived in wecom.messages, wecom.robot_messages:
             while arrived:
                 tell(json.dumps(arrived.pop(0), ensure_ascii=False))
+        time.sleep(min(0.2, wecom.verify_within))
     return 0
 
 
-def main(argv=None):
+def own_sections(names):
+    """自己的 config.ini 里的这几节 → {名字: dict}。应用的不抄:在这里说的话会到真的人那里。"""
+    sections = {name: get_section(name) for name in names}
+    for name, values in sections.items():
+        if not values or 'corpid' in values or 'robot' in values:
+            raise ValueError('[%s] 不在 config.ini 里,或者是一个应用' % name)
+    return sections
+
+
+def arguments(argv):
     parser = argparse.ArgumentParser(description='桌上的企业微信:聊天页、回调、API。')
-    parser.add_argument('--port', type=int, default=os.environ.get('PORT') or 0,
-                        help='聊天页和 API 的端口(默认由系统挑)')
+    parser.add_argument('--port', type=int, default=0, help='聊天页和 API 的端口(默认由系统挑)')
     parser.add_argument('--url', help='机器人已经在别处运行:它的回调 URL')
     parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
+    parser.add_argument('--with', dest='sections', default='', metavar='NAME,NAME',
+                        help='自己的 config.ini 里哪几节也给机器人,例如 nas,llm')
     parser.add_argument('bot', nargs='?', help='机器人的程序,例如 examples/demo.py')
     parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
     args = parser.parse_args(argv)
     if args.bot and args.url:
         parser.error('--url 是机器人已经在运行,不用再启动一个')
+    if args.sections and not args.bot:
+        parser.error('--with 是给要启动的机器人的')
     if args.url and not re.match('https?://[^/]', args.url):
         parser.error('--url 要整个网址,例如 http://127.0.0.1:8000/weixin')
-    stopping = []
+    try:
+        args.sections = own_sections(args.sections.split(',') if args.sections else [])
+    except (WeChatError, ValueError) as e:
+        parser.error('--with: %s' % e)
+    return args
+
+
+def main(argv=None):
+    args, stopping = arguments(argv), []
     for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
         if hasattr(signal, name):           # Windows 没有 SIGHUP
             signal.signal(getattr(signal, name), lambda number, frame: stopping.append(number))
@@ -1825,14 +1866,20 @@ def main(argv=None):
     except (OSError, OverflowError) as e:
         tell('simulator: 不能用端口 %d: %s' % (args.port, e), sys.stderr)
         return 2
+    tell('聊天页: %s/ 按 Ctrl-C 停止。' % wecom.url, sys.stdout if args.bot else sys.stderr)
     try:
         if args.bot:
             wecom.settings.update(fresh_secrets())
-            return run_bot(wecom, [args.bot] + args.args, args.app, stopping)
+            return run_bot(wecom, [args.bot] + args.args, args.app, args.sections, stopping)
         return serve(wecom, args.app, args.url, stopping)
     finally:
         wecom.stop()
 
 
 if __name__ == '__main__':
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
+    elif sys.stdout:                        # Python 3.6
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())
