@@ -2616,7 +2616,7 @@ class SimulatorTests(SimulatorCase):
                 ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
                 ('/cgi-bin/gettoken', {'Host': 'evil.example', 'Sec-Fetch-Site': 'same-origin'}, 403),
                 ('/cgi-bin/gettoken', {'Host': own, 'Origin': self.url}, 403), ('/x', {}, 404),
-                ('HTTP://[', {}, 400), ('x', {}, 400), ('/events', {'Last-Event-ID': 'x'}, 400),
+                ('HTTP://[', {}, 400), ('x', {}, 400), ('/[', {}, 404), ('/events', {'Last-Event-ID': 'x'}, 400),
                 ('/', {'Content-Length': 'abc'}, 400), ('/', {'Content-Length': '-1'}, 400),
                 ('/say', {'Host': 'evil.example', 'Content-Length': '99'}, 403)):       # 不等正文
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))

@@ -1038,7 +1038,7 @@ select, input:not([type]), textarea { border: 1px solid var(--line); border-radi
   white-space: pre-wrap; max-width: 100%; }
 .me .meta { text-align: right; }
 .me .bubble { background: var(--mine); border-radius: 12px 4px 12px 12px; }
-.bubble.card { white-space: normal; width: 272px; } .bubble.bare { padding: 4px; }
+.bubble.card { width: 272px; } .bubble.bare { padding: 4px; }
 .bubble img, .bubble video { display: block; max-width: 100%; max-height: 280px; border-radius: 8px; }
 .bubble audio { width: 232px; max-width: 100%; display: block; }
 .bubble.gone { color: var(--faint); background: none; border: 1px dashed var(--line); }
@@ -1057,13 +1057,15 @@ code, pre { background: var(--code); border-radius: 4px; padding: 0 4px; font: 1
 .jump { border-top: 1px solid var(--line); padding-top: 8px; font-size: 14px; }
 .quote { background: var(--code); border-radius: 6px; padding: 6px 8px; font-size: 13px; }
 .top { display: flex; align-items: start; } .top > :first-child { flex: 1; min-width: 0; }
-.acts { display: flex; flex-wrap: wrap; gap: 8px; } .acts button { flex: 1 1 40%; border: 1px solid var(--line); }
+.acts { display: flex; flex-wrap: wrap; gap: 8px; } .acts > * { flex: 1 1 40%; padding: 6px 10px;
+  border: 1px solid var(--line); border-radius: 8px; text-align: center; text-decoration: none; }
 .acts .s1, .solid { background: var(--accent); color: var(--on); } .acts .s2 { color: var(--accent); }
 .acts .s3, .acts .s4 { color: var(--bad); }
 .card label { display: flex; gap: 8px; align-items: center; } .card label select { flex: 1; min-width: 0; }
 .outside { background: var(--code); border-radius: 8px; padding: 20px 8px; text-align: center; font-size: 13px; }
 footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px; }
 #write { display: flex; gap: 6px; align-items: flex-end; }
+#write button { height: 38px; }
 #write textarea { flex: 1; min-width: 0; resize: none; height: 38px; max-height: 120px; }
 #tools, #menu { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; } [hidden] { display: none !important; }
 #tools > * { flex: 1 1 21%; text-align: center; background: var(--phone); border-radius: 8px; padding: 8px 2px;
@@ -1071,10 +1073,13 @@ footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px
 #tools input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 #menu { margin: 0 0 8px; flex-wrap: nowrap; } #menu > div { flex: 1; min-width: 0; position: relative; }
 #menu button { width: 100%; background: var(--phone); }
-#menu ul { position: absolute; bottom: 100%; left: 0; right: 0; margin: 0 0 6px; padding: 4px; list-style: none;
-  z-index: 2; background: var(--bar); border: 1px solid var(--line); border-radius: 10px; min-width: 104px; }
-#menu ul button { background: none; }
-.top details { position: relative; } summary { cursor: pointer; } .top summary { list-style: none; padding: 0 6px; }
+#menu ul { position: absolute; bottom: 100%; left: 0; margin: 0 0 6px; padding: 4px; list-style: none; z-index: 2;
+  background: var(--bar); border: 1px solid var(--line); border-radius: 10px; min-width: 100%;
+  width: max-content; max-width: min(70vw, 300px); }
+#menu > :nth-child(2) ul { left: 50%; transform: translateX(-50%); }
+#menu > :last-child:not(:first-child) ul { left: auto; right: 0; transform: none; }
+#menu ul button { background: none; white-space: normal; overflow-wrap: anywhere; }
+.top details { position: relative; margin-left: auto; } summary { cursor: pointer; } .top summary { list-style: none; padding: 0 6px; }
 .top details div { position: absolute; right: 0; display: grid; z-index: 1; background: var(--bar); white-space: nowrap;
   border: 1px solid var(--line); border-radius: 10px; }
 aside { width: 264px; display: flex; flex-direction: column; gap: 12px; }
@@ -1125,7 +1130,7 @@ function pieces(text, pattern, make) {          // 匹配的变成节点,其余�
   return out.concat(text.slice(end));
 }
 
-const LINKS = /<a\s[^>]*?href=["']?([^"'\s>]+)["']?[^>]*>([\s\S]*?)<\/a>|(https?:\/\/[\w\-.~:/?#@!$&*+,;=%]+)/gi;
+const LINKS = /<a\s[^>]*?href=["']?([^"'\s>]+)["']?[^>]*>([\s\S]*?)<\/a>|(https?:\/\/[\w\-.~:/?#@!$&*+,;=%]*[\w\-~/#@$&*+=%])/gi;
 const rich = text => pieces(String(text), LINKS, m => link(m[1] || m[3], m[2] || m[3]));
 const SPANS = RegExp(['\\*\\*(.+?)\\*\\*', '\\[([^\\]]+)\\]\\(([^)\\s]+)\\)', '`([^`]+)`', '<@([^>]+)>',
   '<font color="(info|comment|warning)">([\\s\\S]*?)</font>'].join('|'), 'g');
@@ -1212,8 +1217,8 @@ function card(body, event) {
   const press = (key, menu) => say({MsgType: 'event', Event: menu ? 'template_card_menu_event' : 'template_card_event',
     EventKey: key, TaskId: body.task_id || event.body.task_id || '', CardType: body.card_type,
     ...(menu ? {} : chosen(root))}, event.id);
-  const button = b => String(b.type) === '1' ? link(b.url, b.text)
-    : el('button', {type: 'button', className: 's' + (b.style || 1), onclick: () => press(b.key)}, b.text);
+  const button = b => Object.assign(String(b.type) === '1' ? link(b.url, b.text)
+    : el('button', {type: 'button', onclick: () => press(b.key)}, b.text), {className: 's' + (b.style || 1)});
   const titled = (part, className) => part && el('div', {}, el('div', {className}, part.title), faint(part.desc));
   const boxed = (part, image, text) => el('div', {className: 'quote'}, image, link(part.url, el('b', {}, part.title)),
     el('div', {}, text));
@@ -1547,7 +1552,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         try:
             numbers = [self.headers.get(name) or '0' for name in ('Content-Length', 'Last-Event-ID')]
-            path, _, query = self.path.partition('?')
+            path, _, query = re.sub('^http://[^/]*', '', self.path).partition('?')      # 代理收到的是整个网址
             prefix, api, name = path.rpartition('/cgi-bin/')
             if not (path.startswith('/') and all(re.fullmatch('[0-9]{1,9}', n) for n in numbers)):
                 self._write(400, 'text/plain', b'bad request\n')
