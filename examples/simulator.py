@@ -87,7 +87,8 @@ TEXTS = {
         'jump_list.title': (18, 13, 42033), 'vertical_content_list': (4, 42047),
         'vertical_content_list.title': (38, 42033), 'vertical_content_list.desc': (160, 45002),
         'button_list': (6, 42035), 'button_list.text': (10, 42038),
-        'button_selection.option_list': (10, 42042), 'button_selection.option_list.text': (16, 42041),
+        'button_selection.option_list': (10, 42042),
+        'button_selection.option_list.text': (16, 42041),
         'checkbox.option_list': (20, 42042), 'checkbox.option_list.text': (17, 42041),
         'select_list': (3, 42042), 'select_list.option_list': (10, 42042),
         'select_list.option_list.text': (16, 42041), 'submit_button.text': (10, 42049)},
@@ -207,7 +208,7 @@ def check_key(value, errcode, errmsg, most=1024):
 def check_target(target, errcode=42028, types='012'):
     """跳到哪里:``type`` 是 0 不跳,1 网址,2 小程序。"""
     kind = str(target.get('type', 0))
-    need(len(kind) == 1 and kind in types, errcode, 'invalid type')
+    need(kind in list(types), errcode, 'invalid type')
     if kind == '1':
         need(target.get('url'), errcode, 'url missing')
         need(re.match('[a-z]+://', target['url']), 42028, 'invalid url')
@@ -229,7 +230,7 @@ def check_options(question):
 def check_buttons(body):
     for button in body.get('button_list') or []:
         need(button.get('text'), 42038, 'invalid button text')
-        need(str(button.get('style', 1)) in tuple('1234'), 40035, 'invalid button style')
+        need(str(button.get('style', 1)) in list('1234'), 40035, 'invalid button style')
         if str(button.get('type', 0)) == '1':
             check_target(button)
         else:
@@ -313,8 +314,8 @@ def check_body(wecom, kind, body, robot=False):
     CHECKS[kind](wecom, body, robot)
 
 
-#: 开着 safe 也能发的文件。
-SAFE_FILES = ('.txt .pdf .doc .docx .ppt .pptx .xls .xlsx .xml .jpg .jpeg .png .bmp .gif').split()
+#: safe 的时候能发的文件。
+SAFE = tuple('.txt .pdf .doc .docx .ppt .pptx .xls .xlsx .xml .jpg .jpeg .png .bmp .gif'.split())
 
 
 def check_message(wecom, message):
@@ -322,13 +323,13 @@ def check_message(wecom, message):
     kind, safe = message['msgtype'], message.get('safe', 0)
     need(safe in (0, 1, 2) and (safe != 2 or kind == 'mpnews'), 40035, 'invalid safe')
     need(not (kind == 'news' and safe), 40074, 'news can not be safe')
-    need(not (kind == 'file' and safe)
-         or wecom.media[message['file']['media_id']]['name'].lower().endswith(tuple(SAFE_FILES)),
-         40005, 'invalid file type')
+    if kind == 'file' and safe:
+        name = wecom.media[message[kind]['media_id']]['name']
+        need(name.lower().endswith(SAFE), 40005, 'invalid file type')
     need(0 <= message.get('duplicate_check_interval', 1800) <= 14400, 40035,
          'invalid duplicate_check_interval')
-    need(not (kind == 'miniprogram_notice' and '@all' in (message.get('touser') or '').lower()), 40031,
-         'miniprogram_notice can not go to @all')
+    need(kind != 'miniprogram_notice' or '@all' not in (message.get('touser') or '').lower(),
+         40031, 'miniprogram_notice can not go to @all')
     if kind == 'template_card':
         check_sent_card(wecom, message[kind])
 
@@ -636,14 +637,14 @@ class Corp:
 
     def _why_dropped(self, message, user):
         """为什么 ``user`` 看不到这一条,'' 是看得到。"""
-        now = time.monotonic()
-        if message.get('enable_duplicate_check'):
-            what = json.dumps([user, message[message['msgtype']]], sort_keys=True)
-            if self._repeated.get(what, 0) > now:
-                return '和刚才的一样'
-            self._repeated[what] = now + message.get('duplicate_check_interval', 1800)
+        now, checked = time.monotonic(), message.get('enable_duplicate_check')
+        what = json.dumps([user, message[message['msgtype']]], sort_keys=True)
+        if checked and self._repeated.get(what, 0) > now:
+            return '和刚才的一样'
         if self._counted('member ' + user) > self.per_member:
             return '一分钟里超过 %d 条' % self.per_member
+        if checked:
+            self._repeated[what] = now + message.get('duplicate_check_interval', 1800)
         return ''
 
     def _deliver(self, message, users):
@@ -959,7 +960,7 @@ class Corp:
         with self._lock:
             try:
                 body = reply_body(self, reply, message.get('Event'))
-            except (Refused, AttributeError, TypeError) as e:
+            except (Refused, AttributeError, TypeError, ValueError) as e:
                 self._log('note', user=user, text='企业微信不认这个被动回复: %s' % e.args[-1], raw=raw)
                 return
             self.inbox[user].append((kind, reply.get('Content', reply)))
@@ -1079,7 +1080,8 @@ footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px
 #menu > :nth-child(2) ul { left: 50%; transform: translateX(-50%); }
 #menu > :last-child:not(:first-child) ul { left: auto; right: 0; transform: none; }
 #menu ul button { background: none; white-space: normal; overflow-wrap: anywhere; }
-.top details { position: relative; margin-left: auto; } summary { cursor: pointer; } .top summary { list-style: none; padding: 0 6px; }
+.top details { position: relative; margin-left: auto; } summary { cursor: pointer; }
+.top summary { list-style: none; padding: 0 6px; }
 .top details div { position: absolute; right: 0; display: grid; z-index: 1; background: var(--bar); white-space: nowrap;
   border: 1px solid var(--line); border-radius: 10px; }
 aside { width: 264px; display: flex; flex-direction: column; gap: 12px; }
@@ -1130,7 +1132,8 @@ function pieces(text, pattern, make) {          // 匹配的变成节点,其余�
   return out.concat(text.slice(end));
 }
 
-const LINKS = /<a\s[^>]*?href=["']?([^"'\s>]+)["']?[^>]*>([\s\S]*?)<\/a>|(https?:\/\/[\w\-.~:/?#@!$&*+,;=%]*[\w\-~/#@$&*+=%])/gi;
+const LINKS = RegExp(['<a\\s[^>]*?href=["\']?([^"\'\\s>]+)["\']?[^>]*>([\\s\\S]*?)</a>',
+  '(https?://[\\w\\-.~:/?#@!$&*+,;=%]*[\\w\\-~/#@$&*+=%])'].join('|'), 'gi');     // 末尾的标点不是网址的
 const rich = text => pieces(String(text), LINKS, m => link(m[1] || m[3], m[2] || m[3]));
 const SPANS = RegExp(['\\*\\*(.+?)\\*\\*', '\\[([^\\]]+)\\]\\(([^)\\s]+)\\)', '`([^`]+)`', '<@([^>]+)>',
   '<font color="(info|comment|warning)">([\\s\\S]*?)</font>'].join('|'), 'g');
@@ -1552,7 +1555,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         try:
             numbers = [self.headers.get(name) or '0' for name in ('Content-Length', 'Last-Event-ID')]
-            path, _, query = re.sub('^http://[^/]*', '', self.path).partition('?')      # 代理收到的是整个网址
+            # 代理收到的是整个网址
+            path, _, query = re.sub('^http://[^/]*', '', self.path).partition('?')
             prefix, api, name = path.rpartition('/cgi-bin/')
             if not (path.startswith('/') and all(re.fullmatch('[0-9]{1,9}', n) for n in numbers)):
                 self._write(400, 'text/plain', b'bad request\n')
