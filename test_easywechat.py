@@ -878,9 +878,11 @@ class SendTests(ClientCase):
             {'card_type': 'news_notice', 'card_action': {'type': 1, 'url': 'https://e.x'},
              'card_image': {'url': 'https://e.x/p.png'}},
             {'card_type': 'button_interaction', 'task_id': 't1', 'button_list': [{'text': 'b', 'key': 'k'}]},
-            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {'question_key': 'q'},
+            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {
+                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
              'submit_button': {'text': 's', 'key': 'k'}},
-            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{'question_key': 'q'}],
+            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{
+                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]}],
              'submit_button': {'text': 's', 'key': 'k'}})]
         for message in [
                 {'msgtype': 'text', 'text': {'content': 'x'}}, {'msgtype': 'markdown', 'markdown': {'content': '# x'}},
@@ -1967,7 +1969,7 @@ class OnceTests(ClientCase):
             time.sleep(0.6)
             return {'MsgType': 'update_template_card', 'TemplateCard': {
                 'CardType': 'text_notice', 'MainTitle': {'Title': '好了'},
-                'CardAction': {'Type': 1, 'AppId': 'a', 'PagePath': 'p'},
+                'CardAction': {'Type': 2, 'AppId': 'a', 'PagePath': 'p'},
                 'HorizontalContentList': [{'KeyName': 'k', 'UserId': 'u'}]}}
         server, url = self.server(callback)
         server.client.get_token()
@@ -1978,7 +1980,7 @@ class OnceTests(ClientCase):
         self.assertEqual(self.wecom.updates, [{
             'userids': ['zhangsan'], 'response_code': 'RC', 'agentid': 1000002, 'template_card': {
                 'card_type': 'text_notice', 'main_title': {'title': '好了'}, 'card_action': {
-                    'type': 1, 'appid': 'a', 'pagepath': 'p'},
+                    'type': 2, 'appid': 'a', 'pagepath': 'p'},
                 'horizontal_content_list': [{'keyname': 'k', 'userid': 'u'}]}}])
 
 
@@ -2366,6 +2368,8 @@ class SendCommandTests(ClientCase):
 CARD = {'card_type': 'button_interaction', 'main_title': {'title': '重启?'}, 'task_id': 'job-7',
         'button_list': [{'text': '重启', 'key': 'ok'}]}
 NOTICE = {'card_type': 'text_notice', 'main_title': {'title': 't'}, 'card_action': {'type': 1, 'url': 'https://e.x'}}
+NEWS = dict(NOTICE, card_type='news_notice', card_image={'url': 'https://e.x/p.png'})
+MINI = {'appid': 'wx1', 'title': '会议室预订'}
 VOTE = {'card_type': 'vote_interaction', 'main_title': {'title': 't'}, 'task_id': 'v',
         'checkbox': {'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
         'submit_button': {'text': '提交', 'key': 's'}}
@@ -2425,6 +2429,22 @@ WRONG_MESSAGES = [
     (42041, card(VOTE, checkbox={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 18}]})),
     (42046, card(VOTE, submit_button={'text': 's'})), (42046, card(VOTE, submit_button=None)),
     (42049, card(VOTE, submit_button={'text': '长' * 11, 'key': 's'})),
+    (42045, card(NOTICE, card_action={'type': 0, 'url': 'https://e.x'})),
+    (42045, card(NOTICE, card_action={'type': 2, 'url': 'https://e.x'})),
+    (42045, card(NOTICE, card_action={'type': 1, 'appid': 'a', 'pagepath': 'p'})),
+    (42030, card(jump_list=[{'title': 't', 'type': 2, 'url': 'https://e.x'}])), (42028, card(quote_area={'type': 1})),
+    (40035, card(jump_list={'title': 't'})), (42033, card(NEWS, vertical_content_list=[{'title': '长' * 39}])),
+    (45002, card(NEWS, vertical_content_list=[{'title': 't'}, {'title': 't', 'desc': '长' * 161}])),
+    (42044, card(NEWS, card_image={'url': 'https://e.x/p.png', 'aspect_ratio': 2.3})),
+    (42042, card(button_selection={'question_key': 'q'})),
+    (42041, card(button_selection={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 17}]})),
+    (42042, card(VOTE, checkbox={'question_key': 'q'})),
+    (40035, card(button_list=[{'text': 'b', 'key': 'k', 'style': 9}])),
+    (40031, app_message('miniprogram_notice', MINI, touser='@all')),
+    (90200, app_message('miniprogram_notice', dict(MINI, description='三个字'))),
+    (40035, app_message(safe=7)), (40035, app_message(safe=2)),
+    (40035, app_message(enable_duplicate_check=1, duplicate_check_interval=99999)),
+    (45002, app_message('news', article(appid='a', pagepath='p' * 129))),
 ]
 CLICK = {'type': 'click', 'name': '状态', 'key': 's'}
 WRONG_MENUS = [
@@ -2443,6 +2463,9 @@ WRONG_ROBOT = [
     (301019, {'msgtype': 'image', 'image': {'base64': 'AAAA', 'md5': '0'}}),
     (42031, {'msgtype': 'template_card', 'template_card': CARD}),
     (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, main_title={'title': '长' * 27})}),
+    (45002, {'msgtype': 'template_card', 'template_card': dict(NOTICE, horizontal_content_list=[
+        {'keyname': 'k', 'value': '长' * 27}])}),
+    (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, jump_list=[{'title': '长' * 14}])}),
 ]
 
 
@@ -2522,9 +2545,12 @@ class SimulatorTests(SimulatorCase):
                 (40033, 'message/send', json.dumps(app_message('text', {'content': '中'})).encode(), {}),
                 (41009, 'user/get', None, {}), (60111, 'user/get', None, {'userid': 'nobody'}),
                 (60003, 'user/simplelist', None, {'department_id': '9'}),
-                (40056, 'agent/get', None, {'agentid': '7'}), (46003, 'menu/get', None, {'agentid': '1000002'}),
-                (40056, 'menu/create', {'button': []}, {}), (41006, 'media/get', None, {}),
-                (40007, 'media/get', None, {'media_id': 'nosuch'}), (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
+                (301002, 'agent/get', None, {'agentid': '7'}), (40056, 'agent/get', None, {'agentid': 'x'}),
+                (46003, 'menu/get', None, {'agentid': '1000002'}),
+                (41011, 'menu/create', {'button': []}, {}),
+                (0, 'message/send', app_message(body={'content': 'C:\\ucafe'}), {}),
+                (41006, 'media/get', None, {}), (40007, 'media/get', None, {'media_id': 'nosuch'}),
+                (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
                 (93000, 'webhook/send', {}, {'key': 'nosuch'})):
             self.assertEqual(call(path, body, **query)['errcode'], errcode, path)
         self.wecom.trusted = False
@@ -2540,6 +2566,10 @@ class SimulatorTests(SimulatorCase):
         self.assertEqual(self.call('media/upload', b'x' * 99, type='file')['errcode'], 44001)
         done = self.call('media/upload', files=('报告.txt'.encode(), b'%PDF-1.7'), type='file')
         self.assertEqual((done['type'], done['created_at'].isdigit()), ('file', True))
+        bad = self.call('media/upload', files=(b'a\r\nX-Bad: 1', b'x' * 9), type='file')['media_id']
+        query = urllib.parse.urlencode({'access_token': list(self.wecom._tokens)[-1], 'media_id': bad})
+        headers = self.http('GET', '/cgi-bin/media/get?' + query)[1]
+        self.assertEqual((headers['X-Bad'], headers.get_filename()), (None, 'a__X-Bad: 1'))
         with self.wecom._lock:
             mine = self.wecom.keep('file', 'a.txt', b'robot', 'robot')
         send = {'msgtype': 'file', 'file': {'media_id': done['media_id']}}
@@ -2547,6 +2577,9 @@ class SimulatorTests(SimulatorCase):
         self.assertEqual(self.call('message/send', app_message('file', {'media_id': mine}))['errcode'], 40007)
         self.assertEqual(self.call('message/send', app_message('image', send['file']))['errcode'], 40007)
         self.assertEqual(self.call('message/send', app_message('file', send['file']))['errcode'], 0)
+        program = self.call('media/upload', files=(b'a.exe', b'MZ' * 9), type='file')['media_id']
+        secret = app_message('file', {'media_id': program}, safe=1)
+        self.assertEqual(self.call('message/send', secret)['errcode'], 40005)
         picture = self.call('media/uploadimg', files=(b'a.png', b'\x89PNG\r\n'))['url']
         self.assertEqual(self.http('GET', picture[len(self.url):])[2], b'\x89PNG\r\n')
         self.wecom.media_life = 0
@@ -2557,9 +2590,19 @@ class SimulatorTests(SimulatorCase):
         for _ in range(3):
             self.assertEqual(self.call('message/send', app_message())['errcode'], 0)        # 悄悄丢掉
         self.assertEqual((len(self.wecom.messages), len(self.wecom.dropped)), (2, 1))
+        dropped = self.call('message/send', app_message())['msgid']
+        self.assertEqual(self.call('message/recall', {'msgid': dropped})['errcode'], 0)
         robot = [self.api('webhook/send', {'msgtype': 'text', 'text': {'content': 'x'}},
                           key=self.wecom.settings['robot'])['errcode'] for _ in range(3)]
         self.assertEqual(robot, [0, 0, 45009])
+
+    def test_the_same_message_twice_is_dropped_if_asked(self):
+        def send(user, text='x', check=1):
+            self.call('message/send', app_message(body={'content': text}, touser=user, enable_duplicate_check=check))
+            return [len(self.wecom.inbox[name]) for name in ('zhangsan', 'lisi')]
+        self.assertEqual([send('zhangsan'), send('zhangsan'), send('zhangsan|lisi'), send('lisi', 'y'),
+                          send('lisi', 'y', 0)], [[1, 0], [1, 0], [1, 1], [1, 2], [1, 3]])
+        self.assertIn('和刚才的一样', self.events('note')[-1]['text'])
 
     def test_a_message_is_recalled_for_a_day(self):
         done = self.call('message/send', app_message(touser='zhangsan|Nobody', toparty='9'))
@@ -2576,8 +2619,10 @@ class SimulatorTests(SimulatorCase):
         update = {'agentid': 1000002, 'userids': ['lisi'], 'response_code': code}
         for errcode, more in ((40035, {}), (40063, {'button': {}}), (42031, {'template_card': {'card_type': 'x'}}),
                               (60140, {'response_code': 'x', 'button': {'replace_name': 'n'}}),
-                              (0, {'button': {'replace_name': '好了'}}), (60140, {'button': {'replace_name': 'n'}})):
+                              (0, {'userids': ['LiSi'], 'button': {'replace_name': '好了'}}),
+                              (60140, {'button': {'replace_name': 'n'}})):
             self.assertEqual(self.call('message/update_template_card', dict(update, **more))['errcode'], errcode, more)
+        self.assertEqual(self.events('update')[-1]['user'], 'lisi')
         self.wecom.has_callback = False
         self.assertEqual(self.call('message/send', card(task_id='new'))['errcode'], 43012)
 
@@ -2600,7 +2645,11 @@ class SimulatorTests(SimulatorCase):
                 ('/events', {'Host': 'evil.example:80'}, 403),
                 ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
                 ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
-                ('/cgi-bin/gettoken', {'Host': own, 'Origin': 'http://evil.example'}, 403), ('/x', {}, 404)):
+                ('/cgi-bin/gettoken', {'Host': 'evil.example', 'Sec-Fetch-Site': 'same-origin'}, 403),
+                ('/cgi-bin/gettoken', {'Host': own, 'Origin': self.url}, 403), ('/x', {}, 404),
+                ('HTTP://[', {}, 400), ('x', {}, 400), ('/[', {}, 404), ('/events', {'Last-Event-ID': 'x'}, 400),
+                ('/', {'Content-Length': 'abc'}, 400), ('/', {'Content-Length': '-1'}, 400),
+                ('/say', {'Host': 'evil.example', 'Content-Length': '99'}, 403)):       # 不等正文
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
         body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
         self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
@@ -2692,6 +2741,19 @@ class SimulatorPageTests(SimulatorCase):
         self.assertEqual(caught[0].errcode, 60020)
         self.assertIn('error', self.post('/switch', {'settings': {}}))
 
+    def test_the_time_of_a_delivery_is_counted_from_its_beginning(self):
+        slow = simulator.WeCom()
+        self.addCleanup(slow.stop)
+        url = slow.start() + '/cgi-bin/trickle'
+        slow.script('trickle', 'trickle', 'trickle')        # 每 0.05 秒一个字节
+        self.wecom.patience, self.wecom.deliveries, self.wecom.verify_within = 0.1, 1, 0.06
+        for call, least in ((lambda: self.wecom.deliver(url, Content='x'), 0.1),
+                            (lambda: self.wecom.verify(url), 0.06)):
+            begin = time.monotonic()
+            call()
+            self.assertTrue(least <= time.monotonic() - begin < 2)
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有回答'])
+
     def test_a_pressed_button_changes_its_card(self):
         self.answers['template_card_event'] = {'MsgType': 'update_button', 'Button': {'ReplaceName': '已处理'}}
         self.answers['template_card_menu_event'] = {'MsgType': 'update_template_card', 'TemplateCard': {
@@ -2720,8 +2782,13 @@ class SimulatorPageTests(SimulatorCase):
         self.server.client.call('menu/create', {'button': [CLICK]}, agentid=1000002)
         self.assertEqual(self.events('state', 'state')[-1]['menu'], {'button': [CLICK]})
         self.answers['click'] = {'MsgType': 'image', 'Image': {'MediaId': 'nosuch'}}
-        self.say({'MsgType': 'event', 'Event': 'click', 'EventKey': 's'})
-        self.assertIn('invalid media_id', self.events('note')[-1]['text'])
+        self.answers.update(dict.fromkeys(['pic_weixin', 'template_card_event'], 'x'))
+        for event, words in (('click', 'invalid media_id'), ('pic_weixin', 'takes no'),
+                             ('template_card_event', 'updates only')):
+            seen = self.wecom.events[-1]['id']
+            self.say({'MsgType': 'event', 'Event': event, 'EventKey': 's'})
+            self.assertIn(words, self.events('note', last=seen)[-1]['text'])
+        self.assertFalse(self.wecom.inbox['zhangsan'])
 
 
 BOT = '''
@@ -2730,19 +2797,22 @@ sys.path.insert(0, %r)
 import easywechat
 print('bot', os.getpid(), *sys.argv[1:], flush=True)
 server = easywechat.WeChatServer('shop')
-server.register_callback('text', lambda msg: msg['Content'] + os.environ['EASYWECHAT_CONFIG'])
+server.register_callback('text', lambda msg: ' '.join([msg['Content']] + [os.environ[name] for name in (
+    'EASYWECHAT_CONFIG', 'XDG_CACHE_HOME', 'XDG_STATE_HOME')]))
 server.run(host='127.0.0.1', port=0)
 '''
 
 
 class SimulatorCommandTests(SimulatorCase):
 
-    def bot(self, code):
-        path = os.path.join(self.folder, 'bot.py')
+    def bot(self, code, name='bot.py'):
+        path = os.path.join(self.folder, name)
         with open(path, 'w', encoding='utf-8') as f:
             f.write(code)
         with open(os.path.join(self.folder, 'config.ini'), 'w') as f:       # 真的那个:不许用
-            f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n' % ('k' * 43))
+            f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n'
+                    '[nas]\ndisk = 9%%0\n[llm]\nmodel = m\n n\n' % ('k' * 43))
+            os.chmod(f.name, 0o600)
         return path
 
     def command(self, *args):
@@ -2754,19 +2824,24 @@ class SimulatorCommandTests(SimulatorCase):
         return process
 
     def test_one_command_starts_a_bot_and_ends_it(self):
-        process = self.command('--app', 'shop', self.bot(BOT % HERE), '--port', '7')
+        process = self.command('--app', 'shop', '--with', 'nas,llm', self.bot(BOT % HERE), '--port', '7')
+        url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
         word, pid, *args = process.stdout.readline().decode().split()
         self.assertEqual((word, args), ('bot', ['--port', '7']))
-        url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
+        self.assertIn('通过了校验', process.stdout.readline().decode())
         self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
-        config = self.events('out', url=url)[-1]['body']['content'][1:]
+        config, *folders = self.events('out', url=url)[-1]['body']['content'].split()[1:]
+        self.assertEqual(folders, [os.path.dirname(config)] * 2)
         self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
         with open(config) as f:
             text = f.read()
         for key in 'secret', 'token', 'encoding_aes_key', 'robot':
             self.assertNotIn(self.wecom.settings[key], text)
+        self.assertNotIn('wwreal', text)
+        sections = [easywechat.get_section(name, config) for name in ('nas', 'llm')]
+        self.assertEqual(sections, [{'disk': '9%0'}, {'model': 'm\nn'}])
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(10), 0)
         self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
@@ -2775,17 +2850,65 @@ class SimulatorCommandTests(SimulatorCase):
     def test_a_bot_that_exits_and_one_that_is_not_ours(self):
         foreign = ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr, flush=True)\n'
                    'time.sleep(60)')
-        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'), (foreign, 2, '没有通过校验'),
+        processes = []
+        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'),
+                                    ('import sys; sys.exit(2)', 2, '就加 --app'),
+                                    (foreign, 2, '没有通过校验'),
                                     ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9')):
-            process = self.command(self.bot(code))
+            processes.append((self.command(self.bot(code, '%d.py' % len(processes))), status, words))
+        for process, status, words in processes:
             err = process.communicate(timeout=20)[1].decode('utf-8')
             self.assertEqual((process.returncode, words in err), (status, True), err)
 
     def test_a_bot_that_runs_elsewhere(self):
-        process = self.command('--url', 'http://127.0.0.1:9/weixin')
-        out, err = process.communicate(timeout=20)
-        self.assertEqual((process.returncode, out[:6]), (2, b'[demo]'))
-        self.assertIn('没有回答', err.decode('utf-8'))
+        server = make_server(**dict(self.wecom.settings, api_base=self.url))
+        host, port = server.start('127.0.0.1', 0)
+        server.stop()
+        url, stopping, self.wecom.verify_within = 'http://127.0.0.1:%d/weixin' % port, [], 0.2
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            thread = threading.Thread(target=simulator.serve, args=(self.wecom, 'shop', url, stopping))
+            thread.start()
+            while '没有回答' not in err.getvalue():
+                time.sleep(0.01)
+            server.start('127.0.0.1', port)
+            self.addCleanup(server.stop)
+            while '通过了校验' not in out.getvalue():
+                time.sleep(0.01)
+            stopping.append(1)
+            thread.join()
+        self.assertIn('[shop]\napi_base = %s\n' % self.url, out.getvalue())
+        self.assertEqual(err.getvalue().count('refused'), 1)
+
+    def test_the_help_in_the_c_locale_and_what_the_demo_lacks(self):
+        busy = socket.socket()
+        self.addCleanup(busy.close)
+        busy.bind(('0.0.0.0', 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        simulator.write_config(os.path.join(self.folder, 'demo.ini'), {'demo': self.wecom.settings})
+        processes = []
+        for script, args, code, words in (
+                ('simulator.py', ['--help'], 0, ''), ('demo.py', ['--port', port], 2, 'nosuch.ini'),
+                ('demo.py', ['--port', port], 3, 'demo: cannot listen on 0.0.0.0 port %s: ' % port)):
+            env = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', EASYWECHAT_CONFIG=os.path.join(
+                self.folder, 'demo.ini' if code == 3 else 'nosuch.ini'))
+            process = subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script)] + args, env=env,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            processes.append((process, code, words))
+        for process, code, words in processes:
+            err = process.communicate(timeout=20)[1].decode('utf-8')
+            self.assertEqual((process.returncode, err.count('\n'), words in err), (code, bool(words), True), err)
+
+    def test_what_was_said_to_it_is_checked(self):
+        for args in (['--with', 'nas'], ['--with', 'nosuch', 'bot.py'], ['--with', 'shop', self.bot('')],
+                     ['--url', 'http://x/', 'bot.py'], ['--url', 'x']):
+            err = io.StringIO()
+            with environment(EASYWECHAT_CONFIG=os.path.join(self.folder, 'config.ini')), \
+                    contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
+                simulator.arguments(args)
+            self.assertIn('error: --', err.getvalue())
+
+    def test_its_bots_say_where_they_listen(self):
         for said, url in (b'0.0.0.0', '127.0.0.1'), (b'[::]', '[::1]'), (b'127.0.0.1', '127.0.0.1'):
             line = b'EasyWeChat \xe5\x9c\xa8 http://' + said + b':80/weixin ,\xe5'
             self.assertEqual(simulator.callback_url(line), 'http://%s:80/weixin' % url)

@@ -1,8 +1,9 @@
 """A browser on the simulator's page: browser.py [--keep] [FOLDER]. Debian's chromium, headless, and a bot of its own.
 
 It says 你好, sends a picture, presses a menu's button and a card's, waits for a callback of seven seconds and loses
-answers; no error on the console, no request to another host. Pictures of the page, light, dark and 360 pixels wide, go
-into FOLDER; --keep writes the one that the README shows, examples/simulator.png.
+answers; no error on the console, no request to another host. Pictures of the page, light, dark and 360 pixels wide, of
+every kind of message, the menus, the panel and the raw text go into FOLDER; --keep writes the one that the README
+shows, examples/simulator.png.
 """
 import argparse
 import base64
@@ -31,6 +32,29 @@ CARD = {'card_type': 'button_interaction', 'source': {'desc': 'NAS'}, 'task_id':
     'title': '备份失败', 'desc': '昨天 23:10'}, 'horizontal_content_list': [{'keyname': '磁盘', 'value': 'sda1 91%'},
     {'keyname': '负责人', 'type': 3, 'userid': 'lisi'}], 'button_list': [{'text': '再试一次', 'key': 'again'},
     {'text': '不管', 'style': 2, 'key': 'no'}]}
+URL = 'https://e.x/'
+OPTIONS = [{'id': 'a', 'text': '十六个字的选项十六个字的选项十六'}, {'id': 'b', 'text': '第二个', 'is_checked': True}]
+SHOWN = [
+    {'msgtype': 'markdown', 'markdown': {'content': '# 备份\n**失败** <font color="warning">2 次</font>,见 [日志](https://e.x/)\n'
+                                         '> 磁盘 `sda1`\n最后一行'}},
+    {'msgtype': 'textcard', 'textcard': {'title': '备份失败', 'description': '<div class="gray">23:10</div>'
+                                         '<div class="highlight">sda1 满了</div>', 'url': URL}},
+    {'msgtype': 'template_card', 'template_card': {
+        'card_type': 'text_notice', 'source': {'desc': 'NAS', 'desc_color': 2}, 'main_title': {
+            'title': '每日报告', 'desc': '一切都好'}, 'emphasis_content': {'title': '91%', 'desc': '最满的磁盘'},
+        'quote_area': {'type': 1, 'url': URL, 'title': '昨天', 'quote_text': '张三:好了吗\n李四:好了'},
+        'sub_title_text': '第一行\n第二行', 'jump_list': [{'title': '面板', 'type': 1, 'url': URL}],
+        'card_action': {'type': 1, 'url': URL}}},
+    {'msgtype': 'template_card', 'template_card': {
+        'card_type': 'button_interaction', 'task_id': 'links', 'main_title': {'title': '两种按钮'},
+        'button_selection': {'question_key': 's', 'title': '哪一块', 'option_list': OPTIONS},
+        'action_menu': {'desc': '更多', 'action_list': [{'text': '不再提醒', 'key': 'm'}]},
+        'button_list': [{'text': '看日志', 'type': 1, 'url': URL, 'style': 2}, {'text': '重启', 'key': 'r'}]}},
+    {'msgtype': 'template_card', 'template_card': {
+        'card_type': 'vote_interaction', 'task_id': 'vote', 'main_title': {'title': '几点重启'},
+        'checkbox': {'question_key': 'q', 'mode': 1, 'option_list': OPTIONS},
+        'submit_button': {'text': '提交', 'key': 's'}}},
+]
 
 
 def text(msg):
@@ -41,11 +65,24 @@ def text(msg):
     return msg['Content'] + '!'
 
 
+def image(msg):
+    if msg['FromUserName'] != 'lisi':
+        return msg
+    for message in [{'msgtype': 'news', 'news': {'articles': [
+            {'title': '图文', 'description': '一张图,一段话', 'url': URL, 'picurl': msg['PicUrl']},
+            {'title': '第二条', 'url': URL, 'picurl': 'https://e.x/p.png'}]}}] + SHOWN:
+        server.client.send(message, to=msg['FromUserName'])
+    return '看 https://e.x/a?b=1。还有 https://e.x/c, 以及 <a href="https://e.x/">这里</a>.'
+
+
 server = easywechat.WeChatServer('demo')
-server.client.call('menu/create', {'button': [{'type': 'click', 'name': '状态', 'key': 'status'}, {
-    'name': '更多', 'sub_button': [{'type': 'click', 'name': '帮助', 'key': 'help'}]}]}, agentid=1000002)
+server.client.call('menu/create', {'button': [{'type': 'click', 'name': '状态', 'key': 'status'}] + [
+    {'name': name, 'sub_button': [{'type': 'click', 'name': '帮助', 'key': 'help'}, {
+        'type': 'click', 'name': '十三个汉字的菜单名字这么长', 'key': 'long'}, {
+        'type': 'click', 'name': 'forty bytes of an ASCII name, wide enoug', 'key': 'ascii'}]}
+    for name in ('更多', '别的')]}, agentid=1000002)
 server.register_callback('text', text)
-server.register_callback('image', lambda msg: msg)
+server.register_callback('image', image)
 server.register_callback('event:click', lambda msg: '你点了 ' + msg['EventKey'])
 server.register_callback('event:enter_agent', lambda msg: '欢迎')
 server.register_callback('event:template_card_event', lambda msg: {'MsgType': 'update_button', 'Button': {
@@ -166,6 +203,7 @@ def checks(page, folder):
     raw = '\n'.join(page.texts('#raw pre'))
     page.click('#raw button', '关闭')
     yield 'the raw text is there', '"content": "慢!"' in raw and '"msgid"' in raw
+    yield from kinds(page, folder)
     Select(page.driver.find_element(By.ID, 'user')).select_by_value('wangwu')
     page.say('早上好')
     page.heard('早上好!')
@@ -176,6 +214,38 @@ def checks(page, folder):
     page.click('.acts button', '再试一次')
     page.wait(lambda: page.count('.acts button:disabled', '已经在备份'))
     yield "a card's button changes the card", page.count('.acts button') == 1
+
+
+def kinds(page, folder):
+    """Every kind of message to lisi, sub-menus and the panel, wide and narrow."""
+    page.click('#more')
+    page.driver.find_element(By.NAME, 'image').send_keys(os.path.join(folder, '照片.png'))
+    page.click('#more')
+    page.wait(lambda: page.count('.passive a', '这里'))
+    links = page.driver.execute_script('return [...document.querySelectorAll(".passive a")].map(node => node.href)')
+    yield 'a link ends before its punctuation', links[-3:] == ['https://e.x/a?b=1', 'https://e.x/c', 'https://e.x/']
+    yield "a link among a card's buttons", page.count('.acts a', '看日志') == 1
+    yield 'the lines of a quotation', '张三:好了吗\n李四:好了' in page.texts('.quote')[0]
+    page.look(440, 1900)
+    page.click('.card summary')
+    page.picture(folder, 'kinds.png')
+    page.look(440, 1900, 'dark')
+    page.picture(folder, 'kinds-dark.png')
+    page.look(360, 740)
+    for n, name in (2, '≡ 更多'), (3, '≡ 别的'):
+        page.click('#menu button', name)
+        page.picture(folder, 'menu-%d.png' % n)
+        yield 'the whole menu %d is seen' % n, page.driver.execute_script(
+            'const box = document.querySelector("#menu ul:not([hidden])").getBoundingClientRect();'
+            'return box.left >= 0 && box.right <= innerWidth')
+        page.click('#menu button', name)
+    page.click('#switch')
+    page.picture(folder, 'panel.png')
+    page.click('#switch')
+    page.click('.passive:last-child .meta button')
+    page.picture(folder, 'raw.png')
+    page.click('#raw button', '关闭')
+    page.look(1000, 760)
 
 
 def looks(page, folder):

@@ -5,6 +5,7 @@
 另一个终端里 `python easywechat.py --probe '你好'`。
 """
 
+import argparse
 import os
 import sys
 
@@ -32,9 +33,25 @@ class Counter:
         return '%s(第 %d 句)' % (param_dict['Content'], self.counts[user])
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='回同一句话,数第几句;图片、语音、视频原样送回去。')
+    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    port = parser.parse_args(argv).port
+    try:
+        server = easywechat.WeChatServer('demo')
+        server.register_callback('text', Counter().reply)
+        for msg_type in ('image', 'voice', 'video'):
+            server.register_callback(msg_type, reply_func)
+        server.run(host='0.0.0.0', port=port, debug=False)
+        return 0
+    except (easywechat.ConfigError, ImportError) as e:
+        code, text = 2, getattr(e, 'errmsg', e)
+    except (OSError, OverflowError) as e:
+        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
+            port, getattr(e, 'strerror', e))
+    print('demo: %s' % text, file=sys.stderr)
+    return code
+
+
 if __name__ == '__main__':
-    server = easywechat.WeChatServer('demo')
-    server.register_callback('text', Counter().reply)
-    for msg_type in ('image', 'voice', 'video'):
-        server.register_callback(msg_type, reply_func)
-    server.run(host='0.0.0.0', port=8000, debug=False)
+    sys.exit(main())

@@ -2,10 +2,12 @@
 """桌上的企业微信:一个文件,标准库。API、投递消息、聊天页都在里面。
 
     python examples/simulator.py examples/demo.py       # 启动机器人,打印聊天页的地址:在那里和它说话
-    python examples/simulator.py --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
+    python examples/simulator.py --with nas examples/nas_monitor.py     # 自己 config.ini 的 [nas] 也给它
+    python examples/simulator.py --port 9000 --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
     python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
 
-机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。
+机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。自己的 config.ini 里,
+只有 --with 说出的几节抄进去。
 
 程序里::
 
@@ -34,6 +36,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -44,7 +47,8 @@ import urllib.parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-from easywechat import WeChatError, WXBizMsgCrypt, dict_to_xml, xml_to_dict  # noqa: E402
+from easywechat import (WeChatError, WXBizMsgCrypt, dict_to_xml, get_section,  # noqa: E402
+                        xml_to_dict)
 
 
 class Refused(Exception):
@@ -63,21 +67,77 @@ def size(value):
 
 
 # ---- 消息的类型 (path/90236) -------------------------------------------------------------------
-# 每个函数看一种类型:message[msgtype] 是 body,不合规矩就 Refused。素材分两家:应用的,和群机器人自己的。
+# 最多多长、几项,都在下面的表里;此外的规矩,一种类型一个函数,不合就 Refused。``robot`` 是群机器人的
+# (path/91770):它的素材是自己的,卡片的字少一些。
+
+#: 类型 → {字段: (最多几个字,群机器人的若不同,错误码)};路过的列表看每一项,列表自己的是项数。
+TEXTS = {
+    'textcard': {'btntxt': (4, 45002)}, 'news': {'articles': (8, 45008)},
+    'mpnews': {'articles': (8, 45008)},
+    'miniprogram_notice': {
+        'title': (12, 90200), 'description': (12, 90200), 'content_item': (10, 90201),
+        'content_item.key': (10, 90202), 'content_item.value': (30, 90203)},
+    'template_card': {
+        'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033),
+        'main_title.desc': (44, 30, 45002), 'emphasis_content.title': (14, 10, 45002),
+        'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
+        'action_menu.action_list': (3, 42047), 'horizontal_content_list': (6, 42036),
+        'horizontal_content_list.keyname': (5, 42027),
+        'horizontal_content_list.value': (30, 26, 45002), 'jump_list': (3, 42037),
+        'jump_list.title': (18, 13, 42033), 'vertical_content_list': (4, 42047),
+        'vertical_content_list.title': (38, 42033), 'vertical_content_list.desc': (160, 45002),
+        'button_list': (6, 42035), 'button_list.text': (10, 42038),
+        'button_selection.option_list': (10, 42042),
+        'button_selection.option_list.text': (16, 42041),
+        'checkbox.option_list': (20, 42042), 'checkbox.option_list.text': (17, 42041),
+        'select_list': (3, 42042), 'select_list.option_list': (10, 42042),
+        'select_list.option_list.text': (16, 42041), 'submit_button.text': (10, 42049)},
+}
+#: 同样的,量 UTF-8 的字节。
+BYTES = {
+    'text': {'content': (2048, 45002)}, 'markdown': {'content': (2048, 4096, 45002)},
+    'markdown_v2': {'content': (4096, 45002)},
+    'video': {'title': (128, 45002), 'description': (512, 45002)},
+    'textcard': {'title': (128, 45002), 'description': (512, 45002), 'url': (2048, 40039)},
+    'news': {'articles.title': (128, 45002), 'articles.description': (512, 45002),
+             'articles.url': (2048, 40039), 'articles.pagepath': (128, 45002)},
+    'mpnews': {'articles.title': (128, 45002), 'articles.digest': (512, 45002),
+               'articles.content': (666 << 10, 45002), 'articles.author': (64, 45032)},
+    'miniprogram_notice': {'page': (1024, 90204)},
+}
+LISTS = '_list', 'articles', 'content_item'
+
+
+def found(body, path):
+    """``path`` (a.b.c) 上的每一个值;路过的列表走进每一项。"""
+    values = [body]
+    for name in path.split('.'):
+        values = [v for value in values for v in (value if isinstance(value, list) else [value])]
+        values = [value[name] for value in values if value.get(name) is not None]
+    return values
+
+
+def check_limits(kind, body, robot):
+    for table, measure in (TEXTS, len), (BYTES, size):
+        for path, row in table.get(kind, {}).items():
+            for value in found(body, path):
+                need(isinstance(value, list if path.endswith(LISTS) else str), 40035,
+                     '%s.%s has the wrong type' % (kind, path))
+                need(measure(value) <= row[-2 if robot else 0], row[-1],
+                     '%s.%s size out of limit' % (kind, path))
+
+
+def check_url(url):
+    need(size(url), 40035, 'missing url')
+    need(re.match('[a-z]+://', url), 40094, 'url without scheme')
+
+
+def check_content(wecom, body, robot):
+    need(size(body.get('content')), 44004, 'empty content')
+
 
 MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
          'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
-
-
-def check_text(wecom, body):
-    need(size(body.get('content')), 44004, 'empty content')
-    # 真的企业微信不报错,只是截断
-    body['content'] = body['content'].encode('utf-8')[:2048].decode('utf-8', 'ignore')
-
-
-def check_markdown(wecom, body):
-    need(size(body.get('content')), 44004, 'empty content')
-    need(size(body['content']) <= 2048, 45002, 'content size out of limit')
 
 
 def check_media_id(wecom, media_id, kind=None, owner='app'):
@@ -87,63 +147,42 @@ def check_media_id(wecom, media_id, kind=None, owner='app'):
 
 
 def check_media(kind):
-    def check(wecom, body):
-        check_media_id(wecom, body.get('media_id'), kind)
-        need(size(body.get('title')) <= 128 and size(body.get('description')) <= 512, 45002,
-             'content size out of limit')
-    return check
+    return lambda wecom, body, robot: check_media_id(wecom, body.get('media_id'), kind,
+                                                     'robot' if robot else 'app')
 
 
-def check_url(url):
-    need(size(url), 40035, 'missing url')
-    need(re.match('[a-z]+://', url), 40094, 'url without scheme')
-    need(size(url) <= 2048, 40039, 'invalid url size')
-
-
-def check_textcard(wecom, body):
+def check_textcard(wecom, body, robot):
     need(size(body.get('title')), 41016, 'missing title')
     need(size(body.get('description')), 41033, 'missing description')
-    need(size(body['title']) <= 128 and size(body['description']) <= 512, 45002,
-         'content size out of limit')
-    need(len(body.get('btntxt') or '') <= 4, 45002, 'btntxt size out of limit')
     check_url(body.get('url'))
 
 
 def check_articles(body):
     articles = body.get('articles')
-    need(isinstance(articles, list) and articles, 44004, 'empty articles')
-    need(len(articles) <= 8, 45008, 'article size out of limit')
+    need(articles, 44004, 'empty articles')
     for article in articles:
         need(size(article.get('title')), 41016, 'missing title')
-        need(size(article['title']) <= 128, 45002, 'title size out of limit')
     return articles
 
 
-def check_news(wecom, body):
+def check_news(wecom, body, robot):
     for article in check_articles(body):
-        need(size(article.get('description')) <= 512, 45002, 'description size out of limit')
         if not (article.get('appid') and article.get('pagepath')):
             check_url(article.get('url'))
 
 
-def check_mpnews(wecom, body):
+def check_mpnews(wecom, body, robot):
     for article in check_articles(body):
         check_media_id(wecom, article.get('thumb_media_id'))
         need(size(article.get('content')), 44004, 'empty content')
-        need(size(article['content']) <= 666 << 10 and size(article.get('digest')) <= 512, 45002,
-             'content size out of limit')
-        need(size(article.get('author')) <= 64, 45032, 'author size out of limit')
 
 
-def check_miniprogram_notice(wecom, body):
+def check_miniprogram_notice(wecom, body, robot):
     need(size(body.get('appid')), 90200, 'missing appid')
-    need(4 <= len(body.get('title') or '') <= 12, 90200, 'invalid title')
-    need(size(body.get('page')) <= 1024, 90204, 'invalid page')
-    items = body.get('content_item') or []
-    need(len(items) <= 10, 90201, 'too many items')
-    for item in items:
-        need(0 < len(item.get('key') or '') <= 10, 90202, 'invalid key')
-        need(len(item.get('value') or '') <= 30, 90203, 'invalid value')
+    need(len(body.get('title') or '') >= 4, 90200, 'invalid title')
+    need(len(body.get('description') or 'none') >= 4, 90200, 'invalid description')
+    for item in body.get('content_item') or []:
+        need(item.get('key'), 90202, 'invalid key')
 
 
 # ---- 模板卡片 ---------------------------------------------------------------------------------
@@ -160,80 +199,73 @@ CARDS = {
 }
 #: 点了要回调的几种:必须有 task_id,发出去时有 response_code。
 INTERACTIVE = 'button_interaction', 'vote_interaction', 'multiple_interaction'
-#: 字段 → 应用、群机器人各最多几个字,和超了的错误码。
-CARD_TEXTS = {'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033),
-              'main_title.desc': (44, 30, 45002), 'emphasis_content.title': (14, 10, 45002),
-              'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
-              'submit_button.text': (10, 10, 42049)}
-#: 列表 → 最多几项,和多了的错误码。
-CARD_LISTS = {'button_list': (6, 42035), 'horizontal_content_list': (6, 42036),
-              'jump_list': (3, 42037), 'select_list': (3, 42042), 'vertical_content_list': (4, 42047)}
 
 
-def check_key(value, errcode, errmsg):
-    need(0 < size(value) <= 1024, errcode, errmsg)
+def check_key(value, errcode, errmsg, most=1024):
+    need(0 < size(value) <= most, errcode, errmsg)
 
 
-def check_target(target, errcode):
-    """跳到哪里:网址,或小程序。"""
-    url = target.get('url')
-    need(url or target.get('appid') and target.get('pagepath'), errcode, 'url or appid missing')
-    need(not url or re.match('[a-z]+://', url), 42028, 'invalid url')
+def check_target(target, errcode=42028, types='012'):
+    """跳到哪里:``type`` 是 0 不跳,1 网址,2 小程序。"""
+    kind = str(target.get('type', 0))
+    need(kind in list(types), errcode, 'invalid type')
+    if kind == '1':
+        need(target.get('url'), errcode, 'url missing')
+        need(re.match('[a-z]+://', target['url']), 42028, 'invalid url')
+    if kind == '2':
+        need(target.get('appid') and target.get('pagepath'), 42030 if errcode == 42028 else errcode,
+             'appid or pagepath missing')
 
 
-def check_options(question, most):
+def check_options(question):
     check_key(question.get('question_key'), 42043, 'invalid question_key')
-    options = question.get('option_list') or []
-    need(len(options) <= most, 42042, 'too many options')
+    options = question.get('option_list')
+    need(options, 42042, 'option_list missing')
     for option in options:
-        need(0 < size(option.get('id')) <= 128, 42040, 'invalid option id')
-        need(0 < len(option.get('text') or '') <= 17, 42041, 'invalid option text')
+        check_key(option.get('id'), 42040, 'invalid option id', 128)
+        need(option.get('text'), 42041, 'invalid option text')
     need(len({option['id'] for option in options}) == len(options), 42040, 'duplicate option id')
 
 
 def check_buttons(body):
     for button in body.get('button_list') or []:
-        need(0 < len(button.get('text') or '') <= 10, 42038, 'invalid button text')
-        if str(button.get('type', 0)) == '1' or 'key' not in button and button.get('url'):
-            check_target(button, 42028)
+        need(button.get('text'), 42038, 'invalid button text')
+        need(str(button.get('style', 1)) in list('1234'), 40035, 'invalid button style')
+        if str(button.get('type', 0)) == '1':
+            check_target(button)
         else:
             check_key(button.get('key'), 42017, 'button key missing')
-    actions = (body.get('action_menu') or {}).get('action_list') or []
-    need(len(actions) <= 3, 42047, 'too many actions')
-    for action in actions:
+    for action in (body.get('action_menu') or {}).get('action_list') or []:
         need(action.get('text'), 42049, 'invalid action text')
         check_key(action.get('key'), 42039, 'action key missing')
-    need(len({action['key'] for action in actions}) == len(actions), 42051, 'duplicate menu key')
+    keys = found(body, 'action_menu.action_list.key')
+    need(len(set(keys)) == len(keys), 42051, 'duplicate menu key')
 
 
-def check_content(wecom, body):
-    """列在卡片中间的几行,和下面的跳转。"""
+def check_lines(wecom, body):
+    """卡片中间的几行,能点的区域,和下面的跳转。"""
     for line in body.get('horizontal_content_list') or []:
-        need(0 < len(line.get('keyname') or '') <= 5, 42027, 'invalid keyname')
-        need(len(line.get('value') or '') <= 30, 45002, 'value size out of limit')
+        need(line.get('keyname'), 42027, 'invalid keyname')
         kind = str(line.get('type', 0))
-        if kind == '1':
-            check_target(line, 42028)
+        if kind not in ('2', '3'):
+            check_target(line, types='01')
         need(kind != '2' or line.get('media_id') in wecom.media, 42029, 'invalid media_id')
         need(kind != '3' or str(line.get('userid')).lower() in wecom.users, 42050, 'invalid userid')
     for jump in body.get('jump_list') or []:
-        need(0 < len(jump.get('title') or '') <= 18, 42033, 'invalid jump title')
-        if str(jump.get('type', 0)) != '0':
-            check_target(jump, 42030 if str(jump['type']) == '2' else 42028)
+        need(jump.get('title'), 42033, 'invalid jump title')
+        check_target(jump)
+    for area in found(body, 'quote_area') + found(body, 'image_text_area'):
+        check_target(area)
 
 
-def check_sizes(body, robot):
-    for path, (most, of_robot, errcode) in CARD_TEXTS.items():
-        value = body
-        for name in path.split('.'):
-            value = (value or {}).get(name)
-        need(len(value or '') <= (of_robot if robot else most), errcode, '%s too long' % path)
-    for name, (most, errcode) in CARD_LISTS.items():
-        need(isinstance(body.get(name, []), list), 40035, 'template_card.%s is no list' % name)
-        need(len(body.get(name, [])) <= most, errcode, '%s has too many items' % name)
+def check_image(body, robot):
+    image = body.get('card_image') or {}
+    need(image.get('url') or body.get('image_text_area') and not robot, 42044,
+         'card_image.url missing')
+    need(1.3 <= float(image.get('aspect_ratio') or 1.3) <= 2.25, 42044, 'invalid aspect_ratio')
 
 
-def check_template_card(wecom, body, robot=False):
+def check_template_card(wecom, body, robot):
     """``task_id`` 不在这里看:更新的卡片不用写。"""
     kind = body.get('card_type')
     need(kind in CARDS and not (robot and kind in INTERACTIVE), 42031, 'invalid card_type')
@@ -241,26 +273,22 @@ def check_template_card(wecom, body, robot=False):
         need(body.get(field), errcode, 'template_card.%s missing' % field)
     need((body.get('main_title') or {}).get('title')
          or kind == 'text_notice' and body.get('sub_title_text'), 42033, 'main_title.title missing')
-    check_sizes(body, robot)
     if kind == 'news_notice':
-        need((body.get('card_image') or {}).get('url')
-             or body.get('image_text_area') and not robot, 42044, 'card_image.url missing')
-    if body.get('card_action') and str(body['card_action'].get('type')) != '0':
-        check_target(body['card_action'], 42045)
+        check_image(body, robot)
+    if body.get('card_action'):
+        check_target(body['card_action'], 42045, '012' if kind in INTERACTIVE else '12')
     check_buttons(body)
-    check_content(wecom, body)
-    for question, most in ((body.get('button_selection'), 10), (body.get('checkbox'), 20)):
-        if question:
-            check_options(question, most)
+    check_lines(wecom, body)
+    for question in found(body, 'button_selection') + found(body, 'checkbox'):
+        check_options(question)
     for question in body.get('select_list') or []:
-        check_options(question, 10)
+        check_options(question)
     if body.get('submit_button'):
         check_key(body['submit_button'].get('key'), 42046, 'submit_button.key missing')
 
 
 def check_sent_card(wecom, body):
     """message/send 的卡片:能点的要有 task_id,没有用过的,而且应用要有回调 URL。"""
-    check_template_card(wecom, body)
     task_id = body.get('task_id')
     if body['card_type'] in INTERACTIVE or body.get('action_menu'):
         need(task_id, 42014, 'task_id missing')
@@ -270,10 +298,40 @@ def check_sent_card(wecom, body):
         need(task_id not in wecom.task_ids, 42014, 'duplicate task_id')
 
 
-CHECKS = {'text': check_text, 'markdown': check_markdown, 'textcard': check_textcard,
-          'news': check_news, 'mpnews': check_mpnews, 'template_card': check_sent_card,
-          'miniprogram_notice': check_miniprogram_notice}
+CHECKS = {'text': check_content, 'markdown': check_content, 'markdown_v2': check_content,
+          'textcard': check_textcard, 'news': check_news, 'mpnews': check_mpnews,
+          'template_card': check_template_card, 'miniprogram_notice': check_miniprogram_notice}
 CHECKS.update((kind, check_media(kind)) for kind in MEDIA)
+#: 群机器人能发的。
+ROBOT = 'text', 'markdown', 'markdown_v2', 'image', 'news', 'file', 'voice', 'template_card'
+
+
+def check_body(wecom, kind, body, robot=False):
+    """``kind`` 的正文合不合规矩。应用的文本太长不是错,企业微信截断。"""
+    if kind == 'text' and not robot and size(body.get('content')):
+        body['content'] = body['content'].encode('utf-8')[:2048].decode('utf-8', 'ignore')
+    check_limits(kind, body, robot)
+    CHECKS[kind](wecom, body, robot)
+
+
+#: safe 的时候能发的文件。
+SAFE = tuple('.txt .pdf .doc .docx .ppt .pptx .xls .xlsx .xml .jpg .jpeg .png .bmp .gif'.split())
+
+
+def check_message(wecom, message):
+    """message/send 的正文以外的字段。"""
+    kind, safe = message['msgtype'], message.get('safe', 0)
+    need(safe in (0, 1, 2) and (safe != 2 or kind == 'mpnews'), 40035, 'invalid safe')
+    need(not (kind == 'news' and safe), 40074, 'news can not be safe')
+    if kind == 'file' and safe:
+        name = wecom.media[message[kind]['media_id']]['name']
+        need(name.lower().endswith(SAFE), 40005, 'invalid file type')
+    need(0 <= message.get('duplicate_check_interval', 1800) <= 14400, 40035,
+         'invalid duplicate_check_interval')
+    need(kind != 'miniprogram_notice' or '@all' not in (message.get('touser') or '').lower(),
+         40031, 'miniprogram_notice can not go to @all')
+    if kind == 'template_card':
+        check_sent_card(wecom, message[kind])
 
 
 # ---- 菜单 (path/90231) ------------------------------------------------------------------------
@@ -334,9 +392,17 @@ def json_names(value):
     return result
 
 
-def reply_body(wecom, reply):
-    """被动回复 (dict) → 它的正文,用主动发送的名字,不合规矩就 Refused。"""
+#: 这些事件可以有被动回复。
+ANSWERED = ('subscribe', 'enter_agent', 'LOCATION', 'click', 'view', 'view_miniprogram',
+            'scancode_waitmsg', 'template_card_event', 'template_card_menu_event')
+
+
+def reply_body(wecom, reply, event=None):
+    """对 ``event`` (消息是 None) 的被动回复 (dict) → 正文,用主动发送的名字,不合规矩就 Refused。"""
     kind = reply.get('MsgType') or ''
+    need(event is None or event in ANSWERED, 40008, 'the event %s takes no reply' % event)
+    need(event != 'template_card_event' or kind.startswith('update_'), 40008,
+         'the event %s takes updates only' % event)
     if kind == 'text':
         body = {'content': reply.get('Content')}
     elif kind == 'news':
@@ -345,11 +411,15 @@ def reply_body(wecom, reply):
     else:
         body = json_names(reply.get(REPLIES.get(kind)))
         need(isinstance(body, dict), 40008, '%s is no passive reply' % kind)
-    if kind == 'update_template_card':
-        check_template_card(wecom, body)
-    elif kind != 'update_button':
-        CHECKS[kind](wecom, body)
+    if kind != 'update_button':
+        check_body(wecom, kind.replace('update_', ''), body)
     return body
+
+
+def hang_up(sock):
+    """断开一个连接,不管谁在读它。"""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 # ---- 企业微信 ---------------------------------------------------------------------------------
@@ -365,8 +435,8 @@ class Corp:
     trusted, has_callback = True, True
     #: 一分钟内给一个成员的,再多就悄悄丢掉;群机器人的是报错。
     per_member, per_robot = 30, 20
-    #: 等回调几秒,一共投递几次;不是 200 的回答要不要再投递(文档前后不一)。
-    patience, deliveries, retry_status = 5, 3, False
+    #: 等回调几秒,一共投递几次;校验回调 URL 等几秒,几秒以后再试。
+    patience, deliveries, verify_within = 5, 3, 1
     #: 捣乱:每次投递路上多花几秒,每条消息的前几次回答丢在路上,用错的 Token 签名。
     delay, lost, wrong_token = 0, 0, False
 
@@ -387,6 +457,8 @@ class Corp:
         self.media = {}             # media_id → {'type', 'name', 'data', 'owner', 'at'}
         self.menu = None
         self.task_ids = set()
+        self._sent = {}             # msgid → 什么时候发的
+        self._repeated = {}         # 查重复的消息 → 到什么时候
         self.name, self.url, self.bot = '监控', '', ''      # 应用的名字、api_base、回调 URL
         self.events = collections.deque(maxlen=1000)
         self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
@@ -510,19 +582,18 @@ class Corp:
 
     def _json(self, body):
         try:
-            need(not re.search(rb'\\u[0-9a-f]{4}', body), 40033, 'invalid charset: \\uxxxx')
+            need(not re.search(rb'(?<!\\)(\\\\)*\\u[0-9A-Fa-f]{4}', body), 40033,
+                 'invalid charset: \\uxxxx')
             data = json.loads(body.decode('utf-8'))
             need(isinstance(data, dict), 40063, 'empty parameter')
             return data
         except ValueError:
             raise Refused(40063, 'Warning: wrong json format.') from None
 
-    def _check_agent(self, data):
-        """JSON 里的 agentid:整数,而且是自己的。"""
-        need('agentid' in data, 41011, 'missing agentid')
-        need(isinstance(data['agentid'], int), 40056, 'invalid agentid')
-        need(str(data['agentid']) == self.settings['agentid'], 301002,
-             'not allow operate another agent')
+    def _check_agent(self, agentid):
+        need(agentid is not None, 41011, 'missing agentid')
+        need(isinstance(agentid, int), 40056, 'invalid agentid')
+        need(str(agentid) == self.settings['agentid'], 301002, 'not allow operate another agent')
 
     def api_gettoken(self, query, body, headers):
         need(query.get('corpid'), 41002, 'corpid missing')
@@ -537,12 +608,12 @@ class Corp:
 
     def api_message_send(self, query, body, headers):
         message = self._json(body)
-        self._check_agent(message)
+        self._check_agent(message.get('agentid'))
         kind = message.get('msgtype')
-        need(kind in CHECKS, 40008, 'invalid message type')
+        need(kind in CHECKS and kind != 'markdown_v2', 40008, 'invalid message type')
         need(isinstance(message.get(kind), dict), 40035, 'invalid parameter: %s' % kind)
-        need(not (kind == 'news' and message.get('safe')), 40074, 'news can not be safe')
-        CHECKS[kind](self, message[kind])
+        check_body(self, kind, message[kind])
+        check_message(self, message)
         users, wrong = self._receivers(message)
         return dict(wrong, **self._deliver(message, users))
 
@@ -564,14 +635,26 @@ class Corp:
         need(found, 81013, 'user & party & tag all invalid')
         return [u for u in self.users if u in found], wrong
 
+    def _why_dropped(self, message, user):
+        """为什么 ``user`` 看不到这一条,'' 是看得到。"""
+        now, checked = time.monotonic(), message.get('enable_duplicate_check')
+        what = json.dumps([user, message[message['msgtype']]], sort_keys=True)
+        if checked and self._repeated.get(what, 0) > now:
+            return '和刚才的一样'
+        if self._counted('member ' + user) > self.per_member:
+            return '一分钟里超过 %d 条' % self.per_member
+        if checked:
+            self._repeated[what] = now + message.get('duplicate_check_interval', 1800)
+        return ''
+
     def _deliver(self, message, users):
         kind, msgid = message['msgtype'], self._next('msg')
-        fresh = [u for u in users if self._counted('member ' + u) <= self.per_member]
-        (self.messages if fresh else self.dropped).append(message)
-        shown = {}
+        self._sent[msgid], shown = time.time(), {}
+        why = {user: self._why_dropped(message, user) for user in users}
+        (self.dropped if all(why.values()) else self.messages).append(message)
         for user in users:
-            if user not in fresh:
-                self._log('note', user=user, text='一分钟里超过 %d 条,企业微信悄悄丢掉了' % self.per_member)
+            if why[user]:
+                self._log('note', user=user, text=why[user] + ',企业微信悄悄丢掉了')
                 continue
             self.inbox[user].append((kind, message[kind].get('content', message[kind])))
             asked = self._asked.get(user)
@@ -588,9 +671,8 @@ class Corp:
     def api_message_recall(self, query, body, headers):
         msgid = self._json(body).get('msgid')
         need(msgid, 40063, 'msgid missing')
-        sent = [e for e in self.events if e.get('msgid') == msgid]
-        need(sent and sent[0]['at'] + self.recall_within > time.time(), 40058, 'invalid msgid')
-        for event in sent:
+        need(self._sent.get(msgid, 0) + self.recall_within > time.time(), 40058, 'invalid msgid')
+        for event in [e for e in self.events if e.get('msgid') == msgid]:
             self._log('recall', user=event['user'], of=event['id'])
         return {}
 
@@ -602,13 +684,13 @@ class Corp:
 
     def api_message_update_template_card(self, query, body, headers):
         update = self._json(body)
-        self._check_agent(update)
+        self._check_agent(update.get('agentid'))
         for key, most, errcode in (('userids', 1000, 40032), ('partyids', 100, 82002),
                                    ('tagids', 100, 82003)):
             need(isinstance(update.get(key, []), list), 40031, 'invalid %s' % key)
             need(len(update.get(key, [])) <= most, errcode, 'invalid %s size' % key)
         groups = update.get('partyids') or update.get('tagids') or update.get('atall')
-        users = list(self.users) if groups else update.get('userids') or []
+        users = list(self.users) if groups else [u.lower() for u in update.get('userids') or []]
         need(users, 82001, 'user & party & tag all empty')
         need(update.get('response_code'), 40063, 'response_code missing')
         until, cards = self._codes.get(update['response_code'], (0, {}))
@@ -617,7 +699,7 @@ class Corp:
         need(isinstance(button, dict) or isinstance(card, dict), 40035,
              'button or template_card missing')
         if card:
-            check_template_card(self, card)
+            check_body(self, 'template_card', card)
         else:
             need(size(button.get('replace_name')), 40063, 'button.replace_name missing')
         del self._codes[update['response_code']]
@@ -676,21 +758,9 @@ class Corp:
         need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
         message = self._json(body)
         kind = message.get('msgtype')
-        content = message.get(kind) if isinstance(kind, str) else None
-        need(kind in ('text', 'markdown', 'markdown_v2', 'image', 'news', 'file', 'voice',
-                      'template_card') and isinstance(content, dict), 40008, 'invalid message type')
-        if kind in ('text', 'markdown', 'markdown_v2'):
-            need(size(content.get('content')), 44004, 'empty content')
-            need(size(content['content']) <= (2048 if kind == 'text' else 4096), 45002,
-                 'content size out of limit')
-        elif kind == 'image':
-            content = self._robot_image(content)
-        elif kind in ('file', 'voice'):
-            check_media_id(self, content.get('media_id'), kind, 'robot')
-        elif kind == 'template_card':
-            check_template_card(self, content, robot=True)
-        else:
-            check_news(self, content)
+        need(kind in ROBOT and isinstance(message.get(kind), dict), 40008, 'invalid message type')
+        content = self._robot_image(message[kind]) if kind == 'image' else message[kind]
+        check_body(self, kind, content, robot=True)
         need(self._counted('robot') <= self.per_robot, 45009, 'api freq out of limit')
         self.robot_messages.append(message)
         self._log('out', how='robot', type=kind, body=content)
@@ -710,7 +780,8 @@ class Corp:
     # 应用、菜单、通讯录
 
     def _agent(self, query):
-        need(query.get('agentid') == self.settings['agentid'], 40056, 'invalid agentid')
+        agentid = query.get('agentid')
+        self._check_agent(int(agentid) if re.fullmatch('[0-9]+', agentid or '') else agentid)
 
     def api_agent_get(self, query, body, headers):
         self._agent(query)
@@ -744,10 +815,6 @@ class Corp:
         need(query.get('department_id') in self.parties, 60003, 'department not found')
         return {'userlist': [{'userid': u, 'name': name, 'department': [1]}
                              for u, name in self.users.items()]}
-
-    def api_department_list(self, query, body, headers):
-        return {'department': [{'id': int(i), 'name': name, 'parentid': int(i != '1'),
-                                'order': int(i)} for i, name in self.parties.items()]}
 
     def api_getcallbackip(self, query, body, headers):
         return {'ip_list': ['127.0.0.1']}
@@ -798,22 +865,29 @@ class Corp:
         text = self._opened_text(answer)
         return xml_to_dict(text) if text else {}
 
-    def _exchange(self, url, query, body=None):
-        """一个请求,等 ``patience`` 秒 → (状态, 正文)。"""
-        if self.delay:
-            time.sleep(min(self.delay, self.patience))
-        if self.delay >= self.patience:
+    def _exchange(self, url, query, body=None, seconds=None):
+        """一个请求,一共等 ``seconds`` 秒(照常是 ``patience``)→ (状态, 正文)。"""
+        until = time.monotonic() + (seconds or self.patience)
+        time.sleep(min(self.delay, seconds or self.patience))
+        left = until - time.monotonic()
+        if left <= 0:
             raise TimeoutError('the network is too slow')
         parts = urllib.parse.urlsplit(url)
         connect = getattr(http.client, parts.scheme.upper() + 'Connection')
-        connection = connect(parts.hostname, parts.port, timeout=self.patience - self.delay)
-        try:
-            connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query), body,
-                               {'Content-Type': 'text/xml'} if body else {})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+        with contextlib.closing(connect(parts.hostname, parts.port, timeout=left)) as connection:
+            connection.connect()
+            alarm = threading.Timer(until - time.monotonic(), hang_up, [connection.sock])
+            alarm.start()           # timeout 只管每一次读,一个字节一个字节来的没完没了
+            try:
+                connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query),
+                                   body, {'Content-Type': 'text/xml'} if body else {})
+                response = connection.getresponse()
+                answer = response.read()
+            finally:
+                alarm.cancel()
+            if time.monotonic() >= until:
+                raise TimeoutError('the answer took too long')
+            return response.status, answer
 
     def ask(self, url, message):
         """投递一次,等 ``patience`` 秒 → (状态, 正文);连不上、等不到抛 `OSError` 或 `HTTPException`。"""
@@ -825,7 +899,8 @@ class Corp:
         query, encrypt = self._signed(echo)
         query['echostr'] = encrypt
         try:
-            status, answer = self._exchange(url, urllib.parse.urlencode(query))
+            status, answer = self._exchange(url, urllib.parse.urlencode(query),
+                                            seconds=self.verify_within)
         except (OSError, ValueError, http.client.HTTPException) as e:
             return '%s 没有回答: %s' % (url, e)
         if (status, answer) != (200, echo.encode()):
@@ -865,30 +940,30 @@ class Corp:
             raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
             if n <= self.lost:
                 raise ConnectionError('the answer was lost')
-            if status == 200 and self._opened_text(answer):
-                raw.append(['机器人 → 企业微信 · 明文', self._opened_text(answer)])
-                reply = self.opened(answer)
+            opened = self._opened_text(answer) if status == 200 else ''
+            if opened:
+                raw.append(['机器人 → 企业微信 · 明文', opened])
+                reply = xml_to_dict(opened)
         except (OSError, http.client.HTTPException) as e:
             refused = isinstance(e, ConnectionRefusedError)
             error = '回答丢在路上' if status else '连不上' if refused else '没有回答'
             status = 0
         except WeChatError as e:
             error = '回答读不懂: %s' % e.errmsg
-        failed = not status or status != 200 and self.retry_status
         self._log('answer', of=said, n=n, status=status, error=error, raw=raw,
-                  again=failed and n < self.deliveries, seconds=time.monotonic() - begin)
-        return None if failed else reply, raw
+                  again=not status and n < self.deliveries, seconds=time.monotonic() - begin)
+        return reply if status else None, raw
 
     def _passive(self, message, reply, raw, seconds):
         """被动回复到了用户那里。"""
         user, kind = message['FromUserName'], reply.get('MsgType')
         with self._lock:
-            self.inbox[user].append((kind, reply.get('Content', reply)))
             try:
-                body = reply_body(self, reply)
-            except (Refused, AttributeError, TypeError) as e:
+                body = reply_body(self, reply, message.get('Event'))
+            except (Refused, AttributeError, TypeError, ValueError) as e:
                 self._log('note', user=user, text='企业微信不认这个被动回复: %s' % e.args[-1], raw=raw)
                 return
+            self.inbox[user].append((kind, reply.get('Content', reply)))
             if not kind.startswith('update_'):
                 self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds,
                           raw=raw)
@@ -964,7 +1039,7 @@ select, input:not([type]), textarea { border: 1px solid var(--line); border-radi
   white-space: pre-wrap; max-width: 100%; }
 .me .meta { text-align: right; }
 .me .bubble { background: var(--mine); border-radius: 12px 4px 12px 12px; }
-.bubble.card { white-space: normal; width: 272px; } .bubble.bare { padding: 4px; }
+.bubble.card { width: 272px; } .bubble.bare { padding: 4px; }
 .bubble img, .bubble video { display: block; max-width: 100%; max-height: 280px; border-radius: 8px; }
 .bubble audio { width: 232px; max-width: 100%; display: block; }
 .bubble.gone { color: var(--faint); background: none; border: 1px dashed var(--line); }
@@ -983,13 +1058,15 @@ code, pre { background: var(--code); border-radius: 4px; padding: 0 4px; font: 1
 .jump { border-top: 1px solid var(--line); padding-top: 8px; font-size: 14px; }
 .quote { background: var(--code); border-radius: 6px; padding: 6px 8px; font-size: 13px; }
 .top { display: flex; align-items: start; } .top > :first-child { flex: 1; min-width: 0; }
-.acts { display: flex; flex-wrap: wrap; gap: 8px; } .acts button { flex: 1 1 40%; border: 1px solid var(--line); }
+.acts { display: flex; flex-wrap: wrap; gap: 8px; } .acts > * { flex: 1 1 40%; padding: 6px 10px;
+  border: 1px solid var(--line); border-radius: 8px; text-align: center; text-decoration: none; }
 .acts .s1, .solid { background: var(--accent); color: var(--on); } .acts .s2 { color: var(--accent); }
 .acts .s3, .acts .s4 { color: var(--bad); }
 .card label { display: flex; gap: 8px; align-items: center; } .card label select { flex: 1; min-width: 0; }
 .outside { background: var(--code); border-radius: 8px; padding: 20px 8px; text-align: center; font-size: 13px; }
 footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px; }
 #write { display: flex; gap: 6px; align-items: flex-end; }
+#write button { height: 38px; }
 #write textarea { flex: 1; min-width: 0; resize: none; height: 38px; max-height: 120px; }
 #tools, #menu { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; } [hidden] { display: none !important; }
 #tools > * { flex: 1 1 21%; text-align: center; background: var(--phone); border-radius: 8px; padding: 8px 2px;
@@ -997,10 +1074,14 @@ footer { background: var(--bar); border-top: 1px solid var(--line); padding: 8px
 #tools input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 #menu { margin: 0 0 8px; flex-wrap: nowrap; } #menu > div { flex: 1; min-width: 0; position: relative; }
 #menu button { width: 100%; background: var(--phone); }
-#menu ul { position: absolute; bottom: 100%; left: 0; right: 0; margin: 0 0 6px; padding: 4px; list-style: none;
-  z-index: 2; background: var(--bar); border: 1px solid var(--line); border-radius: 10px; min-width: 104px; }
-#menu ul button { background: none; }
-.top details { position: relative; } summary { cursor: pointer; } .top summary { list-style: none; padding: 0 6px; }
+#menu ul { position: absolute; bottom: 100%; left: 0; margin: 0 0 6px; padding: 4px; list-style: none; z-index: 2;
+  background: var(--bar); border: 1px solid var(--line); border-radius: 10px; min-width: 100%;
+  width: max-content; max-width: min(70vw, 300px); }
+#menu > :nth-child(2) ul { left: 50%; transform: translateX(-50%); }
+#menu > :last-child:not(:first-child) ul { left: auto; right: 0; transform: none; }
+#menu ul button { background: none; white-space: normal; overflow-wrap: anywhere; }
+.top details { position: relative; margin-left: auto; } summary { cursor: pointer; }
+.top summary { list-style: none; padding: 0 6px; }
 .top details div { position: absolute; right: 0; display: grid; z-index: 1; background: var(--bar); white-space: nowrap;
   border: 1px solid var(--line); border-radius: 10px; }
 aside { width: 264px; display: flex; flex-direction: column; gap: 12px; }
@@ -1051,7 +1132,8 @@ function pieces(text, pattern, make) {          // 匹配的变成节点,其余�
   return out.concat(text.slice(end));
 }
 
-const LINKS = /<a\s[^>]*?href=["']?([^"'\s>]+)["']?[^>]*>([\s\S]*?)<\/a>|(https?:\/\/[\w\-.~:/?#@!$&*+,;=%]+)/gi;
+const LINKS = RegExp(['<a\\s[^>]*?href=["\']?([^"\'\\s>]+)["\']?[^>]*>([\\s\\S]*?)</a>',
+  '(https?://[\\w\\-.~:/?#@!$&*+,;=%]*[\\w\\-~/#@$&*+=%])'].join('|'), 'gi');     // 末尾的标点不是网址的
 const rich = text => pieces(String(text), LINKS, m => link(m[1] || m[3], m[2] || m[3]));
 const SPANS = RegExp(['\\*\\*(.+?)\\*\\*', '\\[([^\\]]+)\\]\\(([^)\\s]+)\\)', '`([^`]+)`', '<@([^>]+)>',
   '<font color="(info|comment|warning)">([\\s\\S]*?)</font>'].join('|'), 'g');
@@ -1138,8 +1220,8 @@ function card(body, event) {
   const press = (key, menu) => say({MsgType: 'event', Event: menu ? 'template_card_menu_event' : 'template_card_event',
     EventKey: key, TaskId: body.task_id || event.body.task_id || '', CardType: body.card_type,
     ...(menu ? {} : chosen(root))}, event.id);
-  const button = b => String(b.type) === '1' ? link(b.url, b.text)
-    : el('button', {type: 'button', className: 's' + (b.style || 1), onclick: () => press(b.key)}, b.text);
+  const button = b => Object.assign(String(b.type) === '1' ? link(b.url, b.text)
+    : el('button', {type: 'button', onclick: () => press(b.key)}, b.text), {className: 's' + (b.style || 1)});
   const titled = (part, className) => part && el('div', {}, el('div', {className}, part.title), faint(part.desc));
   const boxed = (part, image, text) => el('div', {className: 'quote'}, image, link(part.url, el('b', {}, part.title)),
     el('div', {}, text));
@@ -1443,7 +1525,7 @@ PAGE = '''<!doctype html>
 
 # ---- HTTP -------------------------------------------------------------------------------------
 # 一个端口:/cgi-bin/ 是 API,其余是聊天页。聊天页只给本机的浏览器:别的网站的脚本不能借它的手进来
-# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它。
+# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它;浏览器的请求一概不收。
 
 TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
          '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
@@ -1472,21 +1554,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         try:
-            parts = urllib.parse.urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-            prefix, api, path = parts.path.rpartition('/cgi-bin/')
-            query = dict(urllib.parse.parse_qsl(parts.query))
-            host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
-            if origin and origin != 'http://' + host or not (api or LOOPBACK.fullmatch(host)):
+            numbers = [self.headers.get(name) or '0' for name in ('Content-Length', 'Last-Event-ID')]
+            # 代理收到的是整个网址
+            path, _, query = re.sub('^http://[^/]*', '', self.path).partition('?')
+            prefix, api, name = path.rpartition('/cgi-bin/')
+            if not (path.startswith('/') and all(re.fullmatch('[0-9]{1,9}', n) for n in numbers)):
+                self._write(400, 'text/plain', b'bad request\n')
+            elif self._foreign(api):
                 self._write(403, 'text/plain', b'only for this machine\n')
-            elif api:
-                self._api(path, query, body)
             else:
-                self._page(self.command + ' /' + parts.path.split('/')[1], parts.path, query, body)
+                body, query = self.rfile.read(int(numbers[0])), dict(urllib.parse.parse_qsl(query))
+                if api:
+                    self._api(name, query, body)
+                else:
+                    self._page(self.command + ' /' + path.split('/')[1], path, query, body)
         except ConnectionError:
             pass                        # 对方走了
 
     do_POST = do_GET
+
+    def _foreign(self, api):
+        """是不是别的网站借浏览器的手来的。"""
+        host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
+        if api:
+            return origin is not None or 'Sec-Fetch-Site' in self.headers
+        return not LOOPBACK.fullmatch(host) or origin not in (None, 'http://' + host)
 
     def _api(self, path, query, body):
         wecom = self.server.wecom
@@ -1503,7 +1595,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_error(404)
             elif isinstance(answer, tuple):
                 name, data = answer
-                name = name.encode('utf-8').decode('latin-1')
+                name = re.sub('[\\x00-\\x1f"]', '_', name).encode('utf-8').decode('latin-1')
                 self._write(200, 'application/octet-stream', data,
                             ('Content-Disposition', 'attachment; filename="%s"' % name))
             else:
@@ -1623,19 +1715,19 @@ class WeCom(Corp):
 # 退出码:0 是被停下,2 是用法或校验不对;机器人自己退出了,是它的。
 
 def tell(text, stream=None):
-    """打印一行;终端显示不了的字转义,没有人读就算了。"""
-    stream = stream or sys.stdout
-    encoding = stream.encoding or 'utf-8'
+    """打印一行;没有人读就算了。"""
     try:
-        print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
-def write_config(path, app, settings):
+def write_config(path, sections):
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(handle, 'w', encoding='utf-8') as f:
-        f.write('[%s]\n' % app + ''.join('%s = %s\n' % item for item in settings.items()))
+        for name, values in sections.items():
+            f.write('[%s]\n' % name)
+            f.writelines('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
 
 
 def fresh_secrets():
@@ -1646,10 +1738,11 @@ def fresh_secrets():
 
 def child_environment(folder):
     """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置:否则 easywechat 会找到用户真的 config.ini,
-    把这里的话发给真的人;环境里的设置也不能漏进来。token 存在临时的目录里,用完就没有了。
+    把这里的话发给真的人;环境里的设置也不能漏进来。token 和程序自己的状态存在临时的目录里,用完就没有了。
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}
-    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder)
+    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder,
+                XDG_STATE_HOME=folder)
 
 
 def callback_url(line):
@@ -1659,14 +1752,15 @@ def callback_url(line):
     return url and url.replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
 
 
-def introduce(wecom, url):
-    """校验回调 URL,打印聊天页的地址 → 成不成。"""
+def introduce(wecom, url, told=None):
+    """校验回调 URL → 哪里不对,'' 是通过。``told`` 是上一次说过的,不说第二遍;None 是只试一次。"""
     problem = wecom.verify(url)
-    if problem:
-        tell('simulator: 回调 URL 没有通过校验: %s' % problem, sys.stderr)
-    else:
-        tell('回调 URL %s 通过了校验。聊天页: %s/ 按 Ctrl-C 停止。' % (url, wecom.url))
-    return not problem
+    if not problem:
+        tell('回调 URL %s 通过了校验' % url)
+    elif problem != told:
+        again = '' if told is None else ';每秒再试'
+        tell('simulator: 回调 URL 没有通过校验: %s%s' % (problem, again), sys.stderr)
+    return problem
 
 
 def relay(wecom, process, problems):
@@ -1676,7 +1770,7 @@ def relay(wecom, process, problems):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
         url = callback_url(line)
-        if url and not introduce(wecom, url):
+        if url and introduce(wecom, url):
             problems.append(url)
 
 
@@ -1691,11 +1785,11 @@ def end(process):
         process.wait()
 
 
-def run_bot(wecom, command, app, stopping):
+def run_bot(wecom, command, app, sections, stopping):
     """启动机器人,到它退出或被停下为止 → 退出码。"""
     with tempfile.TemporaryDirectory() as folder:
-        write_config(os.path.join(folder, 'config.ini'), app,
-                     dict(wecom.settings, api_base=wecom.url))
+        write_config(os.path.join(folder, 'config.ini'),
+                     dict(sections, **{app: dict(wecom.settings, api_base=wecom.url)}))
         process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
                                    stderr=subprocess.PIPE, bufsize=0)
         problems = []
@@ -1713,44 +1807,64 @@ def run_bot(wecom, command, app, stopping):
             process.stderr.close()
     if stopping:
         return 0
-    if left is None:
+    if left is not None:
+        tell('simulator: 机器人退出了,退出码 %d' % left, sys.stderr)
+    if left in (None, 2):
         tell('simulator: 配置写在 [%s] 这一节;机器人用的是别的名字就加 --app' % app, sys.stderr)
         return 2
-    tell('simulator: 机器人退出了,退出码 %d' % left, sys.stderr)
     return left if left >= 0 else 128 - left
 
 
 def serve(wecom, app, url, stopping):
     """没有要启动的机器人:打印设置,和收到的消息,到被停下为止 → 退出码。"""
-    if not url:
-        tell('聊天页: %s/' % wecom.url, sys.stderr)
     tell('[%s]\napi_base = %s' % (app, wecom.url))
     for item in wecom.settings.items():
         tell('%s = %s' % item)
-    if url and not introduce(wecom, url):
-        return 2
+    told, next_try = '', 0
     while not stopping:
-        time.sleep(0.2)
+        if url and not wecom.bot and time.monotonic() >= next_try:
+            told, next_try = introduce(wecom, url, told), time.monotonic() + wecom.verify_within
         for arrived in wecom.messages, wecom.robot_messages:
             while arrived:
                 tell(json.dumps(arrived.pop(0), ensure_ascii=False))
+        time.sleep(min(0.2, wecom.verify_within))
     return 0
 
 
-def main(argv=None):
+def own_sections(names):
+    """自己的 config.ini 里的这几节 → {名字: dict}。应用的不抄:在这里说的话会到真的人那里。"""
+    sections = {name: get_section(name) for name in names}
+    for name, values in sections.items():
+        if not values or 'corpid' in values or 'robot' in values:
+            raise ValueError('[%s] 不在 config.ini 里,或者是一个应用' % name)
+    return sections
+
+
+def arguments(argv):
     parser = argparse.ArgumentParser(description='桌上的企业微信:聊天页、回调、API。')
-    parser.add_argument('--port', type=int, default=os.environ.get('PORT') or 0,
-                        help='聊天页和 API 的端口(默认由系统挑)')
+    parser.add_argument('--port', type=int, default=0, help='聊天页和 API 的端口(默认由系统挑)')
     parser.add_argument('--url', help='机器人已经在别处运行:它的回调 URL')
     parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
+    parser.add_argument('--with', dest='sections', default='', metavar='NAME,NAME',
+                        help='自己的 config.ini 里哪几节也给机器人,例如 nas,llm')
     parser.add_argument('bot', nargs='?', help='机器人的程序,例如 examples/demo.py')
     parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
     args = parser.parse_args(argv)
     if args.bot and args.url:
         parser.error('--url 是机器人已经在运行,不用再启动一个')
+    if args.sections and not args.bot:
+        parser.error('--with 是给要启动的机器人的')
     if args.url and not re.match('https?://[^/]', args.url):
         parser.error('--url 要整个网址,例如 http://127.0.0.1:8000/weixin')
-    stopping = []
+    try:
+        args.sections = own_sections(args.sections.split(',') if args.sections else [])
+    except (WeChatError, ValueError) as e:
+        parser.error('--with: %s' % e)
+    return args
+
+
+def main(argv=None):
+    args, stopping = arguments(argv), []
     for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
         if hasattr(signal, name):           # Windows 没有 SIGHUP
             signal.signal(getattr(signal, name), lambda number, frame: stopping.append(number))
@@ -1761,14 +1875,20 @@ def main(argv=None):
     except (OSError, OverflowError) as e:
         tell('simulator: 不能用端口 %d: %s' % (args.port, e), sys.stderr)
         return 2
+    tell('聊天页: %s/ 按 Ctrl-C 停止。' % wecom.url, sys.stdout if args.bot else sys.stderr)
     try:
         if args.bot:
             wecom.settings.update(fresh_secrets())
-            return run_bot(wecom, [args.bot] + args.args, args.app, stopping)
+            return run_bot(wecom, [args.bot] + args.args, args.app, args.sections, stopping)
         return serve(wecom, args.app, args.url, stopping)
     finally:
         wecom.stop()
 
 
 if __name__ == '__main__':
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
+    elif sys.stdout:                        # Python 3.6
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())
