@@ -3470,8 +3470,8 @@ class TicketTests(BotCase):
         code, err = self.start('ticket_watcher.py', secret='')
         self.assertEqual((code, err.count('\n')), (2, 1), err)
         self.assertIn('secret is missing', err)
-        os.mkdir(self.state)
-        code, err = self.start('ticket_watcher.py', '--state', self.state)
+        with open(self.state, 'w'):         # 不是文件夹
+            code, err = self.start('ticket_watcher.py', XDG_STATE_HOME=self.state)
         self.assertEqual((code, err.count('\n')), (2, 1), err)
 
 

@@ -11,6 +11,8 @@
     列表
     取消 2                                      # 列表里的第二个;只写「取消」是全部
 
+在看哪些记在 ~/.local/state/easywechat/ticket_watcher.json(或在 $XDG_STATE_HOME 里),重启以后接着看。
+
 12306 没有公开的接口:这里用的是它的网页自己查余票的那个,没有文档,随时会变。所以问得慢(`Railway.pause`、
 `Watcher.every`),被拒绝就越等越久,不用来抢票。用到的:
 
@@ -291,6 +293,14 @@ def alert(watch, trains, clock):
     return '有票了,%s\n%s\n(%s 看到的)' % (describe(watch), '\n'.join(lines), clock)
 
 
+def state_path():
+    """状态文件;没有文件夹就建。"""
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
+    folder = os.path.join(base, 'easywechat')
+    os.makedirs(folder, 0o700, exist_ok=True)
+    return os.path.join(folder, 'ticket_watcher.json')
+
+
 def load_watches(path):
     """状态文件 → 监控的 list。读不懂的改名放在一边,从头来。"""
     try:
@@ -310,7 +320,7 @@ def load_watches(path):
 
 def save_watches(path, watches):
     """写状态文件 (0600):要么是旧的,要么是新的,没有一半的。"""
-    handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(os.path.abspath(path)))
+    handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(path))
     try:
         with open(handle, 'w', encoding='utf-8') as f:
             json.dump({'watches': watches}, f, ensure_ascii=False)
@@ -479,8 +489,6 @@ def run(watcher):
 def main():
     parser = argparse.ArgumentParser(description='12306余票监控')
     parser.add_argument('--port', type=int, default=8000, help='在哪个端口监听 (8000)')
-    parser.add_argument('--state', default='ticket_watcher.json', metavar='FILE',
-                        help='监控记在哪个文件 (ticket_watcher.json)')
     parser.add_argument('--base', default=BASE, metavar='URL', help='12306 的地址 (%s)' % BASE)
     args = parser.parse_args()
     if not re.match('https?://.', args.base):
@@ -489,10 +497,11 @@ def main():
         server = easywechat.WeChatServer('demo')
         if not server.client.settings['agentid']:
             raise easywechat.ConfigError('agentid is missing: alerts are sent with it')
-        watches = load_watches(args.state)
-        save_watches(args.state, watches)       # 写不进去的,现在就说
+        path = state_path()
+        watches = load_watches(path)
+        save_watches(path, watches)             # 写不进去的,现在就说
         watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
-                          args.state, watches)
+                          path, watches)
         server.register_callback('text', watcher.answer)
         threading.Thread(target=run, args=(watcher,), daemon=True).start()
         server.run(host='0.0.0.0', port=args.port)
