@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import random
 import re
 import shutil
@@ -2831,12 +2832,12 @@ class ExampleCase(ClientCase):
         os.chmod(path, 0o600)
         return path
 
-    def run_main(self, main, *args, config=None):
+    def run_main(self, main, *args, config=None, **env):
         """→ (退出码, stderr)。"""
         err = io.StringIO()
-        with environment(PATH=self.bin, EASYWECHAT_CONFIG=config or self.config(),
-                         XDG_CACHE_HOME=self.folder, XDG_STATE_HOME=self.folder), \
-                contextlib.redirect_stderr(err):
+        env = dict(dict(PATH=self.bin, EASYWECHAT_CONFIG=config or self.config(), XDG_CACHE_HOME=self.folder,
+                        XDG_STATE_HOME=self.folder), **env)
+        with environment(**env), contextlib.redirect_stderr(err):
             code = main(list(args))
         LOG.write(err.getvalue())
         return code, err.getvalue()
@@ -3071,6 +3072,7 @@ class NasTests(ExampleCase):
     def test_smart_is_asked_once_an_hour(self):
         self.put('sys/block/sda/size', '1')
         self.put('sys/block/loop0/size', '1')
+        self.once()                             # 有了放 state 的文件夹
         client, settings, asked = self.make(), dict(nas_monitor.DEFAULTS, report=None), self.folder + '/asked'
         for hour, answer, expected in (
                 (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
@@ -3109,6 +3111,7 @@ class NasTests(ExampleCase):
 
     def test_the_daily_report_comes_once_a_day(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
+        self.once()
         client, settings = self.make(), dict(nas_monitor.DEFAULTS)
 
         def at(day, hour, minute):
@@ -3168,6 +3171,16 @@ class NasTests(ExampleCase):
         self.assertEqual(self.sent(), ['⚠ 温度:90 °C()'])
         self.assertIn('damaged', logs.output[0])
         self.assertIn('cannot save', logs.output[1])
+
+    def test_without_a_place_for_the_state_alerts_still_come(self):
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        nowhere = dict(config=self.config(self.nas), XDG_STATE_HOME=os.path.join(self.config(self.nas), 'x'))
+        with self.assertLogs('easywechat.nas', 'WARNING') as logs:
+            self.assertEqual(self.run_main(nas_monitor.main, '--once', **nowhere), (0, ''))
+            self.assertEqual(self.run_main(nas_monitor.main, '--report', **nowhere), (0, ''))
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn('set XDG_STATE_HOME', logs.output[0])
+        self.assertEqual([line[:3] for line in self.sent()], ['⚠ 温', (platform.node() + ' 的')[:3]])
 
     def test_it_watches_and_answers_in_one_process(self):
         calm = '[nas]\nreport = 0\ndisk = 101\nload = 999\ntemperature = 999\n'

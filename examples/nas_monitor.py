@@ -237,14 +237,11 @@ def report(state, settings):
 
 # ---- 记着的 -----------------------------------------------------------------------------------
 # state:{'alerts': [报过警还没恢复的名字], 'unsent': [还没发出去的], 'reported': 最近一次日报的日期,
-# 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。
+# 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。没有地方放,就只在内存里。
 
 def state_path():
-    """放 state 的文件;没有文件夹就建。"""
     base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    folder = os.path.join(base, 'easywechat')
-    os.makedirs(folder, 0o700, exist_ok=True)
-    return os.path.join(folder, 'nas_monitor.json')
+    return os.path.join(base, 'easywechat', 'nas_monitor.json')
 
 
 def load():
@@ -253,8 +250,8 @@ def load():
     try:
         with open(state_path(), encoding='utf-8') as f:
             state.update(json.load(f))
-    except FileNotFoundError:
-        pass
+    except OSError as e:
+        logger.debug('no state: %s', e)
     except (ValueError, TypeError) as e:
         logger.error('%s is damaged, starting afresh: %s', state_path(), e)
     return state
@@ -262,8 +259,10 @@ def load():
 
 def save(state):
     """写一个新文件,再换上去;写不了(磁盘满了正要报警)就只在内存里。"""
+    path = state_path()
+    if not os.access(os.path.dirname(path), os.W_OK):
+        return                  # `alone` 说过了
     try:
-        path = state_path()
         with open(path + '.new', 'w', encoding='utf-8') as f:
             json.dump(state, f)
             f.flush()
@@ -275,9 +274,17 @@ def save(state):
 
 @contextlib.contextmanager
 def alone():
-    """同时只有一个在看;已经有了抛 `BlockingIOError`。"""
-    with open(state_path() + '.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """同时只有一个在看,已经有了抛 `BlockingIOError`;没有地方放 state,就不管有几个,只说一声。"""
+    path = state_path()
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        lock = open(path + '.lock', 'w')
+    except OSError as e:
+        logger.warning('the state is only in memory, set XDG_STATE_HOME: %s', e)
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
