@@ -26,7 +26,6 @@ config.ini 里可以写,都有默认值::
 """
 
 import argparse
-import configparser
 import contextlib
 import fcntl
 import glob
@@ -42,8 +41,7 @@ import threading
 import time
 
 # 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import easywechat  # noqa: E402
 
@@ -79,16 +77,9 @@ def number(name, text):
 
 
 def thresholds():
-    """``[nas]`` 一节 (dict),没写的是默认值;``report`` 是 None 就没有日报。找文件同 `get_config`。"""
-    folders = HERE, os.getcwd(), os.path.dirname(os.path.abspath(easywechat.__file__))
-    paths = [os.environ.get('EASYWECHAT_CONFIG') or os.path.join(f, 'config.ini') for f in folders]
-    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-    path = next(filter(os.path.isfile, paths), None)
-    if path:
-        with open(path, encoding='utf-8-sig', errors='replace') as f:
-            ini.read_file(f)
+    """``[nas]`` 一节 (dict),没写的是默认值;``report`` 是 None 就没有日报。"""
     settings = dict(DEFAULTS)
-    for name, text in ini.items('nas') if ini.has_section('nas') else ():
+    for name, text in easywechat.get_section('nas').items():
         if name not in DEFAULTS:
             raise easywechat.ConfigError('[nas] has no %.40r; it takes: %s' % (
                 name, ', '.join(DEFAULTS)))
@@ -104,7 +95,9 @@ def app_settings():
     settings = easywechat.get_config('demo')
     for key in 'corpid', 'secret', 'agentid', 'touser':
         if not settings[key]:
-            raise easywechat.ConfigError('%s is missing: set it in [demo] of config.ini' % key)
+            raise easywechat.ConfigError(
+                '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                    key, key.upper()))
     return settings
 
 
@@ -383,9 +376,11 @@ def serve(settings, port):
     watcher = threading.Thread(target=watch, daemon=True,
                                args=(server.client, state, settings, stop))
     watcher.start()
-    server.run(port=port)
-    stop.set()
-    watcher.join(5)
+    try:
+        server.run(port=port)
+    finally:
+        stop.set()
+        watcher.join(5)
 
 
 def run(args):
@@ -408,19 +403,26 @@ def main(argv=None):
     parser.add_argument('--once', action='store_true', help='看一遍就走(cron)')
     parser.add_argument('--report', action='store_true', help='现在就发一份日报')
     parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    args = parser.parse_args(argv)
     try:
-        return run(parser.parse_args(argv))
+        return run(args)
     except easywechat.APIError as e:
         code, text = 3 if isinstance(e, easywechat.NetworkError) else 1, e
     except BlockingIOError:
         code, text = 1, 'another one is running already'
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
-    except (easywechat.WeChatError, ImportError, OSError, OverflowError) as e:
+    except OSError as e:
+        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
+            args.port, e.strerror)
+    except (easywechat.WeChatError, ImportError, OverflowError) as e:
         code, text = 2, getattr(e, 'errmsg', e)
     print('nas_monitor: %s' % text, file=sys.stderr)
     return code
 
 
 if __name__ == '__main__':
+    if sys.stdout:          # 显示不了中文的终端得到转义
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())
