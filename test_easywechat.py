@@ -3186,24 +3186,22 @@ class NasTests(ExampleCase):
         self.assertEqual(len(self.wecom.messages), 1)
 
 
-class StandIn:
-    """本机的一个 HTTP 服务:``answer(handler)`` 自己写回答。"""
+def stand_in(case, answer):
+    """本机的一个 HTTP 服务 → 它的 URL;``answer(handler)`` 自己写回答。"""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        log_message = staticmethod(lambda *args: None)
 
-    def __init__(self, case, answer):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            log_message = staticmethod(lambda *args: None)
+        def do_GET(self):
+            with contextlib.suppress(OSError):      # 听的人走了
+                answer(self)
 
-            def do_GET(self):
-                with contextlib.suppress(OSError):      # 听的人走了
-                    answer(self)
-
-            do_POST = do_GET
-        server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
-            ('127.0.0.1', 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = 'http://127.0.0.1:%d' % server.server_address[1]
-        case.addCleanup(server.server_close)
-        case.addCleanup(server.shutdown)
+        do_POST = do_GET
+    server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
+        ('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    case.addCleanup(server.server_close)
+    case.addCleanup(server.shutdown)
+    return 'http://127.0.0.1:%d' % server.server_address[1]
 
 
 class Fake12306:
@@ -3218,7 +3216,7 @@ class Fake12306:
     def __init__(self, case):
         self.rows, self.mode, self.path, self.paths = [], None, 'leftTicket/queryA', []
         self.cookie = 'JSESSIONID=1'
-        self.url = StandIn(case, self.answer).url
+        self.url = stand_in(case, self.answer)
 
     def row(self, code, start='VNP', end='AOH', can='Y', **seats):
         """一行余票;``seats`` 是 {'二等座': '有'}。"""
@@ -3451,13 +3449,6 @@ class TicketTests(ExampleCase):
         self.restart()
         self.assertEqual([ticket_watcher.describe(watch) for watch in self.watcher.watches], [route])
 
-    def test_what_is_wrong_is_one_line(self):
-        for words, args, env in (('--base takes http', ['--base', 'kyfw.12306.cn'], {}),
-                                 ('cannot write ', [], {'XDG_STATE_HOME': os.path.join(os.devnull, 'x')})):
-            code, err = self.run_main(ticket_watcher.main, *args, **env)
-            self.assertEqual((code, err.count('\n')), (2, 1), err)
-            self.assertIn('ticket_watcher: ' + words, err)
-
 
 class FakeLlm:
     """OpenAI 兼容的接口:下一个回答在 ``script`` 里,一个一个片段地流出来;没有了就数这是第几问。"""
@@ -3466,7 +3457,7 @@ class FakeLlm:
 
     def __init__(self, case):
         self.script, self.asked, self.gate = [], [], threading.Event()
-        self.url = StandIn(case, self.answer).url + '/v1'
+        self.url = stand_in(case, self.answer) + '/v1'
         case.addCleanup(self.gate.set)
 
     def answer(self, handler):
@@ -3510,8 +3501,6 @@ class LlmTests(ExampleCase):
 
     def setUp(self):
         super().setUp()
-        for name in [name for name in os.environ if name.startswith('OPENAI_')]:
-            del os.environ[name]
         self.llm = FakeLlm(self)
         self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
         self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
@@ -3642,14 +3631,6 @@ class LlmTests(ExampleCase):
                    OPENAI_BASE_URL=self.llm.url + '/', OPENAI_MODEL='m')
         self.assertEqual((self.see(1), self.llm.asked), ([('text', '答 1')], [['话少', '在吗']]))
 
-    def test_what_is_missing_is_one_line_and_exit_code_2(self):
-        for env, name in [({}, 'OPENAI_API_KEY is missing: set it, or api_key in [llm] of config.ini\n'),
-                          ({'OPENAI_API_KEY': PLANTED, 'OPENAI_BASE_URL': PLANTED}, 'OPENAI_BASE_URL is not')]:
-            code, err = self.run_main(llm_bot.main, **env)
-            self.assertEqual((code, err.count('\n')), (2, 1), err)
-            self.assertIn('llm_bot: ' + name, err)
-            self.assertNotIn(PLANTED, err)
-
     def test_the_section_of_the_file_comes_before_the_environment(self):
         self.config('[llm]\napi_key = "%s"\nbase_url = %s/\n' % (self.llm.key, self.llm.url))
         with environment(**dict(os.environ, OPENAI_API_KEY='x', OPENAI_MODEL='m')):
@@ -3660,24 +3641,26 @@ class LlmTests(ExampleCase):
 class ExampleTests(ExampleCase):
     """四个示例都一样的。"""
 
-    needed = {llm_bot: ('corpid', 'token'), ticket_watcher: ('corpid', 'token', 'secret', 'agentid'),
-              monkey_monitor: ('corpid', 'token', 'secret', 'agentid', 'touser'),
-              nas_monitor: ('corpid', 'token', 'secret', 'agentid', 'touser')}
+    needed = {llm_bot: 'corpid token', ticket_watcher: 'corpid token secret agentid',
+              monkey_monitor: 'corpid token secret agentid touser',
+              nas_monitor: 'corpid token secret agentid touser'}
 
-    def check(self, code, words, *args, examples=needed):
+    def check(self, code, words, *args, examples=needed, **env):
+        """都以 ``code`` 结束,说一行,里面有 ``words`` (正则式)。"""
+        env = dict(dict(OPENAI_API_KEY='k', OPENAI_MODEL='m', OPENAI_BASE_URL=''), **env)
         for example in examples:
-            got, err = self.run_main(example.main, *args, OPENAI_API_KEY='k', OPENAI_MODEL='m')
+            got, err = self.run_main(example.main, *args, **env)
             self.assertEqual((got, err.count('\n')), (code, 1), err)
             self.assertRegex(err, '^%s: .*%s' % (example.__name__, words))
 
     def test_a_missing_key_is_named(self):
         for example, keys in self.needed.items():
-            for key in keys:
+            for key in keys.split():
                 self.config(**{key: ''})
                 self.check(2, r'%s is missing: set it in \[demo\] of config.ini, or EASYWECHAT_%s\n' % (
                     key, key.upper()), examples=[example])
 
-    def test_a_wrong_or_busy_port_and_no_config_are_one_line(self):
+    def test_what_else_is_wrong_is_one_line(self):
         self.config('[nas]\nreport =\n')
         self.check(2, 'port must be 0-65535', '--port', '99999')
         with socket.socket() as s:
@@ -3685,6 +3668,11 @@ class ExampleTests(ExampleCase):
             s.listen(1)
             port = str(s.getsockname()[1])
             self.check(3, 'cannot listen on 0.0.0.0 port %s: .*; --port takes another\n' % port, '--port', port)
+        self.check(2, '--base takes http', '--base', 'kyfw.12306.cn', examples=[ticket_watcher])
+        self.check(2, 'cannot write ', examples=[ticket_watcher], XDG_STATE_HOME=os.path.join(os.devnull, 'x'))
+        self.check(2, r'OPENAI_API_KEY is missing: set it, or api_key in \[llm\] of config.ini\n',
+                   examples=[llm_bot], OPENAI_API_KEY='')
+        self.check(2, 'OPENAI_BASE_URL is not as it should be', examples=[llm_bot], OPENAI_BASE_URL=PLANTED)
         self.config('x')
         self.check(2, 'config.ini, line [0-9]+: ')
         os.unlink(os.environ['EASYWECHAT_CONFIG'])

@@ -7,7 +7,7 @@
     python examples/nas_monitor.py --report                 # 现在就发一份日报
 
 一件事报一次警,好了再说一次「恢复正常」,中间怎么摇摆都不说。断网时发不出去的存着,下次再发;
-记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里)。
+记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里),写不了就只在内存里。
 
 发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 corpid、secret、agentid、touser,
 什么包都不装;`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
@@ -269,15 +269,15 @@ def save(state):
 def alone():
     """同时只有一个在看,已经有了抛 `BlockingIOError`;没有地方放 state,就不管有几个,只说一声。"""
     path = state_path()
-    try:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        lock = open(path + '.lock', 'w')
-    except OSError as e:
-        logger.warning('the state is only in memory, set XDG_STATE_HOME: %s', e)
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            lock = stack.enter_context(open(path + '.lock', 'w'))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as e:
+            logger.warning('cannot keep the state, set XDG_STATE_HOME: %s', e)
         yield
 
 

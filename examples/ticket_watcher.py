@@ -502,40 +502,33 @@ def watch(watcher, stop):
             pause = 60
 
 
-def serve(base, port):
-    """机器人在这条线程上,看票的在另一条。"""
-    if not re.match('https?://.', base):
-        raise easywechat.ConfigError('--base takes http://... or https://...')
-    server = easywechat.WeChatServer('demo')
-    for key in 'secret', 'agentid':
-        if not server.settings[key]:
-            raise easywechat.ConfigError(
-                '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
-                    key, key.upper()))
-    watcher = Watcher(Railway(base), lambda text, user: server.client.send(text, to=user),
-                      *open_state())
-    server.register_callback('text', watcher.answer)
-    stop = threading.Event()
-    threading.Thread(target=watch, args=(watcher, stop), daemon=True).start()
-    try:
-        server.run(port=port)
-    finally:
-        stop.set()
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description='12306余票监控。')
     parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
     parser.add_argument('--base', default=BASE, metavar='URL', help='12306 的地址(默认 %s)' % BASE)
-    args = parser.parse_args(argv)
+    args, stop = parser.parse_args(argv), threading.Event()
     try:
-        serve(args.base, args.port)
+        if not re.match('https?://.', args.base):
+            raise easywechat.ConfigError('--base takes http://... or https://...')
+        server = easywechat.WeChatServer('demo')
+        for key in 'secret', 'agentid':
+            if not server.settings[key]:
+                raise easywechat.ConfigError(
+                    '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                        key, key.upper()))
+        watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
+                          *open_state())
+        server.register_callback('text', watcher.answer)
+        threading.Thread(target=watch, args=(watcher, stop), daemon=True).start()
+        server.run(port=args.port)
         return 0
     except OSError as e:
         code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
             args.port, e.strerror)
     except (easywechat.WeChatError, ImportError, OverflowError) as e:
         code, text = 2, getattr(e, 'errmsg', e)
+    finally:
+        stop.set()
     print('ticket_watcher: %s' % text, file=sys.stderr)
     return code
 
