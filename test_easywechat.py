@@ -2857,10 +2857,11 @@ class ExampleCase(ClientCase):
                     talk()
                 finally:
                     os.kill(os.getpid(), signal.SIGTERM)
-        thread = threading.Thread(target=conversation)
+        thread, begin = threading.Thread(target=conversation), time.monotonic()
         thread.start()
         code, err = self.run_main(main, '--port', '0', *args, **env)
         thread.join()
+        self.assertLess(time.monotonic() - begin, 4)        # 没有等谁等到时限
         self.assertEqual((code, err.count('\n'), err[:10]), (0, 1, 'EasyWeChat'), err)
 
 
@@ -3443,6 +3444,7 @@ class TicketTests(ExampleCase):
         self.say('监控 北京 上海 2020-12-31')
         route = '北京 → 上海 %s' % (datetime.datetime.now(ticket_watcher.CHINA) + datetime.timedelta(1)).date()
         command = '监控 ' + route.replace('→ ', '')
+        self.config(touser='')                  # 谁的监控就发给谁
         self.serve(ticket_watcher.main, lambda: (
             self.see(2), self.until(lambda: '开始监控' in self.say(command))), '--base', self.railway.url + '/')
         self.assertEqual(self.see(3)[1], ('text', '北京 → 上海 2020-12-31 过了,不再监控'))

@@ -9,7 +9,7 @@
 
     export OPENAI_BASE_URL=http://127.0.0.1:11434/v1 OPENAI_API_KEY=ollama OPENAI_MODEL=qwen2.5
 
-也可以写在 config.ini 里,没写的才看环境变量::
+也可以写在 config.ini 里,没写的才看环境变量(在模拟器里要 ``simulator.py --with llm``)::
 
     [llm]
     api_key = sk-…

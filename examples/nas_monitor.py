@@ -12,7 +12,7 @@
 发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 corpid、secret、agentid、touser,
 什么包都不装;`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
 
-config.ini 里可以写,都有默认值::
+config.ini 里可以写,都有默认值(在模拟器里要 `simulator.py --with nas`)::
 
     [nas]
     disk = 90               # 磁盘用到百分之几报警;降到 disk_ok 才算恢复正常
