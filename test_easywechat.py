@@ -3002,7 +3002,7 @@ class NasTests(ExampleCase):
         self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
         self.assertEqual(self.heat(70), ['恢复正常:温度,70 °C(cpu)'])
         self.assertEqual(self.heat(75, 79), [])
-        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        self.assertEqual(self.heat(81), ['⚠ 温度:81 °C(cpu)'])     # 同一秒的同一句,企业微信只送一次
         os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
@@ -3156,9 +3156,10 @@ class NasTests(ExampleCase):
             f.write('{"alerts": [')             # 坏了的
         os.mkdir(path + '.new')                 # 写不了
         self.sent()
+        self.put('sys/class/thermal/thermal_zone0/temp', '91000')
         with self.assertLogs('easywechat.nas', 'ERROR') as logs:
             self.assertEqual(self.once()[0], 0)
-        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()'])
+        self.assertEqual(self.sent(), ['⚠ 温度:91 °C()'])
         self.assertIn('damaged', logs.output[0])
         self.assertIn('cannot save', logs.output[1])
 
