@@ -3165,6 +3165,7 @@ class NasTests(ExampleCase):
 
     def test_without_a_place_for_the_state_alerts_still_come(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.config('[nas]\nreport = 0\n')
         nowhere = os.path.join(os.devnull, 'x')
         with self.assertLogs('easywechat.nas', 'WARNING') as logs:
             self.assertEqual(self.once(XDG_STATE_HOME=nowhere), (0, ''))

@@ -251,18 +251,20 @@ def load():
 
 
 def save(state):
-    """写一个新文件,再换上去;写不了(磁盘满了正要报警)就只在内存里。"""
+    """写一个新文件,再换上去 → 成了没有;写不了(磁盘满了正要报警)就只在内存里。"""
     path = state_path()
     if not os.access(os.path.dirname(path), os.W_OK):
-        return                  # `alone` 说过了
+        return False            # `alone` 说过了
     try:
         with open(path + '.new', 'w', encoding='utf-8') as f:
             json.dump(state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + '.new', path)
+        return True
     except OSError as e:
         logger.error('cannot save the state: %s', e)
+        return False
 
 
 @contextlib.contextmanager
@@ -393,8 +395,10 @@ def run(args):
         if not args.once:
             serve(settings, args.port)
             return 0
-        state = load()
-        check(easywechat.WeChatClient(app), state, settings, time.time())
+        state, now = load(), time.time()
+        if is_due(state, settings, now) and not save(state):
+            settings['report'] = None       # 记不住今天的发过了,就会每一遍都发
+        check(easywechat.WeChatClient(app), state, settings, now)
         return 3 if state['unsent'] else 0
 
 
