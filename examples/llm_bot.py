@@ -9,7 +9,7 @@
 
     export OPENAI_BASE_URL=http://127.0.0.1:11434/v1 OPENAI_API_KEY=ollama OPENAI_MODEL=qwen2.5
 
-也可以写在 config.ini 里,没写的才看环境变量::
+也可以写在 config.ini 里,没写的才看环境变量(在模拟器里要 ``simulator.py --with llm``)::
 
     [llm]
     api_key = sk-…
@@ -22,7 +22,6 @@
 
 import argparse
 import collections
-import configparser
 import http.client
 import json
 import logging
@@ -180,12 +179,13 @@ class Chat:
         return self._talks[user]
 
     def _remember(self, talk, question, answer):
-        """记下一问一答;太多了就忘最早的。"""
+        """记下一问一答,太长的回答截断;太多了就忘最早的,刚才的总留着。"""
         messages = talk['messages']
         messages += [{'role': 'user', 'content': question},
-                     {'role': 'assistant', 'content': answer}]
-        while len(messages) > 2 * self.turns or \
-                sum(len(m['content']) for m in messages) > self.characters:
+                     {'role': 'assistant', 'content': answer[:self.characters // 2]}]
+        while len(messages) > 2 and (
+                len(messages) > 2 * self.turns or
+                sum(len(m['content']) for m in messages) > self.characters):
             del messages[:2]
 
     def _reply(self, talk, question):
@@ -241,28 +241,14 @@ def register(server, chat):
 
 # ---- 设置 --------------------------------------------------------------------------------------
 
-def read_ini():
-    """easywechat 用的那个 config.ini;没有就是空的。"""
-    here = os.path.dirname(os.path.abspath(__file__))
-    given = os.environ.get('EASYWECHAT_CONFIG')
-    paths = [given] if given else [
-        os.path.join(folder, 'config.ini') for folder in (here, os.getcwd(), os.path.dirname(here))]
-    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-    try:
-        ini.read(list(filter(os.path.exists, paths))[:1], encoding='utf-8-sig')
-    except (configparser.Error, UnicodeDecodeError) as e:
-        raise easywechat.ConfigError('config.ini cannot be read: %s' % type(e).__name__) from None
-    return ini
-
-
 def find_endpoint():
     """[llm] 和环境变量 → `Endpoint`;缺了、不对的抛 `ConfigError`。"""
-    ini, values = read_ini(), []
-    forms = ('api_key', '[A-Za-z0-9_.+/=~:-]+'), ('base_url', 'https?://[!-~]+'), ('model', '.+')
-    for key, form in forms:
+    section, values = easywechat.get_section('llm'), []
+    for key, form, default in (('api_key', '[A-Za-z0-9_.+/=~:-]+', ''),
+                               ('base_url', 'https?://[!-~]+', 'https://api.openai.com/v1'),
+                               ('model', '.+', '')):
         name = 'OPENAI_' + key.upper()
-        value = (ini.get('llm', key, fallback='').strip('\'" ') or os.environ.get(name, '').strip()
-                 or ('https://api.openai.com/v1' if key == 'base_url' else ''))
+        value = section.get(key) or os.environ.get(name, '').strip() or default
         if not re.fullmatch(form, value):
             raise easywechat.ConfigError('%s is %s: set it, or %s in [llm] of config.ini' % (
                 name, 'not as it should be' if value else 'missing', key))
@@ -270,20 +256,27 @@ def find_endpoint():
     return Endpoint(*values)
 
 
-def main():
-    parser = argparse.ArgumentParser(description='大模型聊天:OpenAI 兼容的接口')
-    parser.add_argument('--port', type=int, default=8000, help='在哪个端口监听 (8000)')
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='大模型聊天:OpenAI 兼容的接口。')
+    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
     parser.add_argument('--system', default=SYSTEM, metavar='TEXT', help='系统提示:它是谁,怎么说话')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         server = easywechat.WeChatServer('demo')
         register(server, Chat(find_endpoint().stream, args.system))
-        server.run(host='0.0.0.0', port=args.port)
-    except (easywechat.ConfigError, ImportError, OSError) as e:
-        print('llm_bot: %s' % getattr(e, 'errmsg', e), file=sys.stderr)
-        return 2
-    return 0
+        server.run(port=args.port)
+        return 0
+    except OSError as e:
+        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
+            args.port, e.strerror)
+    except (easywechat.WeChatError, ImportError, OverflowError) as e:
+        code, text = 2, getattr(e, 'errmsg', e)
+    print('llm_bot: %s' % text, file=sys.stderr)
+    return code
 
 
 if __name__ == '__main__':
+    if sys.stdout:          # 显示不了中文的终端得到转义
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())

@@ -227,8 +227,11 @@ COMMANDS = {'拍照': photo, '视频': video, '状态': status}
 def register(server):
     """把回调登记到 ``server``。"""
     allowed = {user.strip().lower() for user in server.settings['touser'].split('|')} - {''}
-    if not allowed or not server.settings['secret'] or not server.settings['agentid']:
-        raise easywechat.ConfigError('secret, agentid and touser (who may ask) are needed')
+    for key in 'secret', 'agentid', 'touser':
+        if not server.settings[key]:
+            raise easywechat.ConfigError(
+                '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                    key, key.upper()))
 
     @server.register_callback('text')
     def answer(msg):
@@ -252,16 +255,23 @@ def register(server):
 def main(argv=None):
     parser = argparse.ArgumentParser(description='程序猿监控器:拍照、视频、状态。')
     parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
-    port = parser.parse_args(argv).port
+    args = parser.parse_args(argv)
     try:
         server = easywechat.WeChatServer('demo')
         register(server)
-        server.run(port=port)
+        server.run(port=args.port)
         return 0
-    except (easywechat.WeChatError, ImportError, OSError, OverflowError) as e:
-        print('monkey_monitor: %s' % getattr(e, 'errmsg', e), file=sys.stderr)
-        return 2
+    except OSError as e:
+        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
+            args.port, e.strerror)
+    except (easywechat.WeChatError, ImportError, OverflowError) as e:
+        code, text = 2, getattr(e, 'errmsg', e)
+    print('monkey_monitor: %s' % text, file=sys.stderr)
+    return code
 
 
 if __name__ == '__main__':
+    if sys.stdout:          # 显示不了中文的终端得到转义
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())

@@ -7,12 +7,12 @@
     python examples/nas_monitor.py --report                 # 现在就发一份日报
 
 一件事报一次警,好了再说一次「恢复正常」,中间怎么摇摆都不说。断网时发不出去的存着,下次再发;
-记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里)。
+记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里),写不了就只在内存里。
 
 发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 corpid、secret、agentid、touser,
 什么包都不装;`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
 
-config.ini 里可以写,都有默认值::
+config.ini 里可以写,都有默认值(在模拟器里要 `simulator.py --with nas`)::
 
     [nas]
     disk = 90               # 磁盘用到百分之几报警;降到 disk_ok 才算恢复正常
@@ -26,7 +26,6 @@ config.ini 里可以写,都有默认值::
 """
 
 import argparse
-import configparser
 import contextlib
 import fcntl
 import glob
@@ -42,8 +41,7 @@ import threading
 import time
 
 # 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import easywechat  # noqa: E402
 
@@ -79,16 +77,9 @@ def number(name, text):
 
 
 def thresholds():
-    """``[nas]`` 一节 (dict),没写的是默认值;``report`` 是 None 就没有日报。找文件同 `get_config`。"""
-    folders = HERE, os.getcwd(), os.path.dirname(os.path.abspath(easywechat.__file__))
-    paths = [os.environ.get('EASYWECHAT_CONFIG') or os.path.join(f, 'config.ini') for f in folders]
-    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-    path = next(filter(os.path.isfile, paths), None)
-    if path:
-        with open(path, encoding='utf-8-sig', errors='replace') as f:
-            ini.read_file(f)
+    """``[nas]`` 一节 (dict),没写的是默认值;``report`` 是 None 就没有日报。"""
     settings = dict(DEFAULTS)
-    for name, text in ini.items('nas') if ini.has_section('nas') else ():
+    for name, text in easywechat.get_section('nas').items():
         if name not in DEFAULTS:
             raise easywechat.ConfigError('[nas] has no %.40r; it takes: %s' % (
                 name, ', '.join(DEFAULTS)))
@@ -104,7 +95,9 @@ def app_settings():
     settings = easywechat.get_config('demo')
     for key in 'corpid', 'secret', 'agentid', 'touser':
         if not settings[key]:
-            raise easywechat.ConfigError('%s is missing: set it in [demo] of config.ini' % key)
+            raise easywechat.ConfigError(
+                '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                    key, key.upper()))
     return settings
 
 
@@ -237,14 +230,11 @@ def report(state, settings):
 
 # ---- 记着的 -----------------------------------------------------------------------------------
 # state:{'alerts': [报过警还没恢复的名字], 'unsent': [还没发出去的], 'reported': 最近一次日报的日期,
-# 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。
+# 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。没有地方放,就只在内存里。
 
 def state_path():
-    """放 state 的文件;没有文件夹就建。"""
     base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    folder = os.path.join(base, 'easywechat')
-    os.makedirs(folder, 0o700, exist_ok=True)
-    return os.path.join(folder, 'nas_monitor.json')
+    return os.path.join(base, 'easywechat', 'nas_monitor.json')
 
 
 def load():
@@ -253,31 +243,43 @@ def load():
     try:
         with open(state_path(), encoding='utf-8') as f:
             state.update(json.load(f))
-    except FileNotFoundError:
-        pass
+    except OSError as e:
+        logger.debug('no state: %s', e)
     except (ValueError, TypeError) as e:
         logger.error('%s is damaged, starting afresh: %s', state_path(), e)
     return state
 
 
 def save(state):
-    """写一个新文件,再换上去;写不了(磁盘满了正要报警)就只在内存里。"""
+    """写一个新文件,再换上去 → 成了没有;写不了(磁盘满了正要报警)就只在内存里。"""
+    path = state_path()
+    if not os.access(os.path.dirname(path), os.W_OK):
+        return False            # `alone` 说过了
     try:
-        path = state_path()
         with open(path + '.new', 'w', encoding='utf-8') as f:
             json.dump(state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + '.new', path)
+        return True
     except OSError as e:
         logger.error('cannot save the state: %s', e)
+        return False
 
 
 @contextlib.contextmanager
 def alone():
-    """同时只有一个在看;已经有了抛 `BlockingIOError`。"""
-    with open(state_path() + '.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """同时只有一个在看,已经有了抛 `BlockingIOError`;没有地方放 state,就不管有几个,只说一声。"""
+    path = state_path()
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            lock = stack.enter_context(open(path + '.lock', 'w'))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as e:
+            logger.warning('cannot keep the state, set XDG_STATE_HOME: %s', e)
         yield
 
 
@@ -376,9 +378,11 @@ def serve(settings, port):
     watcher = threading.Thread(target=watch, daemon=True,
                                args=(server.client, state, settings, stop))
     watcher.start()
-    server.run(port=port)
-    stop.set()
-    watcher.join(5)
+    try:
+        server.run(port=port)
+    finally:
+        stop.set()
+        watcher.join(5)
 
 
 def run(args):
@@ -391,8 +395,10 @@ def run(args):
         if not args.once:
             serve(settings, args.port)
             return 0
-        state = load()
-        check(easywechat.WeChatClient(app), state, settings, time.time())
+        state, now = load(), time.time()
+        if is_due(state, settings, now) and not save(state):
+            settings['report'] = None       # 记不住今天的发过了,就会每一遍都发
+        check(easywechat.WeChatClient(app), state, settings, now)
         return 3 if state['unsent'] else 0
 
 
@@ -401,19 +407,26 @@ def main(argv=None):
     parser.add_argument('--once', action='store_true', help='看一遍就走(cron)')
     parser.add_argument('--report', action='store_true', help='现在就发一份日报')
     parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    args = parser.parse_args(argv)
     try:
-        return run(parser.parse_args(argv))
+        return run(args)
     except easywechat.APIError as e:
         code, text = 3 if isinstance(e, easywechat.NetworkError) else 1, e
     except BlockingIOError:
         code, text = 1, 'another one is running already'
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
-    except (easywechat.WeChatError, ImportError, OSError, OverflowError) as e:
+    except OSError as e:
+        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
+            args.port, e.strerror)
+    except (easywechat.WeChatError, ImportError, OverflowError) as e:
         code, text = 2, getattr(e, 'errmsg', e)
     print('nas_monitor: %s' % text, file=sys.stderr)
     return code
 
 
 if __name__ == '__main__':
+    if sys.stdout:          # 显示不了中文的终端得到转义
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())

@@ -11,6 +11,8 @@
     列表
     取消 2                                      # 列表里的第二个;只写「取消」是全部
 
+在看哪些记在 ~/.local/state/easywechat/ticket_watcher.json(或在 $XDG_STATE_HOME 里),重启以后接着看。
+
 12306 没有公开的接口:这里用的是它的网页自己查余票的那个,没有文档,随时会变。所以问得慢(`Railway.pause`、
 `Watcher.every`),被拒绝就越等越久,不用来抢票。用到的:
 
@@ -205,7 +207,7 @@ class Railway:
 
 # ---- 监控 --------------------------------------------------------------------------------------
 # 一个监控是一个 dict:user,start、end (站名),codes (电报码),exact (上下车是不是就要这个站),date,
-# trains、seats (只看这些;空的是都看),seen (上次有票的 [车次, 席别]),note (上次看到什么)。
+# trains、seats (只看这些;空的是都看),seen (上次有票的 [车次, 席别]),note (上次看到什么,不存)。
 
 def find_station(stations, name):
     """→ (站名, 电报码, 是不是就要这个站);没有抛 `ValueError`,带着像的。"""
@@ -241,7 +243,7 @@ def parse_watch(words, stations, today):
     names, codes, exact = map(list, zip(*ends))
     watch = {'start': names[0], 'end': names[1], 'codes': codes, 'exact': exact,
              'date': str(parse_date(words[2], today)),
-             'trains': [], 'seats': [], 'seen': [], 'note': ''}
+             'trains': [], 'seats': [], 'seen': []}
     for word in words[3:]:
         seats = [seat for seat in SEATS if seat in (word, word + '座')]
         if not seats and not re.fullmatch('[A-Za-z][0-9]{0,4}|[0-9]{1,4}', word):
@@ -297,7 +299,7 @@ def load_watches(path):
         with open(path, encoding='utf-8') as f:
             watches = json.load(f)['watches']
         for watch in watches:
-            describe(watch), sale_begins(watch), dict(watch['seen']), watch['user'] + watch['note']
+            describe(watch), sale_begins(watch), dict(watch['seen']), watch['user'] + ''
             (_, _), (_, _) = watch['codes'], watch['exact']
         return watches
     except FileNotFoundError:
@@ -308,18 +310,38 @@ def load_watches(path):
         return []
 
 
-def save_watches(path, watches):
+def as_text(watches):
+    """状态文件的内容。note 里有钟点,每看一次都变,不在里面。"""
+    kept = [{k: v for k, v in watch.items() if k != 'note'} for watch in watches]
+    return json.dumps({'watches': kept}, ensure_ascii=False)
+
+
+def save(path, text):
     """写状态文件 (0600):要么是旧的,要么是新的,没有一半的。"""
-    handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(os.path.abspath(path)))
+    handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(path))
     try:
         with open(handle, 'w', encoding='utf-8') as f:
-            json.dump({'watches': watches}, f, ensure_ascii=False)
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
     except BaseException:
         os.unlink(part)
         raise
+
+
+def open_state():
+    """→ (状态文件, 里面的监控);没有文件夹就建,读写不了的现在就说 (`ConfigError`)。"""
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
+    path = os.path.join(base, 'easywechat', 'ticket_watcher.json')
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        watches = load_watches(path)
+        save(path, as_text(watches))
+        return path, watches
+    except OSError as e:
+        raise easywechat.ConfigError('cannot write %s: %s; set XDG_STATE_HOME' % (
+            e.filename, e.strerror)) from None
 
 
 class Watcher:
@@ -336,6 +358,7 @@ class Watcher:
         self.send = send            # send(文本, 用户),不成抛 APIError
         self.path = path            # 状态文件,里面是 watches
         self.watches = watches
+        self._saved = as_text(watches)
         self._due = {}              # 路线 → 什么时候再看
         self._end_due = 0
         self._lock = threading.Lock()
@@ -364,8 +387,10 @@ class Watcher:
         return [watch for watch in self.watches if watch['user'] == user]
 
     def _keep(self, watches):
-        save_watches(self.path, watches)
-        self.watches = watches
+        text = as_text(watches)
+        if text != self._saved:
+            save(self.path, text)
+        self.watches, self._saved = watches, text
 
     def _add(self, user, words):
         today = self._china().date()
@@ -393,7 +418,7 @@ class Watcher:
     def _list(self, user, words):
         today = self._china().date()
         lines = ['%d. %s(%s)' % (n, describe(watch), '%s 开始卖' % sale_begins(watch)
-                                 if sale_begins(watch) > today else watch['note'] or '还没有看过')
+                                 if sale_begins(watch) > today else watch.get('note', '还没有看过'))
                  for n, watch in enumerate(self._of(user), 1)]
         if lines and self.railway.failures:
             lines.append('12306 现在不答应,%d 秒以后再问' % max(
@@ -465,42 +490,51 @@ class Watcher:
                 self.railway.load()
 
 
-def run(watcher):
-    """看票的线程。"""
-    while True:
+def watch(watcher, stop):
+    """看票,直到 ``stop`` (Event)。"""
+    pause = 0
+    while not stop.wait(pause):
         try:
             watcher.step()
+            pause = 1
         except Exception:       # 磁盘满了,或者没有想到的:线程没了,人还以为在看
             logger.exception('the watch goes on in a minute')
-            time.sleep(60)
-        time.sleep(1)
+            pause = 60
 
 
-def main():
-    parser = argparse.ArgumentParser(description='12306余票监控')
-    parser.add_argument('--port', type=int, default=8000, help='在哪个端口监听 (8000)')
-    parser.add_argument('--state', default='ticket_watcher.json', metavar='FILE',
-                        help='监控记在哪个文件 (ticket_watcher.json)')
-    parser.add_argument('--base', default=BASE, metavar='URL', help='12306 的地址 (%s)' % BASE)
-    args = parser.parse_args()
-    if not re.match('https?://.', args.base):
-        parser.error('--base takes http://… or https://…')
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='12306余票监控。')
+    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    parser.add_argument('--base', default=BASE, metavar='URL', help='12306 的地址(默认 %s)' % BASE)
+    args, stop = parser.parse_args(argv), threading.Event()
     try:
+        if not re.match('https?://.', args.base):
+            raise easywechat.ConfigError('--base takes http://... or https://...')
         server = easywechat.WeChatServer('demo')
-        if not server.client.settings['agentid']:
-            raise easywechat.ConfigError('agentid is missing: alerts are sent with it')
-        watches = load_watches(args.state)
-        save_watches(args.state, watches)       # 写不进去的,现在就说
+        for key in 'secret', 'agentid':
+            if not server.settings[key]:
+                raise easywechat.ConfigError(
+                    '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                        key, key.upper()))
         watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
-                          args.state, watches)
+                          *open_state())
         server.register_callback('text', watcher.answer)
-        threading.Thread(target=run, args=(watcher,), daemon=True).start()
-        server.run(host='0.0.0.0', port=args.port)
-    except (easywechat.ConfigError, ImportError, OSError) as e:
-        print('ticket_watcher: %s' % getattr(e, 'errmsg', e), file=sys.stderr)
-        return 2
-    return 0
+        threading.Thread(target=watch, args=(watcher, stop), daemon=True).start()
+        server.run(port=args.port)
+        return 0
+    except OSError as e:
+        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
+            args.port, e.strerror)
+    except (easywechat.WeChatError, ImportError, OverflowError) as e:
+        code, text = 2, getattr(e, 'errmsg', e)
+    finally:
+        stop.set()
+    print('ticket_watcher: %s' % text, file=sys.stderr)
+    return code
 
 
 if __name__ == '__main__':
+    if sys.stdout:          # 显示不了中文的终端得到转义
+        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
+                          errors='backslashreplace', buffering=1, closefd=False)
     sys.exit(main())
