@@ -212,7 +212,8 @@ def main():
         if shutil.which('npm'):
             subprocess.check_call(['npm', 'install', '--silent', '--no-audit', '--no-fund', '--prefix', folder,
                                    '@wecom/crypto@1.0.1'], stdout=subprocess.DEVNULL)
-        subprocess.check_call(['go', 'build', '-o', folder, 'server.go'], cwd=HERE, env=dict(os.environ, GOCACHE=folder))
+        subprocess.check_call(['go', 'build', '-o', folder, 'server.go'], cwd=HERE,
+                              env=dict(os.environ, GOCACHE=folder))
         wecom = simulator.WeCom()
         wecom.settings['secret'] = ''
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
