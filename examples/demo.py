@@ -44,11 +44,11 @@ def main(argv=None):
             server.register_callback(msg_type, reply_func)
         server.run(host='0.0.0.0', port=port, debug=False)
         return 0
-    except (easywechat.ConfigError, ImportError) as e:
+    except (easywechat.WeChatError, ImportError, OverflowError) as e:
         code, text = 2, getattr(e, 'errmsg', e)
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
-            port, getattr(e, 'strerror', e))
+            port, e.strerror)
     print('demo: %s' % text, file=sys.stderr)
     return code
 
