@@ -24,9 +24,10 @@ import urllib.parse
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.join(HERE, os.pardir, os.pardir)
+ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'examples')]
 
+import easywechat  # noqa: E402
 import simulator  # noqa: E402
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
@@ -178,7 +179,9 @@ def imports(python, env):
 
 
 def small(folder, env):
-    """On each Python found: what an import costs, and what an idle --echo holds."""
+    """On each Python found: what an import costs, what --echo holds at rest and after 1,000 connections."""
+    wecom = simulator.WeCom()
+    wecom.settings.update(easywechat._DEMO)
     for path in sorted(glob.glob(os.path.expanduser('~/.pyenv/versions/3.*/bin/python')), key=version_of):
         if version_of(path)[:2] not in ((3, 8), (3, 11), (3, 13)):
             continue
@@ -190,12 +193,16 @@ def small(folder, env):
             version_of(path) + imports(python, env)))
         for name in '-m easywechat', os.path.join(ROOT, 'easywechat.py'):
             process = subprocess.Popen([python] + name.split() + ['--echo', '--port', '0'], env=env,
-                                       stdout=subprocess.PIPE)
-            while '在监听' not in process.stdout.readline().decode():
-                pass
+                                       stdout=subprocess.PIPE, cwd=folder)
+            line = ''
+            while '在监听' not in line:
+                line = process.stdout.readline().decode()
             time.sleep(0.3)
-            print('    python %s --echo, idle: %.1f MB' % (os.path.basename(name), memory(process.pid, 'VmRSS')),
-                  flush=True)
+            idle, url = memory(process.pid, 'VmRSS'), re.search(r'http://\S+', line).group()
+            if not all(good_reply(wecom, url) for _ in range(1000)):
+                raise SystemExit('a wrong reply')
+            print('    python %s --echo: %.1f MB at rest, %.1f MB after 1,000 connections' % (
+                os.path.basename(name), idle, memory(process.pid, 'VmRSS')), flush=True)
             process.kill()
             process.wait()
 
@@ -219,7 +226,7 @@ def main():
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
         env.update({'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v}, XDG_CACHE_HOME=folder,
                    REQUESTS=os.path.join(folder, 'requests'), NODE_PATH=os.path.join(folder, 'node_modules'),
-                   PYTHONPATH=ROOT, PYTHONPYCACHEPREFIX=folder)
+                   PYTHONPATH=ROOT)
         rows = {name: [] for name in servers(python, folder)}
         for n in range(ROUNDS):
             write_requests(wecom, env['REQUESTS'])
