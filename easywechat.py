@@ -74,7 +74,8 @@ __version__ = '0.1.0'
 
 __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt',
            'MemoryStore', 'FileStore', 'xml_to_dict', 'dict_to_xml', 'get_config', 'get_section',
-           'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError', 'NetworkError']
+           'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
+           'NetworkError']
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -569,7 +570,8 @@ class WXBizMsgCrypt:
                 raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, '%s is %s' % (
                     name, 'malformed: ' + _show(value) if value else 'missing in the query'))
         data = encrypt.rstrip(b'=')
-        if not data or data.translate(None, _BASE64) or len(encrypt) % 4 or len(encrypt) - len(data) > 2:
+        padding = len(encrypt) - len(data)
+        if not data or data.translate(None, _BASE64) or padding > 2 or len(encrypt) % 4:
             raise CryptoError(ierror.WXBizMsgCrypt_DecodeBase64_Error)
         expected = self._signature(str(timestamp), nonce, encrypt)
         if not hmac.compare_digest(expected.encode(), msg_signature.encode()):
@@ -2601,7 +2603,8 @@ class Dispatcher:
                 break
             self._wait_for(run, begin)
             # 等的那次也只是在等别的进程,比这次先到时限:接着等
-            if not run.done or run.reply is not None or time.monotonic() - begin >= self.hold_within:
+            if (not run.done or run.reply is not None
+                    or time.monotonic() - begin >= self.hold_within):
                 return answer(run.reply)
             time.sleep(self.lease / 60)
         try:
@@ -2692,13 +2695,15 @@ class Dispatcher:
         if reply is None:
             return send(*self.refuse(WeChatError(503), client))
         if reply:       # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
-            reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
+            reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp'])
+            reply = reply.encode('utf-8')
         return send(*self._ok('text/xml', reply))
 
     @staticmethod
     def _ok(content_type, body):
         return 200, [('Content-Type', content_type + '; charset=utf-8'),
-                     ('Content-Length', str(len(body))), ('X-Content-Type-Options', 'nosniff')], body
+                     ('Content-Length', str(len(body))),
+                     ('X-Content-Type-Options', 'nosniff')], body
 
     def refuse(self, error, client=''):
         """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""

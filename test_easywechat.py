@@ -412,6 +412,16 @@ class CryptoTests(unittest.TestCase):
                 WXBizMsgCrypt('t', key, 'c')
             self.assertEqual(caught.exception.errcode, -40004)
 
+    def test_base64_is_strict_before_the_signature_is_looked_at(self):
+        for encrypt in (b'', b'=', b'QUJ', b'A===', b'QUJD====', b'QU=D', b'QUJD\n', b'QU-_', b'Q\xc3\xbcJD'):
+            query = signed(encrypt)
+            with self.assertRaises(CryptoError) as caught:
+                CRYPT.verify(query['msg_signature'], query['timestamp'], query['nonce'], encrypt)
+            self.assertEqual(caught.exception.errcode, -40010, encrypt)
+        for encrypt in b'QUJD', b'QUI=', b'QQ==':
+            query = signed(encrypt)
+            CRYPT.verify(query['msg_signature'], query['timestamp'], query['nonce'], encrypt)
+
     def sealed(self, plaintext):
         """任意明文字节(连同填充)→ 密文。"""
         return binascii.b2a_base64(CRYPT._encrypt(plaintext), newline=False)
