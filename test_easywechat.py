@@ -424,7 +424,7 @@ class CryptoTests(unittest.TestCase):
 
     def sealed(self, plaintext):
         """任意明文字节(连同填充)→ 密文。"""
-        return binascii.b2a_base64(CRYPT._encrypt(plaintext), newline=False)
+        return binascii.b2a_base64(CRYPT._encryptor.encrypt(plaintext), newline=False)
 
     def test_padding_length_and_receive_id_are_strict(self):
         rid = SETTINGS['corpid'].encode()
@@ -441,6 +441,25 @@ class CryptoTests(unittest.TestCase):
             q = signed(encrypt)
             body = '<xml><Encrypt>%s</Encrypt></xml>' % encrypt.decode()
             self.assertEqual(CRYPT.DecryptMsg(body, *q.values())[0], code, plaintext)
+
+    def test_every_ciphertext_stands_for_itself(self):
+        aes = easywechat._aes()
+        key = binascii.a2b_base64(SETTINGS['encoding_aes_key'] + '=')
+        texts = ['%d' % n * n for n in range(1, 200)]
+        sealed = []
+
+        def seal(part):
+            sealed.extend((CRYPT.seal(text), text) for text in part)
+        threads = [threading.Thread(target=seal, args=(texts[n::8],)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(len({encrypt[:20] for encrypt, _ in sealed}), len(texts))
+        for encrypt, text in sorted(sealed):        # 另一个次序;别人照 CBC 的定义,一条一个对象
+            self.assertEqual(CRYPT.open(encrypt), text)
+            plain = aes.new(key, aes.MODE_CBC, key[:16]).decrypt(binascii.a2b_base64(encrypt))
+            self.assertEqual(plain[16:20 + len(text)], struct.pack('>I', len(text)) + text.encode())
 
     def test_official_codes(self):
         encrypt = CRYPT.seal('hi')

@@ -225,7 +225,7 @@ def main():
         wecom.settings['secret'] = ''
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
         env.update({'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v}, XDG_CACHE_HOME=folder,
-                   REQUESTS=os.path.join(folder, 'requests'), NODE_PATH=os.path.join(folder, 'node_modules'),
+                   TMPDIR=folder, REQUESTS=os.path.join(folder, 'requests'), NODE_PATH=os.path.join(folder, 'node_modules'),
                    PYTHONPATH=ROOT)
         rows = {name: [] for name in servers(python, folder)}
         for n in range(ROUNDS):
