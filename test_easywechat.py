@@ -9,6 +9,7 @@ import binascii
 import collections
 import contextlib
 import datetime
+import errno
 import hashlib
 import http.client
 import http.server
@@ -2177,6 +2178,33 @@ class ServerTests(unittest.TestCase):
             server.stop()
             thread.join(5)
         self.assertFalse(thread.is_alive())
+
+    def test_it_stops_where_shutdown_does_not_wake_accept(self):
+        class Deaf(socket.socket):          # macOS、Windows
+            def shutdown(self, how):
+                raise OSError(errno.ENOTCONN, 'not connected')
+        server = make_server()
+        with swapped(sys, 'platform', 'darwin'), swapped(socket, 'socket', Deaf):
+            address = server.start('127.0.0.1', 0)
+        for _ in range(3):
+            self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
+        begin = time.monotonic()
+        server.stop()
+        self.assertLess(time.monotonic() - begin, 2)
+        self.assertRaises(OSError, socket.create_connection, address)
+
+    def test_without_a_thread_to_accept_a_connection_is_closed(self):
+        def fails(*args):
+            raise RuntimeError("can't start new thread")
+        with swapped(easywechat._Threads, '_seats', []):
+            server, address = self.start()
+            with swapped(easywechat, '_start_thread', fails):
+                self.assertEqual(ask_socket(address, 'GET', '/weixin'), (0, {}, b''))
+            for _ in range(3):
+                self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
+            with swapped(easywechat, '_start_thread', fails):
+                self.assertRaises(RuntimeError, make_server().start, '127.0.0.1', 0)
+            server.stop()
 
     def test_the_log_goes_where_the_config_says(self):
         logger = logging.getLogger('easywechat')

@@ -1,7 +1,7 @@
-"""What the original does with a message, on Python 3: Flask, xmltodict, dicttoxml, pycryptodome, requests for its client.
+"""What the original does with a message, on Python 3: Flask, xmltodict, dicttoxml, pycryptodome, and requests imported.
 
-Written for this comparison, step by step after the original: ElementTree for the envelope, a deep copy for the callback,
-the same straight-line WXBizMsgCrypt, a template for the answer, one line of its log to a file and to stderr, and Flask's.
+Written for this comparison, step by step as the original: ElementTree for the envelope, a deep copy for the callback,
+a straight-line WXBizMsgCrypt, a template for the answer, a line of its log to a file and to stderr, and Flask's own.
 """
 import base64
 import copy
