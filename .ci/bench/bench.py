@@ -234,8 +234,8 @@ def main():
         wecom.settings['secret'] = ''
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
         env.update({'EASYWECHAT_' + k.upper(): v for k, v in wecom.settings.items() if v}, XDG_CACHE_HOME=folder,
-                   TMPDIR=folder, REQUESTS=os.path.join(folder, 'requests'), NODE_PATH=os.path.join(folder, 'node_modules'),
-                   PYTHONPATH=ROOT)
+                   REQUESTS=os.path.join(folder, 'requests'), NODE_PATH=os.path.join(folder, 'node_modules'),
+                   PYTHONPATH=ROOT, TMPDIR=folder)
         rows = {name: [] for name in servers(folder)}
         for n in range(ROUNDS):
             write_requests(wecom, env['REQUESTS'])
