@@ -3022,11 +3022,10 @@ class _HTTPServer(http.server.HTTPServer):
             self._reading.pop(request, None)
 
     def process_request(self, request, client_address):
-        if len(self._reading) >= self._most:
-            self._evict(1)
         with self._lock:
             self._reading[request] = 0
             alone = not (self._accepting or self._closed)
+        self._evict(len(self._reading) - (0 if self._closed else self._most))
         try:
             if not alone or self._threads.submit(1, self._serve):   # 总有一条在接;叫不来,就不做这一个
                 self.finish_request(request, client_address)
