@@ -369,6 +369,7 @@ class _DictBuilder:
 
 
 def _parse_xml(text):
+    """解析一次;不以根元素开头的抛 `ValueError`。"""
     text = text.lstrip('\ufeff \t\r\n')
     if not _BEGINS_WITH_ROOT.match(text):
         raise ValueError('does not begin with its root element')
@@ -393,7 +394,10 @@ def xml_to_dict(text):
         try:
             return _parse_xml(text)
         except (ET.ParseError, ValueError):     # 也许只是有 XML 1.0 不许的字符:expat 遇到就停
-            return _parse_xml(_NOT_XML.sub('', text))
+            cleaned = _NOT_XML.sub('', text)
+            if cleaned == text:
+                raise
+        return _parse_xml(cleaned)
     except (ET.ParseError, ValueError, LookupError, RecursionError, MemoryError) as e:
         raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error,
                               'cannot read XML: %s' % _show(e)) from None
@@ -541,9 +545,10 @@ class WXBizMsgCrypt:
         self._token = sToken.encode('utf-8')
         self._receive_id = sCorpId.encode('utf-8')
         # CBC 的 IV 只影响第一块,而第一块正是没有人看的 random(16):所以每个方向一个对象,一条接一条用下去。
-        # 每条消息新建一个,要多花 6 µs,是整个加解密的八分之一。
-        self._encryptor, self._decryptor = (aes.new(key, aes.MODE_CBC, key[:16]) for _ in 'ed')
-        self._lock = threading.Lock()       # 这两个对象的
+        # 新建一个要 6 µs,一来一回两个,是整个编解码的四分之一。
+        self._encryptor = aes.new(key, aes.MODE_CBC, key[:16])
+        self._decryptor = aes.new(key, aes.MODE_CBC, key[:16])
+        self._lock = threading.Lock()       # 用这两个对象时拿着
 
     def _signature(self, timestamp, nonce, encrypt):
         parts = sorted([self._token, timestamp.encode(), nonce.encode(), encrypt])
@@ -581,9 +586,9 @@ class WXBizMsgCrypt:
                               'no multiple of 16: did a proxy cut it?' % len(data))
         with self._lock:
             data = self._decryptor.decrypt(data)
-        data = _unpad(data)
-        end = 20 + struct.unpack('>I', data[16:20])[0] if len(data) >= 20 else -1
-        if not 20 <= end <= len(data):
+        data = _unpad(data[16:])
+        end = 4 + struct.unpack('>I', data[:4])[0] if len(data) >= 4 else -1
+        if not 4 <= end <= len(data):
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer)
         if not hmac.compare_digest(data[end:], self._receive_id):
             theirs, ours = (_mask(i.decode('utf-8', 'replace'))
@@ -591,7 +596,7 @@ class WXBizMsgCrypt:
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error, 'receive id differs: '
                               'got %s, corpid here is %s' % (_show(theirs), ours))
         try:
-            return data[20:end].decode('utf-8')
+            return data[4:end].decode('utf-8')
         except UnicodeDecodeError:
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'not UTF-8') from None
 
@@ -623,6 +628,7 @@ class WXBizMsgCrypt:
         """要回的明文 (str 或 bytes) → 信封 (str)。``timestamp`` 是 Unix 秒,默认现在。"""
         timestamp = str(timestamp or int(time.time()))
         encrypt = self.seal(message)
+        # 密文是 base64,签名是十六进制,timestamp 由 sign 验过是十位数字:不用转义
         return ('<xml><Encrypt><![CDATA[%s]]></Encrypt><MsgSignature><![CDATA[%s]]></MsgSignature>'
                 '<TimeStamp>%s</TimeStamp>%s</xml>' % (
                     encrypt.decode(), self.sign(timestamp, nonce, encrypt), timestamp,
@@ -1267,8 +1273,9 @@ class _Threads:
     def submit(self, wait, job, *args):
         """交出一件活,最多等 ``wait`` 秒轮到它;轮不到、开不出线程,返回 False。"""
         with self._changed:
-            if self._busy >= self._limit and not self._changed.wait_for(
-                    lambda: self._busy < self._limit, wait):
+            if self._busy >= self._limit:
+                self._changed.wait_for(lambda: self._busy < self._limit or not self._limit, wait)
+            if self._busy >= self._limit:
                 return False
             self._busy += 1
         with self._lock:
@@ -1315,6 +1322,7 @@ class _Threads:
         """不再接活,等手里的做完,至多到 ``deadline`` (monotonic 秒);都做完了返回 True。"""
         with self._changed:
             self._limit = 0
+            self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._busy,
                                           max(0, deadline - time.monotonic()))
 
@@ -2935,6 +2943,7 @@ class _HTTPServer(http.server.HTTPServer):
     request_queue_size = 1024               # 默认的 5 让一千个连接排 24 秒
     allow_reuse_address = os.name == 'posix'
     allow_reuse_port = False
+    acceptors = 2                           # 等着接连接的线程:一条接到了去做,还有一条在接,不用现叫
 
     def __init__(self, dispatcher, host, port):
         self.dispatcher = dispatcher
@@ -2965,44 +2974,67 @@ class _HTTPServer(http.server.HTTPServer):
 
     def start(self):
         """在后台线程里开始服务;开不出线程抛 `RuntimeError`。"""
-        if not sys.platform.startswith('linux'):
-            self.socket.settimeout(0.2)     # 那里 shutdown 叫不醒 accept
-        if not self._threads.submit(0, self._serve):
+        # Linux 上 close() 的 shutdown 叫得醒 accept;别处自己醒
+        self.socket.settimeout(None if sys.platform.startswith('linux') else 0.2)
+        started = [self._threads.submit(0, self._serve) for _ in range(self.acceptors)]
+        if not any(started):
             self.server_close()
             raise RuntimeError("can't start new thread")
 
-    def get_request(self):
-        """接一个连接 → ``(套接字, 地址)``;停下了,或者已经有两条线程在接,是 None。"""
+    def _serve(self):
+        """一条线程:接一个连接,做完,再接下一个。"""
+        accepted = self._accept()
+        while accepted:
+            try:
+                self.process_request(*accepted)
+            except Exception:               # 本文件的错;还要接着接
+                logger.error('internal error in the server%s', _traceback())
+            accepted = self._accept()
+
+    def _accept(self):
+        """接一个连接 → ``(套接字, 地址)``;停下了,或者等着接的线程够了,是 None。"""
         with self._lock:
-            if self._accepting >= 2:
+            if self._closed or self._accepting >= self.acceptors:
                 return None
             self._accepting += 1
         try:
             while not self._closed:
                 try:
                     return self.socket.accept()
-                except socket.timeout:
+                except (socket.timeout, ConnectionError):       # ConnectionError:对方又走了
                     continue
-                except OSError as e:
-                    if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        self._evict(8)
-                    time.sleep(0.05)        # 马上再来也没有用
+                except Exception as e:      # 也有 MemoryError;这个循环不许停
+                    if getattr(e, 'errno', errno.ENOMEM) in (
+                            errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                        self._evict(len(self._reading) - 8)
+                    if not self._closed:
+                        time.sleep(0.05)    # 马上再来也没有用
             return None
         finally:
             with self._lock:
                 self._accepting -= 1
+                last = self._closed and not self._accepting
+            if last:
+                self.server_close()         # 没有人在接了才关:描述符的号会被别人再用
 
-    def _serve(self):
-        """一条线程:接一个连接,做完,再接下一个。"""
-        accepted = self.get_request()
-        while accepted:
-            self.process_request(*accepted)
-            accepted = self.get_request()
+    def process_request(self, request, client_address):
+        """读、答、关。"""
+        try:
+            with self._lock:
+                self._reading[request] = 0
+                alone = not self._accepting
+            self._evict(0 if self._closed else self._most)
+            # 总有一条线程在接;叫不来,就不做这一个
+            if not alone or self._threads.submit(1, self._serve) or self._closed:
+                self.finish_request(request, client_address)
+        finally:
+            self.done_reading(request)
+            request.close()
 
-    def _evict(self, count):
-        """不再读最旧的几个。只关读的方向:已经到了的请求照样读完、回答。"""
+    def _evict(self, keep):
+        """还在读的最多留 ``keep`` 个,旧的先走。只关读的方向:已经到了的请求照样读完、回答。"""
         with self._lock:
-            for _ in range(min(count, len(self._reading))):
+            while len(self._reading) > max(0, keep):
                 oldest, _ = self._reading.popitem(last=False)
                 with contextlib.suppress(OSError):
                     oldest.shutdown(socket.SHUT_RD)
@@ -3014,36 +3046,24 @@ class _HTTPServer(http.server.HTTPServer):
                 self._reading[request] += count
             full = sum(self._reading.values()) > self.dispatcher.max_reading
         if full:
-            self._evict(1)
+            self._evict(len(self._reading) - 1)
 
     def done_reading(self, request):
         """请求读完了:这个连接不再占读的名额。"""
         with self._lock:
             self._reading.pop(request, None)
 
-    def process_request(self, request, client_address):
-        with self._lock:
-            self._reading[request] = 0
-            alone = not (self._accepting or self._closed)
-        self._evict(len(self._reading) - (0 if self._closed else self._most))
-        try:
-            if not alone or self._threads.submit(1, self._serve):   # 总有一条在接;叫不来,就不做这一个
-                self.finish_request(request, client_address)
-        except Exception:                   # 本文件的错;线程还要接着用
-            logger.error('internal error in the server%s', _traceback())
-        finally:
-            self.done_reading(request)
-            request.close()
-
     def close(self, deadline):
         """不再接受连接,关掉还在读的,等正在回答的;都完了返回 True。"""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            last = not self._accepting
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)      # 叫醒 accept
-        self._evict(len(self._reading))
-        done = self._threads.close(deadline)
-        self.server_close()
-        return done
+        if last:
+            self.server_close()
+        self._evict(0)
+        return self._threads.close(deadline)
 
 
 def _log_to_file(settings):
@@ -3091,7 +3111,6 @@ class WeChatServer(Dispatcher):
     def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         super().__init__(appname, ini_name, store, **settings)
         self._http = None
-        self._stopped = threading.Event()
 
     def start(self, host='0.0.0.0', port=8000):
         """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
@@ -3102,11 +3121,14 @@ class WeChatServer(Dispatcher):
         if self._http:
             raise RuntimeError('already started')
         _log_to_file(self.settings)
-        server = _HTTPServer(self, host, port)
-        server.start()
-        self._http = server
-        self._stopped.clear()
-        return server.server_address[:2]
+        self._http = server = _HTTPServer(self, host, port)
+        address = server.server_address[:2]
+        try:
+            server.start()
+        except RuntimeError:
+            self._http = None
+            raise
+        return address
 
     def stop(self):
         """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
@@ -3115,7 +3137,6 @@ class WeChatServer(Dispatcher):
         if server:
             server.close(deadline)
         self.finish(deadline)
-        self._stopped.set()
 
     def run(self, host='0.0.0.0', port=8000, debug=False, threaded=True):
         """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
@@ -3132,13 +3153,13 @@ class WeChatServer(Dispatcher):
 
     def _wait(self):
         """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
-        before = {}
+        before, server = {}, self._http
         try:
             if threading.current_thread() is threading.main_thread():
                 for number in signal.SIGTERM, signal.SIGINT:
                     before[number] = signal.signal(number, signal.default_int_handler)
-            while not self._stopped.wait(1):
-                pass
+            while server and self._http is server:
+                time.sleep(0.2)
         except KeyboardInterrupt:
             pass
         finally:
