@@ -2935,22 +2935,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class _HTTPServer(http.server.HTTPServer):
-    """`HTTPServer` 加上:不查 DNS、留着的线程、连接的上限。
-
-    没有专门接连接的线程:每条线程接一个,做完它,再接下一个,省去两次线程的切换。
-    """
+    """`HTTPServer` 加上:不查 DNS、留着的线程、连接的上限、闲时一次也不醒。"""
 
     request_queue_size = 1024               # 默认的 5 让一千个连接排 24 秒
     allow_reuse_address = os.name == 'posix'
     allow_reuse_port = False
-    acceptors = 2                           # 等着接连接的线程:一条接到了去做,还有一条在接,不用现叫
 
     def __init__(self, dispatcher, host, port):
         self.dispatcher = dispatcher
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._lock = threading.Lock()
         self._closed = False
-        self._accepting = 0                             # 正在接连接的线程
         self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前 → 读了多少字节正文
         self._most = self._limit(dispatcher.max_connections)
         self._threads = _Threads(self._most + 4 * dispatcher.max_callbacks)
@@ -2976,65 +2971,46 @@ class _HTTPServer(http.server.HTTPServer):
         """在后台线程里开始服务;开不出线程抛 `RuntimeError`。"""
         # Linux 上 close() 的 shutdown 叫得醒 accept;别处自己醒
         self.socket.settimeout(None if sys.platform.startswith('linux') else 0.2)
-        started = [self._threads.submit(0, self._serve) for _ in range(self.acceptors)]
-        if not any(started):
-            self.server_close()
-            raise RuntimeError("can't start new thread")
-
-    def _serve(self):
-        """一条线程:接一个连接,做完,再接下一个。"""
-        accepted = self._accept()
-        while accepted:
-            try:
-                self.process_request(*accepted)
-            except Exception:               # 本文件的错;还要接着接
-                logger.error('internal error in the server%s', _traceback())
-            accepted = self._accept()
+        self._acceptor = _start_thread(self._accept)
 
     def _accept(self):
-        """接一个连接 → ``(套接字, 地址)``;停下了,或者等着接的线程够了,是 None。"""
-        with self._lock:
-            if self._closed or self._accepting >= self.acceptors:
-                return None
-            self._accepting += 1
-        try:
-            while not self._closed:
-                try:
-                    return self.socket.accept()
-                except (socket.timeout, ConnectionError):       # ConnectionError:对方又走了
-                    continue
-                except Exception as e:      # 也有 MemoryError;这个循环不许停
-                    if getattr(e, 'errno', errno.ENOMEM) in (
-                            errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        self._evict(len(self._reading) - 8)
-                    if not self._closed:
-                        time.sleep(0.05)    # 马上再来也没有用
-            return None
-        finally:
-            with self._lock:
-                self._accepting -= 1
-                last = self._closed and not self._accepting
-            if last:
-                self.server_close()         # 没有人在接了才关:描述符的号会被别人再用
+        """一条线程接连接,交给别的线程去做。它不许停。"""
+        while not self._closed:
+            try:
+                self.process_request(*self.socket.accept())
+            except (socket.timeout, ConnectionError):       # ConnectionError:对方又走了
+                continue
+            except Exception as e:          # 也有 MemoryError
+                if not self._closed:
+                    if not isinstance(e, OSError):
+                        logger.error('internal error in the server%s', _traceback())
+                    self._evict(len(self._reading) - 8)     # 多半是描述符用完了
+                    time.sleep(0.05)        # 马上再来也没有用
 
     def process_request(self, request, client_address):
-        """读、答、关。"""
+        """读、答、关,在另一条线程上。"""
+        with self._lock:
+            self._reading[request] = 0
+        self._evict(self._most)
+        if not self._threads.submit(1, self._serve, request, client_address):
+            self._drop(request)
+
+    def _serve(self, request, client_address):
         try:
-            with self._lock:
-                self._reading[request] = 0
-                alone = not self._accepting
-            self._evict(0 if self._closed else self._most)
-            # 总有一条线程在接;叫不来,就不做这一个
-            if not alone or self._threads.submit(1, self._serve) or self._closed:
-                self.finish_request(request, client_address)
+            self.finish_request(request, client_address)
+        except Exception:                   # 本文件的错;线程还要接着用
+            logger.error('internal error in the server%s', _traceback())
         finally:
-            self.done_reading(request)
-            request.close()
+            self._drop(request)
+
+    def _drop(self, request):
+        self.done_reading(request)
+        request.close()
 
     def _evict(self, keep):
         """还在读的最多留 ``keep`` 个,旧的先走。只关读的方向:已经到了的请求照样读完、回答。"""
         with self._lock:
-            while len(self._reading) > max(0, keep):
+            while len(self._reading) > max(keep, 0):
                 oldest, _ = self._reading.popitem(last=False)
                 with contextlib.suppress(OSError):
                     oldest.shutdown(socket.SHUT_RD)
@@ -3055,13 +3031,11 @@ class _HTTPServer(http.server.HTTPServer):
 
     def close(self, deadline):
         """不再接受连接,关掉还在读的,等正在回答的;都完了返回 True。"""
-        with self._lock:
-            self._closed = True
-            last = not self._accepting
+        self._closed = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)      # 叫醒 accept
-        if last:
-            self.server_close()
+        self._acceptor.join(2)              # 它停了才关:描述符的号会被别人再用
+        self.server_close()
         self._evict(0)
         return self._threads.close(deadline)
 
@@ -3126,6 +3100,7 @@ class WeChatServer(Dispatcher):
         try:
             server.start()
         except RuntimeError:
+            server.server_close()
             self._http = None
             raise
         return address
