@@ -2116,7 +2116,8 @@ def _parse_query(query):
             if name in found:
                 raise ValueError('%s stands twice in the query' % name)
             if name in _PARAMETERS:
-                found[name] = urllib.parse.unquote_plus(value, errors='strict')
+                found[name] = value if value.isalnum() else urllib.parse.unquote_plus(
+                    value, errors='strict')
     except ValueError as e:
         raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, str(e)) from None
     return found
@@ -2833,6 +2834,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self._rest = b''            # 读进来、还没用掉的
         self._refused = False
+        self.request.setblocking(False)     # 先读、先写,不行再等:多半不必等,省去两次 poll
 
     def finish(self):
         """基类在这里收拾 rfile 和 wfile;这里没有。"""
@@ -2857,11 +2859,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         left = deadline - time.monotonic()
         if left <= 0:
             raise _Gone('out of time')
-        self.request.settimeout(left)
         try:
             data = self.request.recv(size)
-        except socket.timeout:
-            raise _Gone('out of time') from None
+        except BlockingIOError:
+            self.request.settimeout(left)
+            try:
+                data = self.request.recv(size)
+            except socket.timeout:
+                raise _Gone('out of time') from None
+            self.request.setblocking(False)
         if not data:
             raise _Gone('closed early')
         return data
@@ -2894,8 +2900,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         parts, missing = [self._rest[:length]], length - len(self._rest)
         self._rest = self._rest[length:]
         if missing > 0 and fields.get('expect', '').lower() == '100-continue':
-            self.request.settimeout(app.write_within)
-            self.request.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._write_all(b'HTTP/1.1 100 Continue\r\n\r\n')
         while missing > 0:
             self.server.has_read(self.request, len(parts[-1]))
             data = self._receive(begin + app.request_within, min(missing + 1, 1 << 16))
@@ -2921,10 +2926,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise ValueError('control character in header %s' % name)
             head.append('%s: %s' % (name, value))
         head.append('Connection: close\r\n\r\n')
-        self.request.settimeout(self.server.dispatcher.write_within)
-        self.request.sendall('\r\n'.join(head).encode('latin-1') + body)
+        self._write_all('\r\n'.join(head).encode('latin-1') + body)
         if self._refused or self._rest:
             self._linger()
+
+    def _write_all(self, data):
+        try:
+            sent = self.request.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self.request.settimeout(self.server.dispatcher.write_within)
+            self.request.sendall(data[sent:])
+            self.request.setblocking(False)
 
     def _linger(self):
         """对方还在发:读掉一些再关,不然内核发 RST,刚写的回答到不了。"""
