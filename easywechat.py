@@ -2998,7 +2998,9 @@ class _HTTPServer(http.server.HTTPServer):
                 if not self._closed:
                     if not isinstance(e, OSError):
                         logger.error('internal error in the server%s', _traceback())
-                    self._evict(len(self._reading) - 8)     # 多半是描述符用完了
+                    if getattr(e, 'errno', errno.ENOMEM) in (
+                            errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                        self._evict(len(self._reading) - 8)
                     time.sleep(0.05)        # 马上再来也没有用
 
     def process_request(self, request, client_address):
