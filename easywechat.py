@@ -2117,7 +2117,7 @@ def _parse_query(query):
                 raise ValueError('%s stands twice in the query' % name)
             if name in _PARAMETERS:
                 found[name] = value if value.isalnum() else urllib.parse.unquote_plus(
-                    value, errors='strict')
+                    value, errors='strict')         # 字母和数字没有要解码的,多半就是
     except ValueError as e:
         raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, str(e)) from None
     return found
@@ -2949,7 +2949,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class _HTTPServer(http.server.HTTPServer):
-    """`HTTPServer` 加上:不查 DNS、留着的线程、连接的上限、闲时一次也不醒。"""
+    """`HTTPServer` 加上:不查 DNS、留着的线程、连接的上限。"""
 
     request_queue_size = 1024               # 默认的 5 让一千个连接排 24 秒
     allow_reuse_address = os.name == 'posix'
