@@ -341,7 +341,7 @@ class _DictBuilder:
         self._text = []
         self._count = 0
         self._root = None
-        self.data = self._text.append
+        self.data = self._text.append       # data(text),expat 每读到一段文字
 
     def start(self, tag, attributes):
         self._count += 1
@@ -2995,13 +2995,14 @@ class _HTTPServer(http.server.HTTPServer):
             except (socket.timeout, ConnectionError):       # ConnectionError:对方又走了
                 continue
             except Exception as e:          # 也有 MemoryError
-                if not self._closed:
-                    if not isinstance(e, OSError):
-                        logger.error('internal error in the server%s', _traceback())
-                    if getattr(e, 'errno', errno.ENOMEM) in (
-                            errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        self._evict(len(self._reading) - 8)
-                    time.sleep(0.05)        # 马上再来也没有用
+                if self._closed:
+                    return
+                if not isinstance(e, OSError):
+                    logger.error('internal error in the server%s', _traceback())
+                if getattr(e, 'errno', errno.ENOMEM) in (
+                        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    self._evict(len(self._reading) - 8)
+                time.sleep(0.05)            # 马上再来也没有用
 
     def process_request(self, request, client_address):
         """读、答、关,在另一条线程上。"""
@@ -3144,12 +3145,12 @@ class WeChatServer(Dispatcher):
 
     def _wait(self):
         """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
-        before, server = {}, self._http
+        before = {}
         try:
             if threading.current_thread() is threading.main_thread():
                 for number in signal.SIGTERM, signal.SIGINT:
                     before[number] = signal.signal(number, signal.default_int_handler)
-            while server and self._http is server:
+            while self._http:
                 time.sleep(0.2)
         except KeyboardInterrupt:
             pass

@@ -244,21 +244,22 @@ def main():
             print('round %d of %d' % (n + 1, ROUNDS), file=sys.stderr, flush=True)
         table = {name: {key: statistics.median(row[key] for row in got) for key in got[0]}
                  for name, got in rows.items()}
-        print_table(table, python_of(folder, 'peers'))
+        print_table(table, folder)
         print('codec in process: ours %.0f µs, wechatpy %.0f µs (%.2f)' % codec(python_of(folder, 'peers')))
         small(folder, {k: v for k, v in env.items() if not k.startswith('EASYWECHAT_')})
         if len(sys.argv) > 3:
             chart(table, sys.argv[3])
 
 
-def print_table(table, python):
+def print_table(table, folder):
     with open('/proc/cpuinfo') as f:
         model = re.search('model name\\s*: (.*)', f.read())
-    freeze = subprocess.check_output([python, '-m', 'pip', 'freeze']).decode().split()
+    freeze = {line for env in PACKAGES for line in subprocess.check_output(
+        [python_of(folder, env), '-m', 'pip', 'freeze']).decode().split()}
     print('%s, %s, Python %s, Node %s, %s, %d rounds of %s s\n%s' % (
         time.strftime('%Y-%m-%d'), model.group(1) if model else platform.machine(), platform.python_version(),
         subprocess.check_output(['node', '--version']).decode().strip(),
-        subprocess.check_output(['go', 'version']).decode().split()[2], ROUNDS, SECONDS, ' '.join(freeze)))
+        subprocess.check_output(['go', 'version']).decode().split()[2], ROUNDS, SECONDS, ' '.join(sorted(freeze))))
     columns = ['cl1', 'cl8', 'cl64', 'p50 ms', 'CPU µs', 'RSS idle', 'RSS peak', 'start ms']
     first = next(iter(table.values()))
     print('%-46s' % '' + ''.join('%16s' % c for c in columns))
