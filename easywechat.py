@@ -1,30 +1,33 @@
 #!/usr/bin/env python3
-"""EasyWeChat:一个 Python 文件,把机器人接到企业微信 (WeCom)。
+"""EasyWeChat：一个 Python 文件，把机器人接到企业微信 (WeCom)。
 
-(与同名的 PHP SDK 无关。)把这个文件复制到自己的项目里,写一个函数,就有了会回话的机器人::
+（与同名的 PHP SDK 无关。）把这个文件复制到自己的项目里，写一个函数，就有了会自动回复的机器人::
 
     import easywechat
 
-    def reply_func(param_dict):             # 企业微信发来的消息,一个普通的 dict
-        return param_dict                   # 原样返回;也可以返回 '一句话'
+    def reply_func(param_dict):             # 企业微信发来的消息，一个普通的 dict
+        return param_dict                   # 原样返回；也可以返回 '一句话'
 
     server = easywechat.WeChatServer('demo')        # 读 config.ini 的 [demo]
     server.register_callback('text', reply_func)
     server.run(host='0.0.0.0', port=8000)
 
-发一条消息更短,命令行上也行:``df -h | python easywechat.py --send -`` ::
+发一条消息更短，命令行上也行：``df -h | python easywechat.py --send -`` ::
 
     easywechat.WeChatClient('demo').send('磁盘 91%')
 
-只用标准库;收消息另需 pycryptodome 里的 AES。没有账号也能先看一眼:``python easywechat.py --echo``。
+只用标准库；收消息另需 pycryptodome 里的 AES。没有账号也能先看一眼：``python easywechat.py --echo``。
 
-从上往下读,每一节只用上面讲过的东西::
+从上往下读，每一节只用上面讲过的东西::
 
-    错误 → XML → 加解密 → 配置 → 存储 → 消息 → 主动模式 → 回调模式 → 服务器 → 命令行
+    错误 → 错误码 → 日志 → XML → 加解密 → 配置 → 线程 → 存储 → 消息 → 请求 → 主动模式
+         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 命令行
 
-    企业微信 ──HTTP──▶ http.server 外壳 ┐                    ┌▶ 你的函数(dict) ─▶ str | dict | Path | …
-    gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher.respond┤
-    Flask 视图、测试 ───────────────────┘  验签 → 解密 → XML      XML → 加密 → 签名
+    企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
+    gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数(dict)
+    Flask 视图、测试 ───────────────────┘ 信封进、信封出└────┬─────┘   └──────┘        │
+                                                         ▼                         ▼
+                                         答复 Replies：被动回复 · 主动发送 ◀─ str | dict | Path | list | 生成器
 
 MIT License, EasyWeChat contributors.
 """
@@ -34,6 +37,7 @@ import codecs
 import collections
 import configparser
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -54,6 +58,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 import xml.etree.ElementTree as ET
 
 try:
@@ -69,6 +74,28 @@ except ImportError:             # OpenWrt 没装 python3-logging:警告以上写
 # OpenWrt 没装 python3-codecs 时没有 idna,连 IP 地址都查不了;这个排在标准的后面,有它就轮不到。
 codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
     codecs.ascii_encode, codecs.ascii_decode, name='idna'))
+
+#: 有锁、计数、名单的对象。fork 出来的进程里没有别的线程，它们拿着的锁再也放不开：每个对象自己重来 (_after_fork)。
+_forkable = weakref.WeakSet()
+_process = [os.getpid()]
+
+
+def _renew_after_fork(thing):
+    """``thing._after_fork()``，现在一次，以后每次 fork 出来的进程里一次。"""
+    thing._after_fork()
+    _forkable.add(thing)
+
+
+def _check_fork():
+    """fork 以后的第一件事。3.7 起由 Python 来叫；3.6 没有这个，由各个入口来问。"""
+    if _process[0] != os.getpid():
+        _process[0] = os.getpid()
+        for thing in list(_forkable):
+            thing._after_fork()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_check_fork)
 
 __version__ = '0.1.0'
 
@@ -142,7 +169,7 @@ class WeChatError(Exception):
     """
 
     def __init__(self, errcode, errmsg=None):
-        super().__init__(errcode, errmsg or _ERRORS[errcode][1])
+        super().__init__(errcode, errmsg or _ERRORS.get(errcode, (500, 'no errmsg'))[1])
         self.errcode, self.errmsg = self.args
 
     def __str__(self):
@@ -168,6 +195,9 @@ class ConfigError(WeChatError):
     def __init__(self, errmsg):
         super().__init__(2, errmsg)
 
+
+# ---- 错误码 Codes -----------------------------------------------------------------------------
+# 企业微信说了什么（path/90313），该怎么办。
 
 _CARDS = '照 path/90236 改;errmsg 说是哪个字段'
 
@@ -273,6 +303,9 @@ class NetworkError(APIError):
         self.maybe_sent = maybe_sent
 
 
+# ---- 日志 Log ---------------------------------------------------------------------------------
+# 外来的文字进日志、进错误以前：截短、转义 (_show)，抹掉密钥 (_redact)。拒绝请求的日志有上限。
+
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]')
 
 
@@ -285,13 +318,13 @@ def _show(value, limit=200):
 
 
 _SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+')
-#: 用过的密钥和 token,最近的一百个:从错误和日志里抹掉。
-_secrets = collections.deque(maxlen=100)
+#: 用过的密钥，一直记着；用过的 access_token，最近的一百个。都从错误和日志里抹掉。
+_secrets, _tokens = set(), collections.deque(maxlen=100)
 
 
 def _redact(text):
-    """去掉网址里的密钥,和每一个用过的密钥。"""
-    for secret in set(_secrets):
+    """去掉网址里的密钥，和每一个用过的密钥。"""
+    for secret in sorted(_secrets.union(_tokens), key=len, reverse=True):
         text = text.replace(secret, '***')
     return _SECRET.sub(r'\1***', text)
 
@@ -314,13 +347,48 @@ def _mask(text):
     return text[:4] + '...' + text[-2:] if len(text) > 8 else '...'
 
 
+class _RefusalLog:
+    """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
+
+    #: 每个地址每分钟几行;最多记多少个地址,再多的合在一起。
+    lines, addresses = 10, 1000
+
+    _clock = staticmethod(time.monotonic)
+
+    def __init__(self):
+        self._since = self._clock()
+        self._count = {}
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
+
+    def _summary(self):
+        """一分钟过去了:返回没写出来的数目,重新计数。"""
+        count, self._count, self._since = self._count, {}, self._clock()
+        return [(who, n - self.lines) for who, n in count.items() if n > self.lines]
+
+    def write(self, client, error):
+        """记一次拒绝。"""
+        with self._lock:
+            more = self._summary() if self._clock() - self._since >= 60 else ()
+            if client not in self._count and len(self._count) >= self.addresses:
+                client = 'other addresses'
+            n = self._count[client] = self._count.get(client, 0) + 1
+        for who, suppressed in more:
+            logger.warning('refused %d more from %s', suppressed, _show(who))
+        if n <= self.lines:
+            logger.warning('refused %s with %d: %s%s', _show(client) or 'a request', error.status,
+                           _show(error.errmsg, 400), ' (more are counted)' * (n == self.lines))
+
+
 # ---- XML --------------------------------------------------------------------------------------
 # 企业微信的消息:<xml><MsgType><![CDATA[text]]></MsgType><Content>…</Content>…</xml>(path/90239)。
 # 读:根去掉;没有子元素的是 str(从不转换,007 还是 007),有的是 dict,同名的兄弟是 list。
 # 写:反过来。文字进 CDATA,list 写成同名的兄弟。XML 1.0 不许的字符,两个方向都去掉。
 
 #: 一个文档最多多少字符、多少层、多少个元素。
-_XML_SIZE, _XML_DEPTH, _XML_ELEMENTS = 1 << 20, 16, 2000
+_XML_SIZE, _XML_DEPTH, _XML_ELEMENTS = 1 << 20, 16, 20000
 
 _NOT_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')
 # DTD 只可能出现在根元素以前,所以只要以根元素开头(至多先有一个声明),就没有实体可展开。
@@ -384,7 +452,7 @@ def xml_to_dict(text):
     >>> xml_to_dict('<xml><Content><![CDATA[007]]></Content><Item>a</Item><Item>b</Item></xml>')
     {'Content': '007', 'Item': ['a', 'b']}
 
-    最多 1 MiB、16 层、2000 个元素,不许有 DTD;读不懂的抛 `FormatException` (-40002)。
+    最多 1 MiB、16 层、20000 个元素,不许有 DTD;读不懂的抛 `FormatException` (-40002)。
     """
     try:
         if isinstance(text, bytes):
@@ -399,8 +467,7 @@ def xml_to_dict(text):
                 raise
         return _parse_xml(cleaned)
     except (ET.ParseError, ValueError, LookupError, RecursionError, MemoryError) as e:
-        raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error,
-                              'cannot read XML: %s' % _show(e)) from None
+        raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'cannot read XML: %s' % _show(e)) from None
 
 
 @functools.lru_cache(maxsize=500)       # 来来去去就那几个名字
@@ -441,6 +508,29 @@ def dict_to_xml(data):
         raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error,
                               'expected a dict, got %s' % type(data).__name__)
     return _write_element('xml', data, 1)
+
+
+def _number(text):
+    if len(text) > 40:
+        raise ValueError('a number of %d digits' % len(text))
+    return float(text) if text.strip('-0123456789') else int(text)
+
+
+def _load_json(data):
+    """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、超过 64 层、数字太长，抛 `ValueError`。
+
+    括号先数过：有的 Python 读太深的会崩溃，而不是抛异常。每一步都是线性的。
+    """
+    depth = 0
+    for bracket in re.findall(rb'[][{}]', b''.join(re.sub(rb'(?s)\\.', b'', data).split(b'"')[::2])):
+        depth += 1 if bracket in b'[{' else -1
+        if depth > 64:
+            raise ValueError('more than 64 levels')
+    value = json.loads(data.decode('utf-8'), strict=False, parse_int=_number, parse_float=_number,
+                       parse_constant=int)      # NaN、Infinity：ValueError
+    if not isinstance(value, dict):
+        raise ValueError('no object')
+    return value
 
 
 # ---- 加解密 Crypto ----------------------------------------------------------------------------
@@ -514,6 +604,48 @@ def _echostr(value):
     return str(value or '').replace(' ', '+').encode('ascii', 'replace')
 
 
+
+
+
+_PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
+_RELEASED = 1795392000      # 2026-11-23：比这还早的时钟是没有校过的
+
+
+def _parse_query(query):
+    """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8;别的不看。"""
+    found = {}
+    try:
+        if query.count('&') >= 16:
+            raise ValueError('more than 16 parameters in the query')
+        for part in query.split('&'):
+            name, _, value = part.partition('=')
+            if name in found:
+                raise ValueError('%s stands twice in the query' % name)
+            if name in _PARAMETERS:
+                found[name] = value if value.isalnum() else urllib.parse.unquote_plus(
+                    value, errors='strict')         # 字母和数字没有要解码的,多半就是
+    except ValueError as e:
+        raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, str(e)) from None
+    return found
+
+
+class _Freshness:
+    """签名的时间与本机差得太多的请求，多半是重放的。"""
+
+    warned = False
+
+    def check(self, timestamp, now, most):
+        """差 ``most`` 秒以上抛 `CryptoError`；0 是不看。时钟没有校过也不看，说一次。"""
+        if now < _RELEASED:
+            if not self.warned:
+                self.warned = True
+                logger.warning('the clock says %s, before this release: not set? check NTP',
+                               time.strftime('%Y-%m-%d', time.gmtime(now)))
+        elif most and abs(now - timestamp) > most:
+            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, 'timestamp %d, clock here %d: more than '
+                              '%d s apart, check NTP' % (timestamp, now, most))
+
+
 def _official(method):
     """官方方法的约定:返回 ``(返回码, 值)``,不抛异常。"""
     @functools.wraps(method)
@@ -548,6 +680,9 @@ class WXBizMsgCrypt:
         # 新建一个要 6 µs,一来一回两个,是整个编解码的四分之一。
         self._encryptor = aes.new(key, aes.MODE_CBC, key[:16])
         self._decryptor = aes.new(key, aes.MODE_CBC, key[:16])
+        _renew_after_fork(self)
+
+    def _after_fork(self):
         self._lock = threading.Lock()       # 用这两个对象时拿着
 
     def _signature(self, timestamp, nonce, encrypt):
@@ -591,8 +726,7 @@ class WXBizMsgCrypt:
         if not 4 <= end <= len(data):
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer)
         if not hmac.compare_digest(data[end:], self._receive_id):
-            theirs, ours = (_mask(i.decode('utf-8', 'replace'))
-                            for i in (data[end:], self._receive_id))
+            theirs, ours = (_mask(i.decode('utf-8', 'replace')) for i in (data[end:], self._receive_id))
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error, 'receive id differs: '
                               'got %s, corpid here is %s' % (_show(theirs), ours))
         try:
@@ -760,8 +894,7 @@ def _sources(appname, path, settings):
                 appname, path, ', '.join('[%s]' % _show(s) for s in ini.sections())))
         for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
             if ini.has_section(section):
-                sources.insert(0, ('%s [%s]' % (path, section),
-                                   {k: ini.get(section, k, fallback='') for k in keys}))
+                sources.insert(0, ('%s [%s]' % (path, section), {k: ini.get(section, k, fallback='') for k in keys}))
     return sources
 
 
@@ -791,8 +924,7 @@ def get_config(appname, ini_name=None, **settings):
     for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
         if not values[key]:
             values[key], values.sources[key] = values[other], values.sources.get(other)
-    _secrets.extend(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot')
-                    if len(values[k]) > 5)
+    _secrets.update(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot') if len(values[k]) > 5)
     return values
 
 
@@ -803,10 +935,164 @@ def get_section(name, ini_name=None):
     return {k: _clean(v) for k, v in ini.items(name)} if ini.has_section(name) else {}
 
 
-# ---- 存储 Store -------------------------------------------------------------------------------
-# 认领过的消息和 access_token 放在这里,接口是 redis-py 的三个方法:get、set(ex=, nx=)、delete。
+# ---- 线程 Threads -----------------------------------------------------------------------------
+# 留着的线程 (_Seats)，一种活同时用几条 (_Threads)，交给别的线程、有时限的一次调用 (_Promise)。
 
-class MemoryStore:
+class _Seats:
+    """空闲的线程，各处共用：有空闲的就用最近用过的那条，没有才开新的。"""
+
+    #: 空闲这么多秒的线程结束。
+    idle = 2
+
+    def __init__(self):
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()   # threading.stack_size 是整个进程的
+        self._free = []                     # 座位 [叫醒它的锁, 它的活]，后进先出
+
+    def start(self, target, *args):
+        """开一条栈有 1 MiB 的线程：musl 的默认值 128 KiB 太小，几层嵌套就能让进程崩溃。开不了抛 `RuntimeError`。"""
+        with self._starting:
+            before = threading.stack_size(1 << 20)
+            try:
+                thread = threading.Thread(target=target, args=args, daemon=True)
+                thread.start()
+                return thread
+            finally:
+                threading.stack_size(before)
+
+    def run(self, after, job, args):
+        """在另一条线程上 ``job(*args)``，然后 ``after()``；开不出线程抛 `RuntimeError`。"""
+        with self._lock:
+            seat = self._free.pop() if self._free else None
+        if seat:
+            seat[1] = after, job, args
+            seat[0].release()
+        else:
+            self.start(self._sit, (after, job, args))
+
+    def _sit(self, work):
+        seat = [threading.Lock(), None]
+        seat[0].acquire()
+        while work:
+            after, job, args = work
+            try:
+                job(*args)
+            except BaseException:       # 本文件的错；线程还要接着用
+                logger.error('internal error in a thread%s', _traceback())
+            work = job = args = seat[1] = None
+            with self._lock:
+                self._free.append(seat)
+            after()
+            if not seat[0].acquire(timeout=self.idle):
+                with self._lock:
+                    if seat in self._free:
+                        self._free.remove(seat)
+                        return
+                seat[0].acquire()       # 活正在路上
+            work = seat[1]
+
+
+_SEATS = _Seats()
+
+
+class _Threads:
+    """一种活，最多 ``limit`` 件同时做。"""
+
+    def __init__(self, limit):
+        self._limit = limit
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._busy = 0
+        self._changed = threading.Condition()
+
+    def submit(self, wait, job, *args):
+        """交出一件活，最多等 ``wait`` 秒轮到它；轮不到、开不出线程，返回 False。"""
+        _check_fork()
+        with self._changed:
+            if self._busy >= self._limit and not self._changed.wait_for(lambda: self._busy < self._limit, wait):
+                return False
+            self._busy += 1
+        try:
+            _SEATS.run(self._done, job, args)
+            return True
+        except RuntimeError:            # can't start new thread
+            self._done()
+            return False
+
+    def _done(self):
+        with self._changed:
+            self._busy -= 1
+            self._changed.notify_all()
+
+    def wait(self, deadline):
+        """等手里的做完，至多到 ``deadline`` (monotonic 秒)；都做完了返回 True。"""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy, max(0, deadline - time.monotonic()))
+
+
+class _Promise:
+    """别的线程上的一次 ``job()``；几个人可以等同一个，各有各的时限。
+
+    套接字自己的时限每收到一个字节就重新计时，DNS 和别人的存储根本没有时限：所以谁也不在自己的线程上等它们。
+    """
+
+    def __init__(self, threads, job, wait):
+        self._value = self._error = None
+        self._gate = threading.Lock()       # 开着就是有了结果
+        self._gate.acquire()
+        if not threads.submit(wait, self._run, job):
+            self._error = RuntimeError('too many calls under way')
+            self._gate.release()
+
+    def _run(self, job):
+        try:
+            self._value = job()
+        except BaseException as e:          # 到等着的线程里再抛
+            self._error = e
+        self._gate.release()
+
+    def done(self):
+        """有没有结果了。"""
+        return not self._gate.locked()
+
+    def result(self, within):
+        """等到 ``within`` 秒为止 → ``job()`` 的结果，或抛它抛的；等不到抛 `socket.timeout`。"""
+        if not self._gate.acquire(timeout=max(0, within)):
+            raise socket.timeout('no answer within %g s' % within)
+        self._gate.release()                # 还有别人在等
+        if self._error:
+            raise copy.copy(self._error) if isinstance(self._error, APIError) else self._error
+        return self._value
+
+
+def _within(threads, seconds, job):
+    """在 ``threads`` 的一条线程上 ``job()`` → 它的结果，或抛它抛的；``seconds`` 秒没有结果抛 `socket.timeout`。"""
+    deadline = time.monotonic() + seconds
+    return _Promise(threads, job, seconds).result(deadline - time.monotonic())
+
+
+# ---- 存储 Store -------------------------------------------------------------------------------
+# 认领过的消息和 access_token 放在这里，接口是 redis-py 的三个方法：get、set(ex=, nx=)、delete。
+# 认领 (claim)：「这条消息我在处理」。持有它的进程死了，别人才能接手：`FileStore` 靠进程一直锁着的一个
+# 文件，进程停住、算得再久也不松开，死了立刻松开；别的存储靠租期 (lease)，活着的进程一直续 (hold)。
+
+class _Store:
+    """认领的一般做法：值是 ``-`` 的一条记录，``lease`` 秒到期。"""
+
+    def claim(self, name, lease):
+        """认领 ``name``；已经有记录返回 None。"""
+        return self.set(name, b'-', ex=int(-(-lease // 1)), nx=True)
+
+    def hold(self, name, lease):
+        """认领还算数：续租。"""
+        self.set(name, b'-', ex=int(-(-lease // 1)))
+
+
+class MemoryStore(_Store):
     """进程内的存储,按条数和字节数封顶,最旧的先出去。任何线程都可以用。"""
 
     #: 最多多少条;名字和值一共最多多少字节。
@@ -815,11 +1101,14 @@ class MemoryStore:
     _clock = staticmethod(time.monotonic)
 
     def __init__(self):
-        self._lock = threading.Lock()
         # 十六页 {名字: (到期的时刻, 值)},旧的在前,满了丢掉最旧的一页。一个大 dict 隔一阵就要搬一次家,
         # 每次在不同的线程里,malloc 的碎片会有十几 MB。
         self._pages = collections.deque([{}], 16)
         self._bytes = 0                 # 最新一页的
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
 
     def _page_of(self, name):
         """``name`` 在哪一页;没有或到期了是 None。"""
@@ -872,20 +1161,59 @@ def _cache_folders():
     yield os.path.join(tempfile.gettempdir(), 'easywechat-' + user)
 
 
-class FileStore:
-    """磁盘上的存储,这台机器的各个进程共用:目录 0700,文件 0600,一条一个文件,写是原子的。
+#: 这些文件系统的锁不一定管得到别的机器：用租期。
+_REMOTE = re.compile('nfs|cifs|smb|9p|fuse|afs|ceph|gluster|lustre|coda|davfs')
+
+
+def _on_remote(folder):
+    """``folder`` 是不是在网络盘上；看不出来当作不是。"""
+    found = '', ''
+    with contextlib.suppress(OSError, ValueError), open('/proc/self/mounts', encoding='utf-8', errors='replace') as f:
+        for line in f:
+            where, kind = line.split()[1:3]
+            where = where.replace('\\040', ' ').rstrip('/') + '/'
+            if folder.startswith(where) and len(where) >= len(found[0]):
+                found = where, kind
+    return bool(_REMOTE.match(found[1]))
+
+
+def _lock_file(path, flags=0):
+    """打开并且锁住文件 → 描述符；别的进程锁着是 None；锁不了（没有 fcntl、网络盘）抛 `OSError`、`ImportError`。"""
+    import fcntl
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except OSError as e:
+        os.close(fd)
+        if e.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return None
+
+
+class FileStore(_Store):
+    """磁盘上的存储，这台机器的各个进程共用：目录 0700，文件 0600，一条一个文件，写是原子的。
 
     ``folder`` 默认是 ``$XDG_CACHE_HOME/easywechat``、``~/.cache/easywechat`` 或 ``<tmp>/easywechat-<uid>``。
-    文件名是名字的散列。不是自己的、别人能读的文件当作没有;写不了磁盘抛 `OSError`。
+    文件名是名字的散列。不是自己的、别人能读的文件当作没有；写不了磁盘抛 `OSError`；目录没了就重新建。
     """
 
+    # 一个文件：一行「写的时刻 到期的时刻 长度」（毫秒），然后是值。认领的第一格是主人文件的名字：主人锁着它，
+    # 记录就算数，与时钟无关。锁用 lockf：fork 出来的子进程不会把它带走，进程一死就松开。它不分线程，而且
+    # 关掉这个文件的任何一个描述符都会松开它：所以本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
+
     _now = staticmethod(time.time)
+    _locks = {}                         # 锁文件、目录 → 本进程的锁
+    _owners = {}                        # 目录 → 这个进程的主人文件 (进程号, 描述符, 名字)
 
     def __init__(self, folder=None):
         self._folders = [folder] if folder else None
         self._folder = None             # 第一次用到才建
         self._swept = 0
-        self._memory_lock = threading.Lock()
+        _forkable.add(self)
+
+    def _after_fork(self):
+        FileStore._locks = {}
 
     def _choose(self):
         """第一个可用的目录;都不行抛 `OSError`。"""
@@ -898,15 +1226,57 @@ class FileStore:
                     raise OSError(errno.EPERM, 'not a folder that only we can write', folder)
                 if not os.access(folder, os.W_OK):
                     raise OSError(errno.EACCES, 'not writable', folder)
-                return folder
+                return os.path.realpath(folder)
             except OSError as e:
                 failure = e
         raise failure
 
     def _path(self, name, form='%s'):
         """``name`` 的文件。"""
+        _check_fork()
         self._folder = self._folder or self._choose()
         return os.path.join(self._folder, form % hashlib.sha1(name.encode('utf-8')).hexdigest())
+
+    def _again(self, job, *args):
+        """``job(*args)``；目录没了就重新建，再来一次。"""
+        try:
+            return job(*args)
+        except FileNotFoundError:
+            self._folder = None
+            return job(*args)
+
+    def _owner(self):
+        """这个进程在这个目录里的主人文件的名字；锁不了（没有 fcntl、网络盘）是 None。"""
+        folder = self._folder
+        with self._locks.setdefault(folder, threading.Lock()):
+            pid, fd, name = self._owners.get(folder, (None, None, None))
+            with contextlib.suppress(OSError):      # 被人删了
+                if pid == os.getpid() and (name is None or os.path.samestat(
+                        os.fstat(fd), os.stat(os.path.join(folder, name)))):
+                    return name
+            name = 'owner-%d-%s' % (os.getpid(), binascii.hexlify(os.urandom(8)).decode())
+            try:
+                fd = None if _on_remote(folder) else _lock_file(os.path.join(folder, name), os.O_CREAT | os.O_EXCL)
+            except FileNotFoundError:
+                raise
+            except (ImportError, OSError) as e:     # ENOLCK
+                logger.info('no locks in %s: %s', folder, e)
+                fd = None
+            name = name if fd is not None else None
+            self._owners[folder] = os.getpid(), fd, name
+            return name
+
+    def _alive(self, owner):
+        """锁着主人文件 ``owner`` 的进程还在不在。"""
+        if any((pid, name) == (os.getpid(), owner) for pid, _, name in self._owners.values()):
+            return True
+        try:
+            fd = _lock_file(os.path.join(self._folder, owner))
+        except (ImportError, OSError):
+            return False
+        if fd is not None:
+            os.close(fd)
+        return fd is None
 
     def _read(self, path):
         """文件里的值 (bytes);没有、过期、不可信是 None。"""
@@ -923,21 +1293,25 @@ class FileStore:
                 logger.warning('%s ignored: not a file that only we can read', path)
                 return None
             head, _, value = f.read(1 << 20).partition(b'\n')
-        match = re.fullmatch(b'([0-9]{1,15}) ([0-9]{1,15}) ([0-9]{1,9})', head)
-        if not match or len(value) != int(match.group(3)):
+        match = re.fullmatch(b'(?:([0-9]{1,15})|(owner-[0-9]+-[0-9a-f]+)) ([0-9]{1,15}) ([0-9]{1,9})', head)
+        if not match or len(value) != int(match.group(4)):
             return None
-        written, ends = int(match.group(1)), int(match.group(2))
+        if match.group(2):
+            return value if self._alive(match.group(2).decode()) else None
+        written, ends = int(match.group(1)), int(match.group(3))
         # 时钟往回跳过的,也当作过期:不知道真正过了多久
         return value if written - 60000 <= self._now() * 1000 < ends else None
 
-    def _write(self, path, value, ex):
+    def _write(self, path, value, ex, owner=None):
         now = int(self._now() * 1000)
+        ends = now + int(min(ex, 10 ** 9) * 1000) if ex else 10 ** 14
         temporary = '%s.%d.%d.tmp' % (path, os.getpid(), threading.get_ident())
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
-                f.write(b'%d %d %d\n' % (now, now + ex * 1000 if ex else 10 ** 14, len(value)) + value)
-                f.flush()
-                os.fsync(f.fileno())
+                f.write(('%s %d %d\n' % (owner or now, ends, len(value))).encode('ascii') + value)
+                if not owner:               # 断了电，认领就没有用了
+                    f.flush()
+                    os.fsync(f.fileno())
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -945,7 +1319,7 @@ class FileStore:
             raise
 
     def _sweep(self):
-        """每分钟至多一次:删掉过期的,和写到一半的进程留下的。"""
+        """每分钟至多一次:删掉过期的,和死了的进程留下的。"""
         now = self._now()
         if abs(now - self._swept) < 60:
             return
@@ -953,55 +1327,54 @@ class FileStore:
         for entry in os.listdir(self._folder):
             path = os.path.join(self._folder, entry)
             with contextlib.suppress(OSError):
-                ours = re.fullmatch(r'[0-9a-f]{40}(\.[0-9]+\.[0-9]+\.tmp)?', entry)
+                ours = re.fullmatch(r'[0-9a-f]{40}(\.[0-9]+\.[0-9]+\.tmp)?|owner-[0-9]+-[0-9a-f]+', entry)
                 if not ours or abs(now - os.stat(path).st_mtime) < 60:
                     continue
-                if entry.endswith('.tmp') or self._read(path) is None:
+                if not self._alive(entry) if entry[0] == 'o' else ours.group(1) or self._read(path) is None:
                     os.unlink(path)
-
-    def _open_lock(self, name, kind):
-        """锁文件(一种十六个,从不删除)的描述符;不能用文件锁是 None。"""
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl        # noqa: F401
-            return os.open(self._path(name, kind + '-%.1s'),
-                           os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
 
     @contextlib.contextmanager
     def lock(self, name, within=20, kind='lock'):
-        """同一时刻这台机器上只有一个在里面;``within`` 秒还轮不到就不等了。没有 flock 时只管本进程。"""
-        fd = self._open_lock(name, kind)
-        if fd is None:
-            with self._memory_lock:
-                yield
+        """同一时刻这台机器上只有一个在里面：得到 True；``within`` 秒还轮不到，得到 False。
+
+        锁文件一种十六个，从不删除。
+        """
+        deadline, fd, path, mine = time.monotonic() + within, None, '', False
+        with contextlib.suppress(OSError):
+            path = self._path(name, kind + '-%.1s')
+        mutex = self._locks.setdefault(path, threading.Lock())
+        if not mutex.acquire(timeout=within):
+            yield False
             return
-        import fcntl
-        deadline = time.monotonic() + within
         try:
-            while time.monotonic() < deadline:
+            while not mine and time.monotonic() <= deadline:
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.01)
-                except OSError:         # 网络文件系统不会锁
-                    break
-            yield
+                    fd = self._again(lambda: _lock_file(self._path(name, kind + '-%.1s'), os.O_CREAT))
+                    mine = fd is not None or time.sleep(0.01)
+                except (ImportError, OSError):      # 锁不了文件：只管本进程
+                    mine = True
+            yield bool(mine)
         finally:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
+            mutex.release()
 
     def get(self, name):
         """``name`` (str) 的值 (bytes);没有或到期了是 None。"""
         return self._read(self._path(name))
 
-    def set(self, name, value, ex=None, nx=False):
-        """同 `MemoryStore.set`。"""
+    def _set(self, name, value, ex, nx, claim=False):
         path = self._path(name)
         self._sweep()
-        with self.lock(name) if nx else contextlib.ExitStack():
-            if nx and self._read(path) is not None:
+        with self.lock(name, 1) if nx else contextlib.ExitStack() as mine:
+            if nx and (not mine or self._read(path) is not None):
                 return None
-            self._write(path, value, ex)
+            self._write(path, value, ex, claim and self._owner())
             return True
+
+    def set(self, name, value, ex=None, nx=False):
+        """同 `MemoryStore.set`。"""
+        return self._again(self._set, name, value, ex, nx)
 
     def delete(self, name):
         """删掉 ``name``;返回删了几条 (int)。"""
@@ -1011,28 +1384,47 @@ class FileStore:
             os.unlink(path)
         return int(found)
 
+    def claim(self, name, lease):
+        """认领 ``name``，到这个进程结束为止（锁不了文件时 ``lease`` 秒）；已经有记录返回 None。"""
+        return self._again(self._set, name, b'-', lease, True, True)
 
-class _Shared:
-    """会坏的存储,例如 `redis.Redis`、`FileStore`:坏了就用内存,说一次,过几秒再试它。"""
+    def hold(self, name, lease):
+        """认领还算数：锁不了文件时续租；目录被人删过，再写一次。"""
+        if self._read(self._path(name)) is None or not self._owner():
+            self._again(self._set, name, b'-', lease, False, True)
+
+
+class _Steady(_Store):
+    """别人的、会慢会坏的存储，例如 `redis.Redis`、`FileStore`：在别的线程上问，最多等 ``limits.store_within`` 秒。
+
+    坏了就用内存，说一次；过几秒让一个人去试，好了再用。
+    """
 
     #: 坏了以后多少秒再试。
     retry_after = 5
 
-    def __init__(self, store):
-        self._store = store
-        self._memory = MemoryStore()    # 坏了的时候记下的,好了以后也还算数
-        self._until = 0
+    _threads = _Threads(16)
 
-    def _try(self, method, *args, **kwargs):
-        """→ (成没成, 结果)。"""
-        if time.monotonic() < self._until:
-            return False, None
+    def __init__(self, store, limits):
+        self.store, self._limits = store, limits
+        self._memory = MemoryStore()    # 坏了的时候记下的，好了以后也还算数
+        self._until = 0                 # 坏了：到这时再试；0 是好的
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
+
+    def _try(self, job):
+        """→ (成没成, ``job(存储)`` 的结果)。坏了以后，到时候只有一个人去试。"""
+        with self._lock:
+            if self._until > time.monotonic():
+                return False, None
+            self._until = self._until and time.monotonic() + self.retry_after
         try:
-            result = getattr(self._store, method)(*args, **kwargs)
-        except Exception as e:          # 别人的代码,什么都可能抛
+            result = _within(self._threads, self._limits.store_within, lambda: job(self.store))
+        except Exception as e:          # 别人的代码，什么都可能抛
             if not self._until:
-                logger.error('the store failed, going on in memory: %s: %s', type(e).__name__,
-                             _show(e))
+                logger.error('the store failed, going on in memory: %s: %s', type(e).__name__, _show(_redact(str(e))))
             self._until = time.monotonic() + self.retry_after
             return False, None
         if self._until:
@@ -1042,14 +1434,14 @@ class _Shared:
 
     def get(self, name):
         """同 `MemoryStore.get`。"""
-        value = self._memory.get(name) or self._try('get', name)[1]
+        value = self._memory.get(name) or self._try(lambda store: store.get(name))[1]
         return value.encode('utf-8') if isinstance(value, str) else value
 
     def set(self, name, value, ex=None, nx=False):
         """同 `MemoryStore.set`。"""
         if nx and self._memory.get(name):
             return None
-        done, result = self._try('set', name, value, ex=ex and int(-(-ex // 1)), nx=nx)
+        done, result = self._try(lambda store: store.set(name, value, ex=ex and int(-(-ex // 1)), nx=nx))
         if not done:
             return self._memory.set(name, value, ex, nx)
         self._memory.delete(name)
@@ -1057,30 +1449,50 @@ class _Shared:
 
     def delete(self, name):
         """同 `MemoryStore.delete`。"""
-        return self._memory.delete(name) + (self._try('delete', name)[1] or 0)
+        return self._memory.delete(name) + (self._try(lambda store: store.delete(name))[1] or 0)
+
+    def claim(self, name, lease):
+        """同 `FileStore.claim`。"""
+        if self._memory.get(name):
+            return None
+        done, result = self._try(lambda store: getattr(type(store), 'claim', _Store.claim)(store, name, lease))
+        return result if done else self._memory.claim(name, lease)
+
+    def hold(self, name, lease):
+        """同 `FileStore.hold`。"""
+        if not self._try(lambda store: getattr(type(store), 'hold', _Store.hold)(store, name, lease))[0]:
+            self._memory.hold(name, lease)
 
 
-def _steady(store):
-    """``store``,坏了也不要紧的。"""
-    return store if isinstance(store, (MemoryStore, _Shared)) else _Shared(store)
+def _steady(store, limits):
+    """``store``，坏了也不要紧的。"""
+    return store if isinstance(store, (MemoryStore, _Steady)) else _Steady(store, limits)
 
 
 # ---- 消息 Messages ----------------------------------------------------------------------------
-# 回调和 send() 给的东西:先展开成一条一条 (_items),再写成被动回复的字段 (_build_reply,path/90241)
-# 或主动发送的 JSON (_build_message,path/90236)。
+# 回调和 send() 给的东西，展开成一条一条 (_flat)，每条写成一种内部的形式，并且检查一次 (_official)：官方的
+# JSON（path/90236、94888），还要上传的文件是 media_id 的位置上的一个 Path。被动回复的 XML（path/90241）
+# 最后才从它写出来 (_passive)。
 
-#: MsgType → 它自己的字段;别的字段(比如原样返回的 MsgId)不发出去。
-_REPLY_FIELDS = {
-    'text': ('Content',), 'image': ('Image',), 'voice': ('Voice',), 'video': ('Video',),
-    'news': ('ArticleCount', 'Articles'), 'update_button': ('Button',),
-    'update_template_card': ('TemplateCard',), 'update_taskcard': ('TaskCard',),
+#: 被动回复的类型 → (它的字段, 官方 JSON 里的名字)。
+_REPLIES = {
+    'text': ('Content', 'text'), 'image': ('Image', 'image'), 'voice': ('Voice', 'voice'),
+    'video': ('Video', 'video'), 'news': ('Articles', 'news'), 'update_button': ('Button', 'button'),
+    'update_template_card': ('TemplateCard', 'template_card'), 'update_taskcard': ('TaskCard', 'taskcard'),
 }
+#: 官方 JSON 里，被动回复也有的字段；还有别的，就只能主动发送。
+_PASSIVE_NAMES = {'text': {'content'}, 'image': {'media_id'}, 'voice': {'media_id'},
+                  'video': {'media_id', 'title', 'description'}, 'news': {'articles'}}
 #: 这些类型的正文最多多少字节;更长的分成几条。群机器人的 markdown 可以长一倍。
 _TEXT_LIMITS = {'text': 2048, 'markdown': 2048}
 _ROBOT_LIMITS = {'text': 2048, 'markdown': 4096, 'markdown_v2': 4096}
 
+#: 类型 → (最多多少字节, 后缀)。
+_MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
+          'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
+
 _PARAGRAPH, _LINE = re.compile(r'\n\s*\n'), re.compile('\n')
-_SENTENCE = re.compile('[。!?!?;;…]+|[.] |[,,、 ]')
+_SENTENCE = re.compile('[\u3002!?\uff01\uff1f;\uff1b\u2026]+|[.] |[,\uff0c\u3001 ]')
 
 
 def _split_text(text, limit=2048):
@@ -1105,118 +1517,197 @@ def _split_text(text, limit=2048):
             yield piece.strip('\r\n')
 
 
-def _items(result, limits=_TEXT_LIMITS):
-    """回调的返回值或 send() 的参数 → 一条一条的消息 (生成器):展开 list、tuple、生成器,分开长文本。"""
-    if isinstance(result, str):
-        yield from _split_text(result)
-    elif isinstance(result, dict):
-        kind = result.get('msgtype')
-        body = result.get(kind) if kind in limits else None
-        if isinstance(body, dict) and isinstance(body.get('content'), str):
-            for part in _split_text(body['content'], limits[kind]):
-                yield dict(result, **{kind: dict(body, content=part)})
-        elif isinstance(result.get('Content'), str) and result.get('MsgType', 'text') == 'text':
-            for part in _split_text(result['Content']):
-                yield dict(result, Content=part)
-        else:
-            yield result
-    elif isinstance(result, (list, tuple)) or hasattr(result, '__next__'):
+class _Message(dict):
+    """内部的形式：官方的 JSON。``own``：是写消息的人自己写的官方 JSON，能主动发送就主动发送。"""
+
+    own = False
+
+    def body(self):
+        """这种消息自己的那部分。"""
+        kind = self['msgtype']
+        return self.get(_REPLIES[kind][1] if kind in _REPLIES else kind)
+
+    def file(self):
+        """还没有上传的文件 (Path)；没有是 None。"""
+        body = self.body()
+        path = body.get('media_id') if isinstance(body, dict) else None
+        return path if isinstance(path, os.PathLike) else None
+
+    def with_body(self, **fields):
+        """同样的消息，它自己的那部分改了几个字段。"""
+        new = _Message(self, **{_REPLIES.get(self['msgtype'], (0, self['msgtype']))[1]: dict(self.body(), **fields)})
+        new.own = self.own
+        return new
+
+
+def _flat(result):
+    """回调的返回值或 send() 的参数 → 一条一条 (生成器)：展开 list、tuple、生成器，去掉 None。"""
+    if isinstance(result, (list, tuple)) or hasattr(result, '__next__'):
         for item in result:
-            yield from _items(item, limits)
-    elif isinstance(result, os.PathLike):
-        yield result
+            yield from _flat(item)
     elif result is not None:
-        raise TypeError('expected str, dict, Path or a list of these, got %s'
-                        % type(result).__name__)
+        yield result
 
 
-def _reply_fields(msg_type, result):
-    """``result`` 里属于 ``msg_type`` 的字段;平放的 MediaId 包好,Articles 可以是 list。"""
-    fields = {name: result[name] for name in _REPLY_FIELDS[msg_type] if name in result}
-    name = _REPLY_FIELDS[msg_type][-1]
-    if name not in fields and 'MediaId' in result and msg_type in ('image', 'voice', 'video'):
-        fields[name] = {k: result[k] for k in ('MediaId', 'Title', 'Description') if k in result}
-    if name not in fields:
-        raise TypeError('a reply of type %s needs %s' % (msg_type, name))
-    if msg_type == 'text':
-        fields['Content'] = str(fields['Content'])
-    if msg_type == 'news':
-        articles = fields['Articles']
-        items = articles.get('item') if isinstance(articles, dict) else articles
-        items = [items] if isinstance(items, dict) else items
-        if not isinstance(items, (list, tuple)) or not 1 <= len(items) <= 8:
-            raise TypeError('Articles must be a list of 1 to 8 dicts')
-        fields = {'ArticleCount': len(items), 'Articles': {'item': items}}
-    return fields
+def _need(condition, rule):
+    if not condition:
+        raise TypeError(rule)
 
 
-def _reply_type(result, default):
-    """``result`` 的 MsgType;没写的看它有哪个字段,再没有就是 ``default``。"""
-    msg_type = result.get('MsgType') or next(
-        (kind for kind, names in _REPLY_FIELDS.items() if names[-1] in result), default)
-    if msg_type not in _REPLY_FIELDS:
-        raise TypeError('%s is no type of passive reply; these are: %s' % (
-            _show(repr(msg_type)), ', '.join(_REPLY_FIELDS)))
-    return msg_type
-
-
-def _build_reply(item, msg_type, user, corp, now):
-    """一条消息 (str 或 dict) → 完整的被动回复 dict。写不成的抛 `TypeError`。"""
-    if isinstance(item, str):
-        item = {'MsgType': 'text', 'Content': item}
-    msg_type = _reply_type(item, msg_type)
-    reply = {'ToUserName': user, 'FromUserName': corp, 'CreateTime': int(now), 'MsgType': msg_type}
-    reply.update(_reply_fields(msg_type, item))
-    return reply
-
-
-def _build_message(item, msg_type=None):
-    """一条消息 (str、官方的 JSON dict,或被动回复的 dict) → 官方的 JSON dict,还没有收件人。"""
-    if isinstance(item, str):
-        return {'msgtype': 'text', 'text': {'content': item}}
-    if 'msgtype' in item:
-        return dict(item)
-    kind = _reply_type(item, msg_type)
-    fields = _reply_fields(kind, item)
-    if kind == 'text':
-        return {'msgtype': kind, kind: {'content': fields['Content']}}
-    if kind == 'news':
-        articles = [{k.lower(): v for k, v in a.items()} for a in fields['Articles']['item']]
-        return {'msgtype': kind, kind: {'articles': articles}}
-    if kind in ('image', 'voice', 'video'):
-        media = fields[_REPLY_FIELDS[kind][0]]
-        names = {'MediaId': 'media_id', 'Title': 'title', 'Description': 'description'}
-        return {'msgtype': kind, kind: {names[k]: v for k, v in media.items() if k in names}}
-    raise TypeError('%s can only be a passive reply' % kind)
-
-
-def _official_case(value):
-    """XML 的 CamelCase 名字 → JSON 的 snake_case,连同里面的。"""
+def _snake_case(value):
+    """被动回复的 CamelCase 名字 → 官方 JSON 的，连同里面的。"""
     if isinstance(value, dict):
         names = ((re.sub('(?<!^)(?=[A-Z])', '_', k).lower(), v) for k, v in value.items())
         return {re.sub('^(key)_(?=name)|^(app|user)_(?=id)|^(page)_(?=path)', r'\1\2\3', k):
-                _official_case(v) for k, v in names}
-    return [_official_case(v) for v in value] if isinstance(value, (list, tuple)) else value
+                _snake_case(v) for k, v in names}
+    return [_snake_case(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _build_card_update(item, user, response_code):
-    """``update_button``、``update_template_card`` 的回复 → 更新卡片的 JSON(path/94888);别的是 None。"""
-    name = {'Button': 'button', 'TemplateCard': 'template_card'}
-    found = [k for k in name if isinstance(item, dict) and k in item and 'msgtype' not in item]
-    return {'userids': [user], 'response_code': response_code,
-            name[found[0]]: _official_case(item[found[0]])} if found else None
+_CAMEL = {'keyname': 'KeyName', 'appid': 'AppId', 'userid': 'UserId', 'pagepath': 'PagePath', 'picurl': 'PicUrl'}
 
 
-# ---- 主动模式 Client --------------------------------------------------------------------------
-# 每个请求都从 _Caller._request 出去:时限是总数,只重试肯定没到的;消息绝不因为重试变成两条。
-# POST https://qyapi.weixin.qq.com/cgi-bin/message/send?access_token=…  {"touser": …, "msgtype": …}
-# 回答 {"errcode": 0, "errmsg": "ok", …}(path/90313);token 见 path/91039,素材见 path/90253。
+def _camel_case(value, inside=''):
+    """`_snake_case` 的反函数；quote_area 里的 appid 在 XML 里是 Appid（path/90241）。"""
+    if isinstance(value, dict):
+        names = ((k, 'Appid' if (inside, k) == ('quote_area', 'appid') else _CAMEL.get(k) or re.sub(
+            '(?:^|_)(.)', lambda m: m.group(1).upper(), k)) for k in value)
+        return {name: _camel_case(value[k], k) for k, name in names}
+    return [_camel_case(v, inside) for v in value] if isinstance(value, list) else value
+
+
+def _reply_body(kind, item):
+    """被动回复的写法里，``kind`` 自己的那部分 → 官方 JSON 的 dict；别的字段（原样返回的 MsgId）不要。"""
+    name = _REPLIES[kind][0]
+    value = item.get(name)
+    if kind == 'text':
+        _need(isinstance(value, (str, int, float)), 'a reply of type text needs Content, a str')
+        return {'content': str(value)}
+    if value is None and 'MediaId' in item and kind in _MEDIA:
+        value = item
+    if kind == 'news':
+        value = value.get('item') if isinstance(value, dict) else value
+        value = [value] if isinstance(value, dict) else value
+        _need(isinstance(value, (list, tuple)) and 1 <= len(value) <= 8 and all(isinstance(a, dict) for a in value),
+              'Articles must be a list of 1 to 8 dicts')
+        return {'articles': [{k.lower(): v for k, v in a.items()} for a in value]}
+    _need(isinstance(value, dict) and value, 'a reply of type %s needs %s, a dict' % (kind, name))
+    if kind in _MEDIA:
+        _need(isinstance(value.get('MediaId'), (str, os.PathLike)), '%s needs MediaId, a str' % name)
+        value = {k: value[k] for k in ('MediaId', 'Title', 'Description') if k in value}
+    return _snake_case(value)
+
+
+def _from_reply(item, default):
+    """被动回复的写法（``{'Content': …}``、``{'MsgType': 'image', 'MediaId': …}``）→ 官方 JSON。"""
+    kind = item.get('MsgType') or next((k for k, (name, _) in _REPLIES.items() if name in item), default)
+    _need(isinstance(kind, str) and kind in _REPLIES, '%s is no type of passive reply; these are: %s' % (
+        _show(repr(kind)), ', '.join(_REPLIES)))
+    return _Message({'msgtype': kind, _REPLIES[kind][1]: _reply_body(kind, item)})
+
+
+def _passive(message, user, corp, now):
+    """→ 被动回复的 XML (bytes)；没有这样的被动回复是 None。"""
+    kind, body = message['msgtype'], message.body()
+    if kind not in _REPLIES or message.file() or message.own and (
+            len(message) > 2 or not isinstance(body, dict) or set(body) - _PASSIVE_NAMES.get(kind, set())):
+        return None
+    reply = {'ToUserName': user, 'FromUserName': corp, 'CreateTime': int(now), 'MsgType': kind}
+    if kind == 'text':
+        reply['Content'] = body['content']
+    elif kind == 'news':
+        reply['ArticleCount'] = len(body['articles'])
+        reply['Articles'] = {'item': _camel_case(body['articles'])}
+    else:
+        reply[_REPLIES[kind][0]] = _camel_case(body)
+    return dict_to_xml(reply).encode('utf-8')
+
+
+def _foreign(value):
+    """`json.dumps` 不会写的：只有还没上传的文件可以。"""
+    _need(isinstance(value, os.PathLike), 'a message takes no %s' % type(value).__name__)
+
+
+def _message_of(item, default):
+    """一条 → `_Message`，检查过了：官方 JSON 和被动回复，都写一遍试试。"""
+    if isinstance(item, str):
+        return _Message(msgtype='text', text={'content': item})
+    if isinstance(item, _Message):
+        return item
+    _need(isinstance(item, dict), 'expected str, dict, Path or a list of these, got %s' % type(item).__name__)
+    if 'msgtype' not in item:
+        message = _from_reply(item, default)
+        if message['msgtype'] != 'text':
+            _passive(message, '', '', 0)
+        return message
+    message = _Message(item)
+    message.own = True
+    _need(isinstance(message['msgtype'], str), 'msgtype must be a str')
+    json.dumps(message, allow_nan=False, default=_foreign)
+    return message
+
+
+def _official(item, default='text', limits=_TEXT_LIMITS):
+    """一条 (str、被动回复的写法、官方 JSON) → `_Message` 的 list：长文本是几条。
+
+    写错了的抛 `TypeError`、`ValueError`、`FormatException`，空白的 `APIError` (44004)。
+    ``default`` 是没写 MsgType 的 dict 的类型。
+    """
+    message = _message_of(item, default)
+    kind, body = message['msgtype'], message.body()
+    if kind not in limits:
+        return [message]
+    content = body.get('content') if isinstance(body, dict) else None
+    _need(isinstance(content, str), 'a %s needs content, a str' % kind)
+    if not content.strip(_BLANKS):
+        raise APIError(44004, 'a blank text; to say nothing, return None', 'message/send')
+    parts = list(_split_text(content, limits[kind]))
+    return [message] if parts == [content] else [message.with_body(content=part) for part in parts]
+
+
+# 收到的消息
+
+class _JsonMessage(dict):
+    """用 JSON 写的消息（path/92052）：没有被动回复。"""
+
+
+def _read_message(text):
+    """解密了的 XML 或 JSON 文档 (str) → 消息 (dict)；读不懂的抛 `CryptoError`。"""
+    try:
+        msg = _JsonMessage(_load_json(text.encode('utf-8'))) if text.lstrip()[:1] == '{' else xml_to_dict(text)
+    except (FormatException, ValueError, RecursionError) as e:
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, getattr(e, 'errmsg', None) or
+                          'cannot read JSON: %s' % _show(e)) from None
+    logger.debug('message %.2000s', msg)
+    return msg
+
+
+class _Keys:
+    """消息在存储里的名字：同一条消息的每次投递都一样，别的消息、别的应用不一样。"""
+
+    def __init__(self, settings):
+        self._app = [settings[k] for k in ('corpid', 'agentid', 'token')]
+        self._seconds = {}              # (谁, 何时, 什么) → 那个事件的名字
+
+    def of(self, msg):
+        """有 MsgId 的看它和发送者，没有的（事件）看全部内容：企业微信再投递的，内容一样（假定；日志里看得出来）。"""
+        event = not msg.get('MsgId')
+        whole = json.dumps(msg if event else [msg['MsgId'], msg.get('FromUserName')], sort_keys=True)
+        key = 'easywechat:message:' + hashlib.sha256('\0'.join(self._app + [whole]).encode('utf-8')).hexdigest()
+        if event:
+            if len(self._seconds) > 100:
+                self._seconds.clear()
+            second = tuple(str(msg.get(k)) for k in ('FromUserName', 'CreateTime', 'MsgType'))
+            if self._seconds.setdefault(second, key) != key:
+                logger.debug('two events of one second: %s', _show(second))
+        return key
+
+
+# ---- 请求 Requests ----------------------------------------------------------------------------
+# 一次调用 (_Call)：几次尝试，一个总的时限，只重试肯定没到的；一次尝试 (_Attempt)：一个 HTTP 请求，在自己的
+# 线程上，随时能打断。GET 或 POST https://qyapi.weixin.qq.com/cgi-bin/<path>?<query>，JSON 或 multipart；
+# 回答 {"errcode": 0, "errmsg": "ok", …}（path/90313）。
 
 _API_BASE = 'https://qyapi.weixin.qq.com'
-
-#: 类型 → (最多多少字节, 后缀)。
-_MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
-          'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
 
 _TLS_ADVICE = (
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
@@ -1228,6 +1719,9 @@ _TLS_ADVICE = (
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
     ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
 
+#: 发请求的线程;被放弃的请求(比如 DNS 不答)还占着,直到它自己结束。
+_REQUESTS = _Threads(64)
+
 
 def _normal_base(text):
     """api_base 的各种写法 → ``https://host[:port][/prefix]``。"""
@@ -1235,138 +1729,20 @@ def _normal_base(text):
     base = re.sub('(/cgi-bin)?/*$', '', base)
     port = re.search(r':([0-9]+)(/|$)', base.partition('//')[2])
     form = r'https?://([A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?'
-    if (port and int(port.group(1)) > 65535 or not re.fullmatch(form, base)
-            or re.search('[?#@]', base)):
+    if (port and int(port.group(1)) > 65535 or not re.fullmatch(form, base) or re.search('[?#@]', base)):
         raise ConfigError('api_base must look like https://vps.example.com[:port][/path]')
     return base
 
 
-_STARTING = threading.Lock()        # threading.stack_size 是整个进程的
-
-
-def _start_thread(target, *args):
-    """开一条栈有 1 MiB 的线程:musl 的默认值 128 KiB 太小,几层嵌套就能让进程崩溃。开不了抛 `RuntimeError`。"""
-    with _STARTING:
-        before = threading.stack_size(1 << 20)
-        try:
-            thread = threading.Thread(target=target, args=args, daemon=True)
-            thread.start()
-            return thread
-        finally:
-            threading.stack_size(before)
-
-
-class _Threads:
-    """最多 ``limit`` 件活同时做。线程做完了留着,各处共用:有空闲的就用最近用过的那条,没有才开新的。"""
-
-    #: 空闲这么多秒的线程结束。
-    idle = 2
-
-    _lock = threading.Lock()
-    _seats = []                         # 空闲线程的座位 [叫醒它的锁, 它的活],后进先出
-
-    def __init__(self, limit):
-        self._limit = limit
-        self._busy = 0
-        self._changed = threading.Condition()
-
-    def submit(self, wait, job, *args):
-        """交出一件活,最多等 ``wait`` 秒轮到它;轮不到、开不出线程,返回 False。"""
-        with self._changed:
-            if self._busy >= self._limit:
-                self._changed.wait_for(lambda: self._busy < self._limit or not self._limit, wait)
-            if self._busy >= self._limit:
-                return False
-            self._busy += 1
-        with self._lock:
-            seat = self._seats.pop() if self._seats else None
-        if seat:
-            seat[1] = self, job, args
-            seat[0].release()
-            return True
-        try:
-            _start_thread(self._sit, (self, job, args))
-            return True
-        except RuntimeError:            # can't start new thread
-            self._ended()
-            return False
-
-    @classmethod
-    def _sit(cls, work):
-        seat = [threading.Lock(), None]
-        seat[0].acquire()
-        while work:
-            pool, job, args = work
-            try:
-                job(*args)
-            except BaseException:       # 本文件的错;线程还要接着用
-                logger.error('internal error in a thread%s', _traceback())
-            work = job = args = seat[1] = None
-            with cls._lock:
-                cls._seats.append(seat)
-            pool._ended()
-            if not seat[0].acquire(timeout=cls.idle):
-                with cls._lock:
-                    if seat in cls._seats:
-                        cls._seats.remove(seat)
-                        return
-                seat[0].acquire()       # 活正在路上
-            work = seat[1]
-
-    def _ended(self):
-        with self._changed:
-            self._busy -= 1
-            self._changed.notify_all()
-
-    def close(self, deadline):
-        """不再接活,等手里的做完,至多到 ``deadline`` (monotonic 秒);都做完了返回 True。"""
-        with self._changed:
-            self._limit = 0
-            self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._busy,
-                                          max(0, deadline - time.monotonic()))
-
-
-if hasattr(os, 'register_at_fork'):     # fork 出来的进程里没有这些线程
-    os.register_at_fork(after_in_child=_Threads._seats.clear)
-
-#: 发请求的线程;被放弃的请求(比如 DNS 不答)还占着,直到它自己结束。
-_CALLS = _Threads(64)
-
-
-def _within(seconds, job, abort):
-    """在另一条线程上跑 ``job()``,等到 ``seconds`` 秒为止;还没完就 ``abort()``,抛 `socket.timeout`。
-
-    套接字自己的时限每收到一个字节就重新计时,DNS 根本没有时限。
-    """
-    outcome, done, deadline = [], threading.Event(), time.monotonic() + seconds
-
-    def run():
-        try:
-            outcome.append((job(), None))
-        except BaseException as e:      # 到等着的线程里再抛
-            outcome.append((None, e))
-        done.set()
-    if not _CALLS.submit(seconds, run):
-        raise RuntimeError('too many requests under way')
-    if not done.wait(max(0, deadline - time.monotonic())):
-        abort()
-        raise socket.timeout('no answer within %g s' % seconds)
-    value, error = outcome[0]
-    if error:
-        raise error
-    return value
-
-
 @functools.lru_cache(maxsize=None)
 def _connection(base):
-    """http.client 的一种连接,连上了告诉它的 `_Exchange`。"""
+    """http.client 的一种连接,连上了告诉它的 `_Attempt`。"""
     class Connection(base):
-        exchange = None
+        attempt = None
 
         def connect(self):
             base.connect(self)              # 包括代理的 CONNECT 和 TLS 握手
-            self.exchange.connected_by(self.sock)
+            self.attempt.connected_by(self.sock)
     return Connection
 
 
@@ -1378,11 +1754,10 @@ def _make_opener(tls):
         https_request = web.HTTPHandler.http_request
 
         def http_open(self, req):
-            return self.do_open(functools.partial(req.exchange.connection, 'HTTPConnection'), req)
+            return self.do_open(functools.partial(req.attempt.connection, 'HTTPConnection'), req)
 
         def https_open(self, req):
-            return self.do_open(functools.partial(req.exchange.connection, 'HTTPSConnection'), req,
-                                context=tls())
+            return self.do_open(functools.partial(req.attempt.connection, 'HTTPSConnection'), req, context=tls())
     opener = web.OpenerDirector()
     opener.addheaders = [('User-Agent', 'EasyWeChat')]
     opener.add_handler(web.ProxyHandler())
@@ -1390,61 +1765,7 @@ def _make_opener(tls):
     return opener
 
 
-class _Exchange:
-    """一次 HTTP 请求:走到了哪一步,怎样打断它。``connected`` 以前失败的,肯定没有到。"""
-
-    def __init__(self, caller, within):
-        self._caller = caller
-        self._within = within
-        self._lock = threading.Lock()
-        self._socket = None
-        self._aborted = False
-        self.connected = False
-
-    def connection(self, name, *args, **kwargs):
-        """http.client 里叫 ``name`` 的连接;没有 ssl 的 Python 没有 HTTPSConnection。"""
-        connection = _connection(getattr(http.client, name))(*args, **kwargs)
-        connection.exchange = self
-        return connection
-
-    def connected_by(self, sock):
-        """连上了;等的人已经走了,就不许再发出去。"""
-        sock.settimeout(self._within)
-        with self._lock:
-            if self._aborted:
-                raise OSError('too late')
-            self._socket, self.connected = sock, True
-
-    def _open(self, url, body, headers, redirects):
-        from urllib.request import Request
-        for left in range(redirects, -1, -1):
-            request = Request(url, body, headers)
-            request.exchange = self
-            response = self._caller._urllib().open(request, timeout=self._caller.connect_within)
-            where = response.headers.get('Location')
-            if response.status not in (301, 302, 303, 307, 308) or not where or not left:
-                return response
-            response.close()
-            where = urllib.parse.urljoin(url, where)
-            if not where.startswith(('https://', url.partition('//')[0] + '//')):
-                raise OSError('redirected to a lesser scheme')
-            url = where
-
-    def abort(self):
-        """打断:还没连上的,连上了也不发;连上了的,关掉。"""
-        with self._lock:
-            self._aborted = True
-        if self._socket:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    def run(self, url, body, headers, consume, redirects=0):
-        """→ ``consume(response)``;没有完整的回答抛 `OSError` 等。"""
-        def job():
-            with contextlib.closing(self._open(url, body, headers, redirects)) as response:
-                return consume(response)
-        return _within(self._within, job, self.abort)
-
+# 读回答
 
 def _blocks(response, limit):
     """正文,一块一块的;超过 ``limit`` 字节,或比 Content-Length 短,抛 `OSError`。"""
@@ -1454,7 +1775,7 @@ def _blocks(response, limit):
         if got > limit:
             raise OSError('answer longer than %d bytes' % limit)
         yield block
-    if length and length.isdigit() and got < int(length):
+    if length and re.fullmatch('[0-9]{1,15}', length) and got < int(length):
         raise OSError('answer cut after %d of %s bytes' % (got, length))
 
 
@@ -1462,27 +1783,13 @@ class _NotWeCom(Exception):
     """回答的不是企业微信:``args`` 是 (HTTP 状态, 说明)。"""
 
 
-def _too_deep(data):
-    """JSON (bytes) 的括号有没有超过 64 层:有的 Python 为此崩溃,而不是抛异常。"""
-    depth = 0
-    for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', b'', data):
-        depth += 1 if bracket in b'[{' else -1
-        if depth > 64:
-            return True
-    return False
-
-
 def _read_json(caller, response):
     """企业微信的回答 (dict)。"""
     data = b''.join(_blocks(response, caller.max_answer))
-    try:
-        if _too_deep(data):
-            raise ValueError('too deep')
-        answer = json.loads(data.decode('utf-8'), strict=False)
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = _load_json(data)
         if response.status == 200 and isinstance(answer.get('errcode', 0), int):
             return answer
-    except (ValueError, AttributeError, RecursionError):
-        pass
     raise _NotWeCom(response.status, _show(response.headers.get('Content-Type')))
 
 
@@ -1498,6 +1805,8 @@ def _local():
         raise _Local(e) from None
 
 
+# 上传、下载的文件
+
 class _Upload:
     """``multipart/form-data`` 里的一个文件,边读边发;每次迭代都从头。"""
 
@@ -1511,8 +1820,7 @@ class _Upload:
                       'filelength=%d\r\nContent-Type: application/octet-stream\r\n\r\n'
                       % (boundary, name, self._size)).encode('utf-8')
         self._tail = ('\r\n--%s--\r\n' % boundary).encode()
-        self.headers = {
-            'Content-Type': 'multipart/form-data; boundary=' + boundary,
+        self.headers = {'Content-Type': 'multipart/form-data; boundary=' + boundary,
             'Content-Length': str(len(self._head) + self._size + len(self._tail))}
 
     def __iter__(self):
@@ -1531,13 +1839,224 @@ class _Upload:
         yield self._tail
 
 
+def _media_kind(path, kind=None):
+    """文件按后缀和大小该当作什么发;``kind`` 给了就检查它。不合规定抛 `APIError`。"""
+    size, suffix = os.path.getsize(path), os.path.splitext(path)[1].lower()
+    name = os.path.basename(path)
+    if kind not in _MEDIA and kind is not None:
+        raise APIError(40004, '%r is none of %s' % (kind, ', '.join(_MEDIA)), 'media/upload')
+    if kind is None:
+        kind = next((k for k, (most, suffixes) in _MEDIA.items() if suffix in suffixes and size <= most), 'file')
+    most, suffixes = _MEDIA[kind]
+    if size <= 5:
+        raise APIError(44001, '%s has %d bytes, at least 6 are needed' % (name, size), 'media/upload')
+    if size > most:
+        raise APIError(40006, '%s has %d bytes, %s takes %d' % (name, size, kind, most), 'media/upload')
+    if suffixes and suffix not in suffixes:
+        raise APIError(40005, '%s: %s takes %s' % (name, kind, ', '.join(suffixes)), 'media/upload')
+    return kind
+
+
+def _made(item, default='text', limits=_TEXT_LIMITS):
+    """`_official`，也收 Path：按后缀和大小是图片、语音、视频或文件，还没有上传。"""
+    if isinstance(item, os.PathLike):
+        kind = _media_kind(item)
+        return [_Message({'msgtype': kind, kind: {'media_id': item}})]
+    return _official(item, default, limits)
+
+
+def _safe_name(headers, default):
+    """Content-Disposition 里的文件名,只留最后一段,去掉危险的;没有就是 ``default``。"""
+    name = headers.get_filename() or default
+    with contextlib.suppress(UnicodeError):     # http.client 把 UTF-8 读成了 latin-1
+        name = name.encode('latin-1').decode('utf-8')
+    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).strip(' ').lstrip('.')
+    name = re.sub('[<>:"|?*]', '_', name)
+    stem, suffix = os.path.splitext(name)
+    if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
+        stem = '_' + stem
+    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
+    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
+    return os.fsdecode(((stem or 'file') + suffix).encode('utf-8'))     # LANG=C 时也是 UTF-8
+
+
+def _save(f, default, caller, response):
+    """把下载的文件写进 ``f`` → ``{'name': 文件名}``;没有 Content-Disposition 的是 JSON 的错误。"""
+    if response.status != 200 or not response.headers.get('Content-Disposition'):
+        return _read_json(caller, response)
+    f.seek(0)
+    for block in _blocks(response, caller.max_download):
+        with _local():
+            f.write(block)
+    f.truncate()
+    return {'name': _safe_name(response.headers, default)}
+
+
+def _put(part, folder, name):
+    """``part`` 改成 ``folder`` 里一个还没有的名字 → 路径。"""
+    stem, suffix = os.path.splitext(name)
+    for n in range(10000):
+        path = os.path.join(folder, '%s%s%s' % (stem, '-%d' % n if n else '', suffix))
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.replace(part, path)
+            return path
+    raise FileExistsError(errno.EEXIST, 'too many files of this name', name)
+
+
+# 调用
+
+class _Attempt:
+    """一个 HTTP 请求:走到了哪一步,怎样打断它。``connected`` 以前失败的,肯定没有到。"""
+
+    def __init__(self, call, within):
+        self._call, self._within = call, within
+        self._lock = threading.Lock()
+        self._socket = None
+        self._aborted = False
+        self.connected = False
+
+    def connection(self, name, *args, **kwargs):
+        """http.client 里叫 ``name`` 的连接;没有 ssl 的 Python 没有 HTTPSConnection。"""
+        connection = _connection(getattr(http.client, name))(*args, **kwargs)
+        connection.attempt = self
+        return connection
+
+    def connected_by(self, sock):
+        """连上了;等的人已经走了,就不许再发出去。"""
+        sock.settimeout(self._within)
+        with self._lock:
+            if self._aborted:
+                raise OSError('too late')
+            self._socket, self.connected = sock, True
+
+    def _open(self):
+        from urllib.request import Request
+        call, url = self._call, self._call.url
+        for left in range(call.redirects, -1, -1):
+            request = Request(url, call.body, call.headers)
+            request.attempt = self
+            response = call.caller._urllib().open(request, timeout=call.caller.connect_within)
+            where = response.headers.get('Location')
+            if response.status not in (301, 302, 303, 307, 308) or not where or not left:
+                return response
+            response.close()
+            where = urllib.parse.urljoin(url, where)
+            if not where.startswith(('https://', url.partition('//')[0] + '//')):
+                raise OSError('redirected to a lesser scheme')
+            url = where
+
+    def _hang_up(self):
+        """断开；fork 出来的进程里的那一份也断开。"""
+        if self._socket:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def _exchange(self):
+        try:
+            with contextlib.closing(self._open()) as response:
+                return self._call.read(self._call.caller, response)
+        finally:
+            self._hang_up()
+
+    def run(self):
+        """→ 读出的回答；没有完整的回答抛 `OSError` 等。"""
+        try:
+            return _within(_REQUESTS, self._within, self._exchange)
+        except socket.timeout:
+            with self._lock:
+                self._aborted = True        # 还没连上的，连上了也不发
+            self._hang_up()
+            raise
+
+
+class _Call:
+    """一次调用。``within`` 秒是总数，连同重试；``read(caller, response)`` 读回答。"""
+
+    def __init__(self, caller, path, query, body=None, read=_read_json, within=None):
+        self.caller, self.path, self.read = caller, path, read
+        self.url = '%s/cgi-bin/%s?%s' % (caller.api_base, path, urllib.parse.urlencode(query))
+        self.body, self.headers = body, {}
+        self.redirects = 3 * (read is not _read_json)
+        self._harmless = body is None or isinstance(body, _Upload)      # 再来一次也没关系
+        self._within = caller.call_within if within is None else within
+        if isinstance(body, _Upload):
+            self.headers = body.headers
+        elif body is not None:
+            self.body = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
+            self.headers = {'Content-Type': 'application/json; charset=utf-8'}
+
+    def _failure(self, error, connected):
+        """urllib 的各种异常 → `NetworkError`,其中没有网址。"""
+        host = urllib.parse.urlsplit(self.caller.api_base).netloc
+        if isinstance(error, _NotWeCom):
+            status, kind = error.args
+            advice = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
+                      413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}.get(
+                          status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % self.path)
+            return NetworkError(502, _redact('%s answered %d %s, not JSON of WeCom' % (host, status, kind)), self.path,
+                                advice, (status == 200 or status >= 500) and not self._harmless)
+        reason = getattr(error, 'reason', None) or error
+        text = _show(_redact('%s: %s' % (type(reason).__name__, reason)), 400)
+        advice = next((a for form, a in _TLS_ADVICE if re.search(form, text)), '')
+        if isinstance(error, (ImportError, AttributeError)):
+            advice = '这个 Python 没有 ssl:opkg install python3-openssl'
+        if connected:
+            return NetworkError(504, 'no complete answer from %s (%s)' % (host, text), self.path,
+                                advice, not self._harmless)
+        return NetworkError(503, 'cannot reach %s (%s)' % (host, text), self.path,
+                            advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
+
+    def _try(self, within):
+        """试一次 → 回答 (dict)；拒绝、没有回答抛 `APIError`。"""
+        attempt = _Attempt(self, within)
+        try:
+            answer = attempt.run()
+        except _Local as e:
+            failure = e.args[0]
+        except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError,
+                RuntimeError, _NotWeCom) as e:      # RuntimeError: can't start new thread
+            failure = self._failure(e, attempt.connected)
+        else:
+            if not answer.get('errcode'):
+                return answer
+            errmsg = _show(_redact(str(answer.get('errmsg') or 'no errmsg')), 400)
+            failure = APIError(answer['errcode'], errmsg, self.path)
+        raise failure       # 在 except 以外:不把带着网址的异常挂在后面
+
+    def run(self):
+        """→ 回答 (dict)。只有肯定没到的 (503) 和企业微信叫再来的 (-1) 才重试。"""
+        caller = self.caller
+        begin, pause = caller._clock(), caller.pause
+        for n in itertools.count(1):
+            left = begin + self._within - caller._clock()
+            try:
+                return self._try(max(left, min(1, caller.call_within) if n <= caller.tries else caller.call_within))
+            except APIError as e:
+                failure = e
+            then = caller._clock() + pause
+            again = failure.errcode in (-1, 503) and n < caller.tries and then < begin + self._within
+            if not again and (getattr(failure, 'maybe_sent', True) or then > begin + caller.retry_within):
+                raise failure
+            logger.info('%s; again in %g s', failure, pause)
+            caller._sleep(pause)
+            pause = min(2 * pause, 60)
+
+
+# ---- 主动模式 Client --------------------------------------------------------------------------
+# 消息绝不因为重试变成两条。POST /cgi-bin/message/send?access_token=…  {"touser": …, "msgtype": …}
+# token 见 path/91039，素材见 path/90253，群机器人见 path/91770。
+
 class _Pace:
     """每个收件人每分钟最多 ``limit`` 条:再多的等。"""
 
     def __init__(self, sleep):
-        self._lock = threading.Lock()
         self._slots = collections.OrderedDict()     # 收件人 → 一分钟以来的 [时刻],最近用过的收件人在后
         self._sleep = sleep
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
 
     def wait(self, receivers, limit, clock):
         """轮到的时候返回一个格子:发到了,把 ``[0]`` 改成那时的时刻。同一个收件人的先来先走。"""
@@ -1585,8 +2104,7 @@ class _Caller:
         self.settings = get_config(appname, ini_name, **settings)
         for key in needed:
             if not self.settings[key]:
-                raise ConfigError('%s is missing: set it in config.ini, or EASYWECHAT_%s'
-                                  % (key, key.upper()))
+                raise ConfigError('%s is missing: set it in config.ini, or EASYWECHAT_%s' % (key, key.upper()))
         self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
         self._pace = _Pace(lambda seconds: self._sleep(seconds))
         self._context = None
@@ -1615,148 +2133,27 @@ class _Caller:
             self._opener = _make_opener(self._tls)
         return self._opener
 
-    def _network_error(self, error, connected, path, harmless):
-        """urllib 的各种异常 → `NetworkError`,其中没有网址;``harmless`` 的调用再来一次也没关系。"""
-        host = urllib.parse.urlsplit(self.api_base).netloc
-        if isinstance(error, _NotWeCom):
-            status, kind = error.args
-            advice = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
-                      413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}.get(
-                          status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % path)
-            return NetworkError(502, _redact('%s answered %d %s, not JSON of WeCom' % (
-                host, status, kind)), path, advice, (status == 200 or status >= 500) and not harmless)
-        reason = getattr(error, 'reason', None) or error
-        text = _show(_redact('%s: %s' % (type(reason).__name__, reason)), 400)
-        advice = next((a for form, a in _TLS_ADVICE if re.search(form, text)), '')
-        if isinstance(error, (ImportError, AttributeError)):
-            advice = '这个 Python 没有 ssl:opkg install python3-openssl'
-        if connected:
-            return NetworkError(504, 'no complete answer from %s (%s)' % (host, text), path,
-                                advice, not harmless)
-        return NetworkError(503, 'cannot reach %s (%s)' % (host, text), path,
-                            advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
-
-    def _once(self, path, query, body, within, consume):
-        """发一次 → ``consume`` 的结果。"""
-        url = '%s/cgi-bin/%s?%s' % (self.api_base, path, urllib.parse.urlencode(query))
-        headers, redirects = {}, 3 * (consume is not _read_json)
-        harmless = body is None or isinstance(body, _Upload)
-        if isinstance(body, _Upload):
-            headers = body.headers
-        elif body is not None:
-            body = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
-            headers = {'Content-Type': 'application/json; charset=utf-8'}
-        exchange = _Exchange(self, within)
-        try:
-            return exchange.run(url, body, headers, functools.partial(consume, self), redirects)
-        except _Local as e:
-            failure = e.args[0]
-        except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError,
-                RuntimeError, _NotWeCom) as e:      # RuntimeError: can't start new thread
-            failure = self._network_error(e, exchange.connected, path, harmless)
-        raise failure       # 在 except 以外:不把带着网址的异常挂在后面
-
-    def _request(self, path, query, body=None, within=None, consume=_read_json):
-        """一次调用 → 回答 (dict)。只有肯定没到的 (503) 和企业微信叫再来的 (-1) 才重试。"""
-        begin, pause = self._clock(), self.pause
-        deadline = begin + (within or self.call_within)
-        for n in itertools.count(1):
-            try:
-                left = max(deadline - self._clock(), 0.1 if n <= self.tries else self.call_within)
-                answer = self._once(path, query, body, left, consume)
-                if not answer.get('errcode'):
-                    return answer
-                errmsg = _show(_redact(str(answer.get('errmsg', ''))), 400)
-                failure = APIError(answer['errcode'], errmsg, path)
-            except NetworkError as e:
-                failure = e
-            then = self._clock() + pause
-            again = failure.errcode in (-1, 503) and n < self.tries and then < deadline
-            if not again and (getattr(failure, 'maybe_sent', True)
-                              or then > begin + self.retry_within):
-                raise failure
-            logger.info('%s; again in %g s', failure, pause)
-            self._sleep(pause)
-            pause = min(2 * pause, 60)
-
     def _send_each(self, path, message, limits, send_one):
         """一条一条地发,→ 最后一条的回答。"""
-        answer = None
-        for n, item in enumerate(_items(message, limits)):
-            try:
-                answer = send_one(n, item)
-            except APIError as e:
-                e.errmsg += ' (the first %d parts were sent)' % n if n else ''
-                raise
+        sent, answer = 0, None
+        for item in _flat(message):
+            for part in _made(item, limits=limits):
+                try:
+                    answer = send_one(sent, part)
+                except APIError as e:
+                    e.errmsg += ' (the first %d parts were sent)' % sent if sent else ''
+                    raise
+                sent += 1
         if answer is None:
             raise APIError(44004, 'nothing to send', path)
         return answer
 
-    def _upload_to(self, path, query, file, kind, name, call):
-        """上传一个文件 → 回答 (dict)。"""
-        body = _Upload(file, name or os.path.basename(file), self.progress)
-        answer = call(path, dict(query, type=kind), body, self.media_within)
-        if not isinstance(answer.get('media_id'), str):
-            raise NetworkError(502, 'an answer without media_id', path)
-        return answer
 
-
-def _media_kind(path, kind=None):
-    """文件按后缀和大小该当作什么发;``kind`` 给了就检查它。不合规定抛 `APIError`。"""
-    size, suffix = os.path.getsize(path), os.path.splitext(path)[1].lower()
-    name = os.path.basename(path)
-    if kind not in _MEDIA and kind is not None:
-        raise APIError(40004, '%r is none of %s' % (kind, ', '.join(_MEDIA)), 'media/upload')
-    if kind is None:
-        kind = next((k for k, (most, suffixes) in _MEDIA.items()
-                     if suffix in suffixes and size <= most), 'file')
-    most, suffixes = _MEDIA[kind]
-    if size <= 5:
-        raise APIError(44001, '%s has %d bytes, at least 6 are needed' % (name, size), 'media/upload')
-    if size > most:
-        raise APIError(40006, '%s has %d bytes, %s takes %d' % (name, size, kind, most), 'media/upload')
-    if suffixes and suffix not in suffixes:
-        raise APIError(40005, '%s: %s takes %s' % (name, kind, ', '.join(suffixes)), 'media/upload')
-    return kind
-
-
-def _safe_name(headers, default):
-    """Content-Disposition 里的文件名,只留最后一段,去掉危险的;没有就是 ``default``。"""
-    name = headers.get_filename() or default
-    with contextlib.suppress(UnicodeError):     # http.client 把 UTF-8 读成了 latin-1
-        name = name.encode('latin-1').decode('utf-8')
-    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).strip(' ').lstrip('.')
-    name = re.sub('[<>:"|?*]', '_', name)
-    stem, suffix = os.path.splitext(name)
-    if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
-        stem = '_' + stem
-    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
-    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
-    return os.fsdecode(((stem or 'file') + suffix).encode('utf-8'))     # LANG=C 时也是 UTF-8
-
-
-def _save(f, default, caller, response):
-    """把下载的文件写进 ``f`` → ``{'name': 文件名}``;没有 Content-Disposition 的是 JSON 的错误。"""
-    if response.status != 200 or not response.headers.get('Content-Disposition'):
-        return _read_json(caller, response)
-    f.seek(0)
-    for block in _blocks(response, caller.max_download):
-        with _local():
-            f.write(block)
-    f.truncate()
-    return {'name': _safe_name(response.headers, default)}
-
-
-def _put(part, folder, name):
-    """``part`` 改成 ``folder`` 里一个还没有的名字 → 路径。"""
-    stem, suffix = os.path.splitext(name)
-    for n in range(10000):
-        path = os.path.join(folder, '%s%s%s' % (stem, '-%d' % n if n else '', suffix))
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            os.replace(part, path)
-            return path
-    raise FileExistsError(errno.EEXIST, 'too many files of this name', name)
+def _media_id(answer):
+    """上传的回答里的 media_id。"""
+    if not isinstance(answer.get('media_id'), str):
+        raise NetworkError(502, 'an answer without media_id', 'media/upload')
+    return answer['media_id']
 
 
 def _code_and_message(method):
@@ -1783,6 +2180,10 @@ def _joined(who):
 _CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
 
 
+#: 去要 token 的线程。
+_TOKENS = _Threads(16)
+
+
 class WeChatClient(_Caller):
     """以应用的身份发消息,调用企业微信的任何 API。不需要 pycryptodome。
 
@@ -1800,17 +2201,24 @@ class WeChatClient(_Caller):
     token_margin = 300
     #: Secret 被拒绝以后,多少秒之内不再问:问多了,企业微信会封 IP 一小时。
     refused_within = 60
+    #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
+    store_within = 1
 
     def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         super().__init__(appname, ini_name, ('corpid', 'secret'), settings)
-        self._machine = store if isinstance(store, FileStore) else FileStore()
-        self.store = _steady(self._machine if store is None else store)
+        inner = getattr(store, 'store', store)          # `_Steady` 里面的
+        self._machine = inner if isinstance(inner, FileStore) else FileStore()
+        self.store = _steady(self._machine if store is None else store, self)
         identity = self.api_base, self.settings['corpid'], self.settings['secret']
-        self._token_name = ('easywechat:token:'
-                            + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest())
+        self._token_name = ('easywechat:token:' + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest())
         self._refused = 0, None
         #: 最近一次调用以后,能不能发消息:None 还不知道,False 是因为凭据或 IP 被拒绝。
         self.trusted = None
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
+        self._flight = None, None       # 正在要的 token：(已经不能用的那个, `_Promise`)
 
     # token
 
@@ -1819,46 +2227,65 @@ class WeChatClient(_Caller):
         token = value.decode('ascii', 'replace') if isinstance(value, bytes) else value
         return token if token != stale else None
 
-    def _fetch_token(self):
+    def _new_token(self):
+        """向企业微信要 (path/91039)，存下。"""
         until, refusal = self._refused
         if self._clock() < until:
             raise APIError(*refusal)
         try:
-            answer = self._request('gettoken', {'corpid': self.settings['corpid'],
-                                                'corpsecret': self.settings['secret']})
+            answer = _Call(self, 'gettoken', {'corpid': self.settings['corpid'],
+                                              'corpsecret': self.settings['secret']}).run()
         except APIError as e:
             if not isinstance(e, NetworkError) and e.errcode != -1:
-                self._refused = (self._clock() + self.refused_within,
-                                 (e.errcode, e.errmsg, e.path))
+                self._refused = (self._clock() + self.refused_within, (e.errcode, e.errmsg, e.path))
                 self.trusted = False
             raise
         token, seconds = answer.get('access_token'), answer.get('expires_in')
         if not isinstance(token, str) or not re.fullmatch('[!-~]{1,512}', token):
             raise NetworkError(502, 'an answer without access_token', 'gettoken', '看 api_base 写对没有')
-        seconds = seconds if isinstance(seconds, int) and seconds > 0 else 7200
-        self.store.set(self._token_name, token.encode('ascii'),
-                       ex=max(seconds - self.token_margin, seconds // 2, 1))
+        seconds = min(seconds, 7200) if isinstance(seconds, int) and seconds > 0 else 7200
+        self.store.set(self._token_name, token.encode('ascii'), ex=max(seconds - self.token_margin, seconds // 2, 1))
+        return token
+
+    def _fetch_token(self, stale):
+        """一台机器上同时只有一个去要；轮到的时候也许已经有了。"""
+        with self._machine.lock(self._token_name, max(self.call_within, self.retry_within), kind='token'):
+            return self._cached_token(stale) or self._new_token()
+
+    def _token(self, stale, within):
+        """`get_token`，最多等 ``within`` 秒；这个进程里同时只有一个去要，别人等它的结果，或同一个错误。"""
+        token = self._cached_token(stale)
+        if token is None:
+            with self._lock:
+                of, flight = self._flight
+                if flight is None or flight.done() or of != stale:
+                    flight = _Promise(_TOKENS, functools.partial(self._fetch_token, stale), 0)
+                    self._flight = stale, flight
+            failure = None
+            try:
+                token = flight.result(max(within, self.retry_within))
+            except (socket.timeout, RuntimeError) as e:
+                failure = NetworkError(503, 'no access_token (%s)' % e, 'gettoken', '看网络通不通、api_base 写对没有')
+            if failure:
+                raise failure
+        if token not in _tokens:
+            _tokens.append(token)
         return token
 
     def get_token(self, stale=None):
         """access_token (str),从存储里,或向企业微信要(path/91039);一台机器上同时只有一个去要。
 
-        ``stale`` 是已经不能用的那个:存着的还是它,才要新的。
+        ``stale`` 是已经不能用的那个:存着的还是它,才要新的。最多等 ``call_within`` 秒。
         """
-        token = self._cached_token(stale)
-        if token is None:
-            with self._machine.lock(self._token_name, kind='token'):
-                token = self._cached_token(stale) or self._fetch_token()
-        if token not in _secrets:
-            _secrets.append(token)
-        return token
+        return self._token(stale, self.call_within)
 
-    def _authorized(self, path, query, body=None, within=None, consume=_read_json):
-        """带着 access_token 的 `_request`;token 不能用了就换一个,再试恰好一次。"""
-        token = self.get_token()
+    def _authorized(self, path, query, body=None, read=_read_json, within=None):
+        """带着 access_token 的一次调用；token 不能用了就换一个，再试恰好一次。``within`` 秒是总数，要 token 也在内。"""
+        end, stale = self._clock() + (within or self.call_within), None
         for last in False, True:
+            token = self._token(stale, end - self._clock())
             try:
-                answer = self._request(path, dict(query, access_token=token), body, within, consume)
+                answer = _Call(self, path, dict(query, access_token=token), body, read, end - self._clock()).run()
                 self.trusted = True
                 return answer
             except APIError as e:
@@ -1866,7 +2293,7 @@ class WeChatClient(_Caller):
                     self.trusted = False
                 if last or e.errcode not in (40014, 42001):
                     raise
-            token = self.get_token(stale=token)
+            stale = token
 
     def call(self, path, body=None, **query):
         """企业微信的任何 API → 它的回答 (dict)。
@@ -1895,12 +2322,12 @@ class WeChatClient(_Caller):
         return self._send_each('message/send', message, _TEXT_LIMITS, lambda n, item: self._send_one(
             item, given, fields))
 
-    def _send_one(self, item, given, fields):
-        if isinstance(item, os.PathLike):
-            kind = _media_kind(item)
-            item = {'msgtype': kind, kind: {'media_id': self.upload(item, kind)}}
-        message = _build_message(item)
-        message.update(fields)
+    def _send_one(self, message, given, fields):
+        if message['msgtype'].startswith('update_') and not message.own:
+            raise TypeError('%s can only be a passive reply' % message['msgtype'])
+        if message.file():
+            message = message.with_body(media_id=self.upload(message.file(), message['msgtype']))
+        message = dict(message, **fields)
         keys = 'touser', 'toparty', 'totag'
         if given:
             message = {k: v for k, v in message.items() if k not in keys}
@@ -1912,8 +2339,7 @@ class WeChatClient(_Caller):
             raise APIError(82001, 'no receiver', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
         if not re.fullmatch('[0-9]{1,18}', agentid):
-            raise ConfigError('agentid is missing or no number: set it in config.ini, or '
-                              'EASYWECHAT_AGENTID')
+            raise ConfigError('agentid is missing or no number: set it in config.ini, or ' 'EASYWECHAT_AGENTID')
         message['agentid'] = int(agentid)
         slot = self._pace.wait(who, self.per_minute, self._clock)
         try:
@@ -1943,17 +2369,20 @@ class WeChatClient(_Caller):
         后缀;``name`` 是显示的文件名。
         读不了文件抛 `OSError`,大小、类型不对抛 `APIError`。
         """
-        return self._upload(path, kind, name)['media_id']
+        return _media_id(self._upload(path, kind, name))
 
     def _upload(self, path, kind=None, name=None):
         path = os.fspath(path)
-        return self._upload_to('media/upload', {}, path, _media_kind(path, kind), name,
-                               self._authorized)
+        kind = _media_kind(path, kind)
+        body = _Upload(path, name or os.path.basename(path), self.progress)
+        return self._authorized('media/upload', {'type': kind}, body, within=self.media_within)
 
     @_code_and_message
     def upload_media(self, file_type, file_path):
         """旧接口:上传,返回企业微信的 dict,不抛异常。"""
-        return self._upload(file_path, file_type)
+        answer = self._upload(file_path, file_type)
+        _media_id(answer)
+        return answer
 
     def download(self, media_id, folder='.'):
         """下载素材(path/90254)到 ``folder``,返回 `pathlib.Path`;至多 50 MiB,不占内存。
@@ -1961,12 +2390,11 @@ class WeChatClient(_Caller):
         文件名由企业微信给,去掉路径和危险的字符;已经有的不覆盖,加 -1、-2。写不了抛 `OSError`。
         """
         import pathlib
-        part = os.path.join(os.fspath(folder), '.easywechat-%s.part'
-                            % binascii.hexlify(os.urandom(8)).decode())
+        part = os.path.join(os.fspath(folder), '.easywechat-%s.part' % binascii.hexlify(os.urandom(8)).decode())
         try:
             with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 'wb') as f:
                 answer = self._authorized('media/get', {'media_id': media_id}, None,
-                                          self.media_within, functools.partial(_save, f, media_id))
+                                          functools.partial(_save, f, media_id), self.media_within)
             if 'name' not in answer:
                 raise NetworkError(502, 'an answer that is no file', 'media/get')
             return pathlib.Path(_put(part, os.fspath(folder), answer['name']))
@@ -1992,7 +2420,7 @@ class WeChatRobot(_Caller):
         self._key = re.sub('.*[?&]key=([^&#]*).*', r'\1', self.settings['robot'])
         if not re.fullmatch('[0-9A-Za-z_-]{1,128}', self._key):
             raise ConfigError('robot must be the key of the webhook, or its whole URL')
-        _secrets.append(self._key)
+        _secrets.add(self._key)
 
     def send(self, message, mention=None):
         """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
@@ -2004,18 +2432,17 @@ class WeChatRobot(_Caller):
         return self._send_each('webhook/send', message, _ROBOT_LIMITS, lambda n, item: self._send_one(
             item, who * (n == 0)))
 
-    def _send_one(self, item, who):
-        if who and isinstance(item, os.PathLike) or isinstance(item, dict) and \
-                item.get('msgtype', 'text') != 'text' and who:
+    def _send_one(self, message, who):
+        if who and message['msgtype'] != 'text':
             raise TypeError('mention goes with text only')
-        body = self._file(item) if isinstance(item, os.PathLike) else _build_message(item)
+        body = self._file(message.file()) if message.file() else dict(message)
         if who:
             phones = [i for i in who if re.fullmatch('[0-9]{11}', i)]
             body['text'] = dict(body['text'], mentioned_mobile_list=phones,
                                 mentioned_list=[i for i in who if i not in phones])
         slot = self._pace.wait(['robot'], self.per_minute, self._clock)
         try:
-            return self._request('webhook/send', {'key': self._key}, body)
+            return _Call(self, 'webhook/send', {'key': self._key}, body).run()
         finally:
             slot[0] = max(slot[0], self._clock())
 
@@ -2024,8 +2451,7 @@ class WeChatRobot(_Caller):
         if kind == 'image' and os.path.getsize(path) <= 2 << 20:
             with open(path, 'rb') as f:
                 data = f.read()
-            return {'msgtype': 'image', 'image': {
-                'base64': binascii.b2a_base64(data, newline=False).decode(),
+            return {'msgtype': 'image', 'image': {'base64': binascii.b2a_base64(data, newline=False).decode(),
                 'md5': hashlib.md5(data).hexdigest()}}
         kind = kind if kind == 'voice' else 'file'
         return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
@@ -2033,51 +2459,13 @@ class WeChatRobot(_Caller):
     def upload(self, path, kind='file', name=None):
         """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
         path = os.fspath(path)
-        return self._upload_to('webhook/upload_media', {'key': self._key}, path,
-                               _media_kind(path, kind), name, self._request)['media_id']
+        query = {'key': self._key, 'type': _media_kind(path, kind)}
+        body = _Upload(path, name or os.path.basename(path), self.progress)
+        return _media_id(_Call(self, 'webhook/upload_media', query, body, within=self.media_within).run())
 
 
-# ---- 回调模式 Dispatcher ----------------------------------------------------------------------
-# 字节进来,完整的回答 (status, headers, body) 出去;这里没有套接字。
-# 顺序:限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML → 认领 → 回调。
-# 一条消息只跑一次回调:先认领(存储里的一条记录),再跑;重复投递得到存下的答复,或等同一次还没跑完的回调。
-
-def _at_once(job, *args):
-    job(*args)
-    return True
-
-
-class _RefusalLog:
-    """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
-
-    #: 每个地址每分钟几行;最多记多少个地址,再多的合在一起。
-    lines, addresses = 10, 1000
-
-    _clock = staticmethod(time.monotonic)
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._since = self._clock()
-        self._count = {}
-
-    def _summary(self):
-        """一分钟过去了:返回没写出来的数目,重新计数。"""
-        count, self._count, self._since = self._count, {}, self._clock()
-        return [(who, n - self.lines) for who, n in count.items() if n > self.lines]
-
-    def write(self, client, error):
-        """记一次拒绝。"""
-        with self._lock:
-            more = self._summary() if self._clock() - self._since >= 60 else ()
-            if client not in self._count and len(self._count) >= self.addresses:
-                client = 'other addresses'
-            n = self._count[client] = self._count.get(client, 0) + 1
-        for who, suppressed in more:
-            logger.warning('refused %d more from %s', suppressed, _show(who))
-        if n <= self.lines:
-            logger.warning('refused %s with %d: %s%s', _show(client) or 'a request', error.status,
-                           _show(error.errmsg, 400), ' (more are counted)' * (n == self.lines))
-
+# ---- 回调 Callbacks ---------------------------------------------------------------------------
+# 登记过的函数，和一条消息该归哪一个。
 
 #: wecom 文档里的消息类型和事件,用来提醒写错的名字;新的类型照样可以登记。
 _TYPES = frozenset('text image voice video shortvideo location link file event *'.split())
@@ -2095,32 +2483,623 @@ _EVENTS = frozenset(
     'customer_acquisition'.split())
 _TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
 
-#: 没有 MsgId 的(事件)靠这些字段认出来,找遍根和它的 BatchJob、ApprovalInfo:谁、何时、什么事、哪一个。
-_EVENT_KEY = re.compile('FromUserName|CreateTime|MsgType|ChangeType|Token'
-                        '|[A-Za-z]*(?:Event|Key|I[dD]s?|No|Status)')
 
-_PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
+_TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
+
+
+class Callbacks:
+    """登记的函数；最具体的优先。"""
+
+    def __init__(self):
+        self._functions, self._patterns = {}, []
+
+    def add(self, msg_type, func, pattern):
+        """登记 ``func``，返回它；没有给，返回装饰器。写错了的抛 `TypeError`、`ValueError`。"""
+        if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
+            raise ValueError("no message type: %r; write @server.register_callback('text')" % (msg_type,))
+        if func is None:
+            return functools.partial(self.add, msg_type, pattern=pattern)
+        if not callable(func):
+            raise TypeError('a callback must be callable, got %s: did you mean one of its methods?'
+                            % type(func).__name__)
+        known = _EVENTS if msg_type.startswith('event:') else _TYPES
+        name = msg_type.partition(':')[2] or msg_type
+        if name not in known:
+            import difflib
+            close = difflib.get_close_matches(name, known)
+            logger.warning('%s is not among the types that this version knows%s', msg_type,
+                           '; close: ' + ', '.join(close) if close else '')
+        if pattern is None:
+            self._functions[msg_type] = func
+        elif msg_type == 'text':
+            self._patterns.append((re.compile(pattern), func))
+        else:
+            raise ValueError('pattern goes with text only, not with %s' % msg_type)
+        return func
+
+    def find(self, msg):
+        """→ (函数, 附加的参数)；没有登记是 (None, ())。"""
+        kind = str(msg.get('MsgType', ''))
+        if kind == 'text' and self._patterns:
+            text = str(msg.get('Content', '')).strip().strip(_BLANKS)     # 输入法在后面加空格，平板在前面
+            for pattern, func in self._patterns:
+                match = pattern.fullmatch(text)
+                if match:
+                    return func, match.groups()
+        names = ['event:%s' % msg.get('Event', '')] if kind == 'event' else []
+        for name in names + [kind, '*']:
+            if name in self._functions:
+                return self._functions[name], ()
+        return None, ()
+
+
+# ---- 一次 Once --------------------------------------------------------------------------------
+# 一条消息只跑一次回调。企业微信等 5 秒，断开，再投递同一条，一共三次：先认领（存储里的一条记录）再跑；后来的投递
+# 等同一次运行 (_Run)，或得到存下的答复。一次投递是 answer(答复)，恰好调用一次，从不阻塞；回调给的东西怎样送，是
+# ``replies`` 的事：expect(run) 认领到了，make(run) 跑回调，late(run, up, last) 慢了，look() 时间到了，left() 没送完的。
+# 看时间的线程只在有消息没完的时候才有；它从不等谁：写存储、跑回调，都交给别的线程。
+
+#: 一次运行走到了哪一步：认领、排队，或等别的进程；回调在跑；回调完了，还有要送的；完了。
+_WAITING, _RUNNING, _PUSHING, _ENDED = range(4)
+#: 企业微信一共投递三次：第三次该答的时候，离第一次是一次的多少倍 (14.5 s / 4.5 s)。
+_THREE = 29 / 9
+
+
+class _Run:
+    """一条消息的一次运行，和在等它的各次投递。"""
+
+    __slots__ = ('key', 'message', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel', 'leased', 'due',
+                 'record', '_lock', '_deliveries')
+
+    def __init__(self, key, message, answer):
+        self.key, self.message = key, message
+        self.begin = self.newest = time.monotonic()     # 第一次、最近一次投递
+        self.stage, self.reply = _WAITING, None     # 答复：bytes，b'' 是没有；None 是还没有定
+        self.count = 1                  # 来过几次投递
+        self.parcel = None              # replies 放它的东西的地方
+        self.leased = self.due = None   # 认领到了：上次续的时刻；没有轮到跑：什么时候再看
+        self.record = threading.Lock()  # 写它在存储里的记录时拿着：存储可能很慢
+        self._lock = threading.Lock()   # 改 reply 和下面这个时拿着
+        self._deliveries = [(self.begin, answer)]   # 在等的，先来的在前
+
+    def join(self, answer, most):
+        """又一次投递。→ False：这次运行没有答复就完了，重新来。在等的多于 ``most`` 个，最早的就不等了。"""
+        first = None
+        with self._lock:
+            if self.reply is None and self.stage == _ENDED:
+                return False
+            if self.reply is None:
+                self.count, self.newest = self.count + 1, time.monotonic()
+                self._deliveries.append((self.newest, answer))
+                first = self._deliveries.pop(0)[1] if len(self._deliveries) > most else None
+        if self.reply is not None or first:
+            (first or answer)(self.reply)
+        return True
+
+    def waiting(self):
+        """在等的投递里最早的是什么时候来的；没有在等的是 None。"""
+        with self._lock:
+            return self._deliveries[0][0] if self._deliveries else None
+
+    def conclude(self, reply, anyway=True):
+        """定下答复，给在等的每一次投递；已经定了就不变。→ 给了几次；没有人在等又不是 ``anyway``，就不定，是 0。"""
+        with self._lock:
+            if self.reply is not None or not (self._deliveries or anyway):
+                return 0
+            self.reply = reply
+            answered, self._deliveries = self._deliveries, []
+        for _, answer in answered:
+            answer(reply)
+        return len(answered)
+
+    def expire(self, before, end=False):
+        """``before`` 以前来的投递不等了：没有答案。``end``：再没有投递在等，这次运行就作废。"""
+        with self._lock:
+            gone = [answer for begin, answer in self._deliveries if begin <= before]
+            del self._deliveries[:len(gone)]
+            if end and not self._deliveries:
+                self.stage = _ENDED
+        for answer in gone:
+            answer(None)
+
+
+class Once:
+    """每条消息一次运行。``limits`` 有 store 和各种时限：它是 `Dispatcher`。"""
+
+    #: 同一条消息最多几次投递一起等。
+    deliveries = 3
+
+    def __init__(self, replies, limits):
+        self._replies, self._limits = replies, limits
+        # 在另一条线程上跑回调；同时跑几个由 _busy 管
+        self.spawn = functools.partial(_Threads(float('inf')).submit, 0)
+        self._errands = _Threads(32)                    # 写存储
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()   # 改下面三个时拿着
+        self._runs = {}                 # 存储里的名字 → _Run，先来的在前
+        self._busy = 0                  # 在跑的回调
+        self._watching = False          # 有一条线程在看时间
+        self._empty = threading.Condition(self._lock)
+        self._wake = threading.Event()  # 叫醒看时间的
+        self.look = self._wake.set      # 情况变了：马上看一遍
+
+    def deliver(self, key, message, answer, spawn):
+        """一次投递。``answer(bytes)`` 是答复，b'' 是没有；``answer(None)`` 是现在没有答案。
+
+        ``spawn(job, *args)`` 去跑回调，跑不了返回 False；None 是在这里跑。
+        """
+        mine = _Run(key, message, answer)
+        while True:
+            run = self._runs.setdefault(key, mine)
+            if run is mine:
+                break
+            if run.join(answer, self.deliveries):
+                return
+            self._forget(run)
+        if not self._watching:
+            self._watch()
+        self._claim(mine, spawn)
+
+    def _claim(self, run, spawn):
+        """认领到了就跑；别的进程认领了，等它的答复；它死了就接手。"""
+        store, limits = self._limits.store, self._limits
+        try:
+            if store.claim(run.key, limits.lease):
+                run.leased = time.monotonic()
+                self._replies.expect(run)
+                return self._enter(run, spawn)
+            stored = store.get(run.key) or b''
+        except BaseException as e:      # 本文件的错：不能留下一个谁也等不到的
+            self._give_up(run)
+            if not isinstance(e, Exception):
+                raise
+            return logger.error('internal error in a delivery%s', _traceback())
+        if stored[:1] == b'+':
+            run.conclude(stored[1:])
+            self._forget(run)
+        else:
+            run.due = time.monotonic() + limits.lease / 60
+            self.look()
+
+    def _enter(self, run, spawn):
+        """轮到它就跑；同时跑着的太多，或开不出线程，就等。"""
+        run.due = None
+        with self._lock:
+            turn = self._busy < self._limits.max_callbacks
+            self._busy += turn
+        if turn and not spawn:
+            self._work(run)
+        elif not turn or not spawn(self._work, run):
+            with self._lock:
+                self._busy -= turn
+            run.due = run.begin         # 有空就轮到它
+
+    def _work(self, run):
+        """跑回调，答复，存下。"""
+        run.stage = _RUNNING
+        try:
+            self._replies.make(run)
+            if run.reply is not None:
+                self._finish(run)
+        except BaseException:           # make 自己不抛；到这里是本文件的错，仍要回答等着的
+            logger.error('internal error after the callback%s', _traceback())
+            run.conclude(b'')
+            self._forget(run)
+        finally:
+            with self._lock:
+                self._busy -= 1
+                full = self._busy + 1 >= self._limits.max_callbacks
+            if full:                    # 也许有排队的
+                self.look()
+
+    # 记录
+
+    def _write(self, run, wait=True):
+        """它在存储里的记录：没有跑完的是认领，跑完的是答复，没能跑的不留。"""
+        if run.record.acquire(wait):    # 上一次还没写完，续就不必了
+            try:
+                if run.reply is not None:
+                    self._limits.store.set(run.key, b'+' + run.reply, ex=max(2 * self._limits.max_skew, 600))
+                elif run.stage == _ENDED:
+                    self._limits.store.delete(run.key)
+                else:
+                    self._limits.store.hold(run.key, self._limits.lease)
+            finally:
+                run.record.release()
+
+    def _forget(self, run):
+        with self._lock:
+            if self._runs.get(run.key) is run:
+                del self._runs[run.key]
+                if not self._runs:
+                    self._empty.notify_all()
+
+    def _finish(self, run):
+        """完了：存下，从名单里去掉。"""
+        try:
+            self._write(run)
+        finally:
+            self._forget(run)
+
+    def _give_up(self, run):
+        """没能跑：没有答案，不留记录，企业微信会再投递。"""
+        run.expire(float('inf'), True)
+        self._finish(run) if run.leased else self._forget(run)
+
+    # 看时间
+
+    def _watch(self):
+        with self._lock:
+            if self._watching:
+                return
+            self._watching = True
+        try:
+            _SEATS.run(int, self._clock, ())
+        except RuntimeError as e:       # can't start new thread：企业微信自己会断开
+            self._watching = False
+            logger.error('nobody watches the time of running callbacks: %s', e)
+
+    def _clock(self):
+        while True:
+            with self._lock:            # 先说没有人在看，再看有没有：刚来的总有一边看得见
+                self._watching = False
+                runs = list(self._runs.values())
+                if not runs and not self._replies.left():
+                    return
+                self._watching = True
+            limits, now = self._limits, time.monotonic()
+            # 刚来的，最早也要过这么久才有事：所以睡这么久，谁的时候都不会错过
+            wake = now + min(limits.lease, limits.answer_within, limits.hold_within) / 3
+            try:
+                wake = min([wake] + [t for run in runs for t in self._look_at(run, now) if t > now])
+                self._replies.look()
+            except Exception:           # 本文件的错；别的消息还要有人看着
+                logger.error('internal error in the clock%s', _traceback())
+            self._wake.wait(max(0.001, wake - time.monotonic()))
+            self._wake.clear()
+
+    def _look_at(self, run, now):
+        """一次运行，时候到了的做一做；→ 以后的几个时候。"""
+        limits = self._limits
+        if run.leased and now >= run.leased + limits.lease / 3 and self._errands.submit(0, self._write, run, False):
+            run.leased = now
+        if run.due:
+            self._look_at_waiting(run, now)
+        else:
+            run.expire(now - limits.hold_within)
+        begin = run.waiting()
+        slow, third = (run.begin + limits.answer_within * n for n in (1 / 3, _THREE))
+        up = (begin or now) + limits.answer_within
+        if run.reply is not None and run.stage >= _PUSHING:
+            self._errands.submit(0, self._finish, run)
+        elif run.reply is None and _WAITING < run.stage < _ENDED and now >= slow:
+            last = now >= third or run.count >= self.deliveries and now >= run.newest + limits.answer_within
+            self._replies.late(run, begin is not None and now >= up, last)
+        return ((run.leased or now) + limits.lease / 3, run.due or 0, slow, up, third,
+                (begin or now) + limits.hold_within)
+
+    def _look_at_waiting(self, run, now):
+        """还没有轮到跑的：没有投递在等它了，就作废；轮到了就跑；别的进程认领了的，到时候再去认领。"""
+        before = now - self._limits.hold_within
+        if run.newest <= before and run.leased:
+            logger.error('all %d callbacks are busy, or no thread can be started; WeCom will deliver again',
+                         self._limits.max_callbacks)
+        run.expire(before, True)
+        if run.stage == _ENDED:
+            if self._errands.submit(0, self._give_up, run):
+                run.due = None
+        elif run.leased:
+            self._enter(run, self.spawn)
+        elif run.due <= now:
+            run.due = None
+            if not self._errands.submit(0, self._claim, run, self.spawn):
+                run.due = now + self._limits.lease / 60
+
+    def wait(self, deadline):
+        """等没有完的消息，至多到 ``deadline`` (monotonic 秒)。"""
+        with self._empty:
+            self._empty.wait_for(lambda: not self._runs, max(0, deadline - time.monotonic()))
+        self._errands.wait(deadline)
+
+
+# ---- 答复 Replies -----------------------------------------------------------------------------
+# 回调给的东西怎样到用户那里：只有一条，就是被动回复；不止一条，或太晚了，就主动发送，先发再答：发不出去的，
+# 第一条还可以做被动回复。不能主动发送的应用，几条文本合成一条被动回复。能不能主动发送是在后台问好的，谁也不等它；
+# 到时候还不知道，就当作不能。
+
+class _Parcel:
+    """一次运行给出的东西，和给谁。"""
+
+    __slots__ = 'run', 'kind', 'user', 'corp', 'id', 'code', 'xml', 'held', 'items', 'way'
+
+    def __init__(self, run):
+        self.run, msg = run, run.message        # 回调可以改它的 dict，所以先记下
+        self.kind, self.user, self.corp, self.id, self.code = (
+            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId', 'ResponseCode'))
+        self.xml = not isinstance(msg, _JsonMessage)    # JSON 的消息没有被动回复
+        self.held = []                  # 还没有定怎样送的
+        self.items = collections.deque()        # 等着主动发送的；第一条可能正在发
+        self.way = None                 # 怎样送，定了：'push' 主动发送，'reply' 被动回复，再有的主动发送
+
+    def passive(self, message, now):
+        """→ 被动回复的 XML (bytes)；没有这样的是 None。"""
+        return _passive(message, self.user, self.corp, now) if self.xml else None
+
+
+class _Outbox:
+    """主动发送的队列：给一个用户的，按他的消息来的先后；各个用户互不等待。"""
+
+    #: 先来的消息没有结果，后来的最多等它多少秒：有的回调再也不返回。
+    patience = 60
+
+    def __init__(self, send):
+        self._send = send               # send(parcel, 一条)
+        self._threads = _Threads(64)
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self.changed = threading.Condition(threading.Lock())    # 改 parcel 和下面两个时拿着
+        self._queues = {}               # 用户 → 他还没完的 _Parcel，先来的在前
+        self._busy = set()              # 正有线程在替他发的用户
+
+    def join(self, parcel):
+        """``parcel`` 排进队里。"""
+        with self.changed:
+            self._queues.setdefault(parcel.user, []).append(parcel)
+
+    def _turn(self, user):
+        """轮到的 `_Parcel`，它有要发的；没有是 None。完了的从队里去掉。"""
+        queue = self._queues.get(user, ())
+        for parcel in list(queue):
+            if parcel.items:
+                return parcel
+            if parcel.run.stage >= _PUSHING and not parcel.held:
+                parcel.run.stage = _ENDED
+                queue.remove(parcel)
+            elif time.monotonic() - parcel.run.begin < self.patience:
+                return None
+        if not queue and self._queues.pop(user, None) is not None:
+            self.changed.notify_all()
+        return None
+
+    def kick(self, user):
+        """有轮到的就发；同时只有一条线程替一个用户发。没有线程了，就等下一次 `look`。"""
+        with self.changed:
+            if user in self._busy or not self._turn(user):
+                return
+            self._busy.add(user)
+        if not self._threads.submit(0, self._drain, user):
+            self._busy.discard(user)
+
+    def look(self):
+        """时间到了：等够了的、没有线程的，再看一遍。"""
+        for user in list(self._queues):
+            self.kick(user)
+
+    def _drain(self, user):
+        while True:
+            with self.changed:
+                parcel = self._turn(user)
+                if not parcel:
+                    return self._busy.discard(user)
+                message = parcel.items[0]       # 发完了才去掉：停下的时候说得出还有什么没发完
+            self._send(parcel, message)
+            with self.changed:
+                parcel.items.popleft()
+                self.changed.notify_all()
+
+    def left(self):
+        """还没完的 (list)。"""
+        with self.changed:
+            return [parcel for queue in self._queues.values() for parcel in queue
+                    if parcel.run.stage < _PUSHING or parcel.held or parcel.items]
+
+    def wait(self, deadline):
+        """等都送完，至多到 ``deadline`` (monotonic 秒)。"""
+        with self.changed:
+            self.changed.wait_for(lambda: not self._queues, max(0, deadline - time.monotonic()))
+
+
+class Replies:
+    """`Once` 的 replies，一个应用的。``owner`` 是它的 `Dispatcher`。"""
+
+    #: 一次运行最多多少条没有送出的；再多，回调就等。
+    most = 100
+
+    def __init__(self, owner, callbacks):
+        self._owner, self._callbacks = owner, callbacks
+        self._errands = _Threads(4)     # 问能不能主动发送
+        self._outbox = _Outbox(self._push)
+        self.look, self.left, self.wait = self._outbox.look, self._outbox.left, self._outbox.wait
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        self._lock = threading.Lock()
+        self._asking, self._ask_at = False, 0       # 正在问能不能主动发送；这时以前不再问
+
+    def expect(self, run):
+        """认领到了。"""
+        run.parcel = _Parcel(run)
+        self._outbox.join(run.parcel)
+
+    def make(self, run):
+        """跑回调，它给的一条一条收下。出错记日志；企业微信得到空的 200，否则它会再投递。"""
+        parcel = run.parcel
+        func, args = self._callbacks.find(run.message)
+        try:
+            for item in _flat(func(run.message, *args)) if func else ():
+                if not self._take(parcel, func, item):
+                    break
+        except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
+            self._failed(parcel, func, e)
+        run.stage = _PUSHING
+        self._settle(parcel)
+        self._outbox.kick(parcel.user)
+
+    def late(self, run, up, last):
+        """回调慢了：先问好能不能主动发送。``up``：该答在等的投递了；``last``：不会再有投递了。"""
+        if up:
+            self._settle(run.parcel, True, last)
+        else:
+            self._can_send()
+
+    # 能不能主动发送
+
+    def _can_send(self):
+        """True、False；正在问是 None。不知道就在后台问，不行过一会儿再问。"""
+        settings = self._owner.settings
+        if not settings['secret'] or not settings['agentid']:
+            return False
+        trusted = self._owner.client.trusted
+        if trusted:
+            return True
+        with self._lock:
+            if not self._asking and time.monotonic() >= self._ask_at:
+                self._asking = self._errands.submit(0, self._find_out)
+            return None if self._asking and trusted is None else False
+
+    def _find_out(self):
+        again = 60
+        try:
+            self._owner.client.call('agent/get', agentid=self._owner.settings['agentid'])
+        except WeChatError as e:
+            again = 5 if isinstance(e, NetworkError) else 60
+            logger.info('cannot send: %s', e)
+        finally:
+            with self._lock:
+                self._asking, self._ask_at = False, time.monotonic() + again
+            for parcel in self.left():
+                self._settle(parcel)
+            self._owner._once.look()
+
+    # 收下
+
+    def _failed(self, parcel, func, error):
+        logger.error('callback %s failed on %s from %s%s', getattr(func, '__qualname__', repr(func)),
+                     _show(parcel.kind), _show(parcel.user), _traceback())
+        if self._owner.debug:
+            self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
+
+    def _take(self, parcel, func, item):
+        """又一条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
+        try:
+            for message in _made(item, parcel.kind):
+                kind, path = message['msgtype'], message.file()
+                if path and kind in _REPLIES and parcel.xml and not (parcel.held or parcel.way):
+                    message = message.with_body(media_id=self._owner.client.upload(path, kind))     # 也许只有它一条
+                if not self._add(parcel, message):
+                    return False
+        except Exception as e:          # 回调给的是什么都有可能；别的还要接着送
+            self._failed(parcel, func, e)
+        return True
+
+    def _add(self, parcel, message):
+        """太多没有送出的，就等。→ False：再多的也送不到了。"""
+        changed = self._outbox.changed
+        with changed:
+            if (parcel.way or len(parcel.held) >= self.most) and self._can_send() is False:
+                return self._lose(parcel, [message])
+            parcel.held.append(message)
+        self._settle(parcel)
+        with changed:
+            while len(parcel.held) + len(parcel.items) >= self.most and self._can_send() is not False:
+                changed.wait(1)
+        return True
+
+    @staticmethod
+    def _lose(parcel, messages):
+        logger.warning('not sent to %s, %d of the answers to message %s: only one passive reply is possible without '
+                       'secret, agentid and a trusted IP', _show(parcel.user), len(messages), _show(parcel.id))
+        return False
+
+    # 定怎样送
+
+    def _way(self, parcel, up, last):
+        """有的东西怎样送；None 是再等等，或没有什么要送。"""
+        held, over = parcel.held, parcel.run.stage >= _PUSHING
+        if parcel.way:
+            return 'push' if held or parcel.way == 'push' else None
+        alone = len(held) == 1 and parcel.xml and held[0]['msgtype'] in _REPLIES and not held[0].own
+        if over and (not held or alone and parcel.run.waiting()):
+            return 'reply'
+        if not (over or up) and (alone or not held):
+            return None                 # 也许只有这一条
+        can = self._can_send()
+        if can:
+            return 'push'
+        return 'reply' if (over or last and held) and (up or can is False) else None
+
+    def _settle(self, parcel, up=False, last=False):
+        """已经有的怎样送，能定就定下来。"""
+        with self._outbox.changed:
+            way, held = self._way(parcel, up, last), parcel.held
+            if way:
+                parcel.held, parcel.way = [], parcel.way or way
+            if way == 'push':
+                parcel.items.extend(held)
+        if way == 'reply':
+            self._reply(parcel, held)
+        elif way:
+            if up and parcel.way == 'push':         # 不然先发，再答
+                parcel.run.conclude(b'')
+            self._outbox.kick(parcel.user)
+
+    def _reply(self, parcel, held):
+        """被动回复：几条文本合成一条。放不进去的，说不定还能主动发送。"""
+        run, texts = parcel.run, [m for m in held if m['msgtype'] == 'text']
+        if len(texts) > 1:
+            texts = _official('\n\n'.join(m.body()['content'] for m in texts))
+        rest, reply = texts + [m for m in held if m['msgtype'] != 'text'], None
+        for message in list(rest):
+            reply = parcel.passive(message, self._owner._now())
+            if reply:
+                rest.remove(message)
+                break
+        if not run.conclude(reply or b'') and reply:
+            logger.warning('the answer to message %s of %s came after %.0f s, when no delivery waited for it',
+                           _show(parcel.id), _show(parcel.user), time.monotonic() - run.begin)
+        if rest and self._can_send() is False:
+            self._lose(parcel, rest)
+        elif rest:
+            with self._outbox.changed:
+                parcel.items.extend(rest)
+            self._outbox.kick(parcel.user)
+
+    # 主动发送
+
+    def _push(self, parcel, message):
+        """发给那个用户。还在等的投递，发到了得到空的；肯定没有发到，就还来得及做被动回复。"""
+        error = reply = None
+        try:
+            self._send(parcel, message)
+        except Exception as e:          # 别人的代码、别人的网络；别的还要接着发
+            error = e
+            if isinstance(e, APIError) and not getattr(e, 'maybe_sent', False):
+                reply = parcel.passive(message, self._owner._now())
+        replied = parcel.run.conclude(reply or b'', False) and reply
+        self._owner._once.look()
+        if error:
+            logger.error('not %s to %s, the answer to message %s: %s', 'pushed, but replied,' if replied else
+                         'delivered', _show(parcel.user), _show(parcel.id), _show(_redact(str(error)), 400))
+
+    def _send(self, parcel, message):
+        client, kind = self._owner.client, message['msgtype']
+        if kind not in ('update_button', 'update_template_card') or message.own:
+            client.send(message, to=parcel.user)
+        else:
+            client.call('message/update_template_card', {
+                'userids': [parcel.user], 'response_code': parcel.code, _REPLIES[kind][1]: message.body(),
+                'agentid': int(self._owner.settings['agentid'])})
+
+
+# ---- 回调模式 Dispatcher ----------------------------------------------------------------------
+# 字节进来，完整的回答 (status, headers, body) 出去；这里没有套接字。分两步：打开一个请求 (open_request)，不碰
+# 存储、不跑回调；投递它的消息 (deliver)，回答到时候交出去。
+# 打开的顺序：限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML 或 JSON。
 
 _LENGTH = re.compile('[0-9]{1,9}')
-_RELEASED = 1795392000      # 2026-11-23:比这还早的时钟是没有校过的
-
-
-def _parse_query(query):
-    """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8;别的不看。"""
-    found = {}
-    try:
-        if query.count('&') >= 16:
-            raise ValueError('more than 16 parameters in the query')
-        for part in query.split('&'):
-            name, _, value = part.partition('=')
-            if name in found:
-                raise ValueError('%s stands twice in the query' % name)
-            if name in _PARAMETERS:
-                found[name] = value if value.isalnum() else urllib.parse.unquote_plus(
-                    value, errors='strict')         # 字母和数字没有要解码的,多半就是
-    except ValueError as e:
-        raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, str(e)) from None
-    return found
 
 
 def _body_length(fields, limit):
@@ -2137,118 +3116,17 @@ def _body_length(fields, limit):
     return int(length)
 
 
-class _Run:
-    """一次正在跑的回调;重复投递在这里等同一个结果。"""
-
-    __slots__ = ('name', 'kind', 'user', 'corp', 'id', 'response_code', 'begin', 'record', 'leased',
-                 'lock', 'first', '_gate', 'done', 'reply', 'started', 'waiting', 'held', 'pushing',
-                 'items', 'ended')
-
-    def __init__(self, name, msg, first):
-        self.name = name                # 在存储里
-        # 回调可以改它的 dict,所以先记下
-        self.kind, self.user, self.corp, self.id, self.response_code = (
-            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId',
-                                          'ResponseCode'))
-        self.begin = time.monotonic()
-        self.record = threading.Lock()  # 它在存储里的记录:存储可能很慢
-        self.leased = None              # 认领到了:上次续租的时刻
-        self.lock = threading.Lock()    # 下面这些
-        self.first = first              # 怎样回答第一次投递;回答过了是 None
-        self._gate = threading.Lock()   # 开着就是有了答案
-        self._gate.acquire()
-        self.done = False
-        self.reply = None               # bytes;b'' 是空的 200,None 是没有答案
-        self.started = False            # 占到名额,在跑了
-        self.waiting = 0                # 还有几次投递在等
-        self.held = None                # 第一条结果,和它写成的被动回复:只有它一条,就是答复
-        self.pushing = False            # 企业微信已经得到空的 200,结果都主动发送
-        self.items = []                 # 等着主动发送的
-        self.ended = False              # 不会再有了
-
-    def finish(self, reply):
-        """拿着 ``lock``:有答案了,回答第一次投递,放等着的过去;已经有了就不变。None 是没有答案。"""
-        if not self.done:
-            self.reply, self.done = reply, True
-            self._gate.release()
-        self.answer()
-
-    def wait(self, until):
-        """等答案,至多到 ``until`` (monotonic 秒);返回有没有。"""
-        if not self.done and self._gate.acquire(timeout=max(0, until - time.monotonic())):
-            self._gate.release()        # 还有别的投递在等
-        return self.done
-
-    def answer(self):
-        """拿着 ``lock``:回答第一次投递,没有答案就断开;已经回答过就算了。"""
-        first, self.first = self.first, None
-        if first:
-            first(self.reply)
-
-
-class _Outbox:
-    """主动发送的队列:给一个用户的,按他的消息来的先后;各个用户互不等待。"""
-
-    #: 先来的消息没有结果,后来的最多等它多少秒:有的回调再也不返回。
-    patience = 60
-
-    def __init__(self, send, submit):
-        self._send = send               # send(run, 一条)
-        self._submit = submit           # 在别的线程上跑,不行返回 False
-        self._lock = threading.Lock()
-        self._queues = {}               # 用户 → 他还没完的 _Run,先来的在前
-        self._busy = set()              # 正有线程在替他发的用户
-
-    def join(self, run):
-        """``run`` 排进队里。"""
-        with self._lock:
-            self._queues.setdefault(run.user, []).append(run)
-
-    def _turn(self, user):
-        """轮到的 `_Run`,它有要发的;没有是 None。"""
-        queue = self._queues.get(user, ())
-        for run in list(queue):
-            if run.items:
-                return run
-            if run.ended:
-                queue.remove(run)
-            elif time.monotonic() - run.begin < self.patience:
-                return None
-        if not queue:
-            self._queues.pop(user, None)
-        return None
-
-    def kick(self, user):
-        """有轮到的就发;同时只有一条线程替一个用户发。"""
-        with self._lock:
-            if user in self._busy or not self._turn(user):
-                return
-            self._busy.add(user)
-        if not self._submit(self._drain, user):
-            self._drain(user)
-
-    def _drain(self, user):
-        while True:
-            with self._lock:
-                run = self._turn(user)
-                if not run:
-                    self._busy.discard(user)
-                    return
-                item = run.items.pop(0)
-            self._send(run, item)
-
-    def left(self):
-        """还没完的 (list)。"""
-        with self._lock:
-            return [run for queue in self._queues.values() for run in queue
-                    if run.items or not run.ended]
+def _answer(status, kind, body=b'', *more):
+    """完整的回答。"""
+    return status, [('Content-Type', 'text/%s; charset=utf-8' % kind), ('Content-Length', str(len(body))),
+                    ('X-Content-Type-Options', 'nosniff')] + list(more), body
 
 
 class Dispatcher:
-    """一个应用的回调:登记函数,把 HTTP 请求变成回答。
+    """一个应用的回调：登记函数，把 HTTP 请求变成回答。
 
-    ``appname``、``ini_name`` 和设置同 `get_config`;缺少 corpid、token 或 encoding_aes_key,抛 `ConfigError`。
-    本身是 WSGI 可调用对象(PEP 3333);别的框架用 `handle`。类属性都可以在子类里改。
+    ``appname``、``ini_name`` 和设置同 `get_config`；缺少 corpid、token 或 encoding_aes_key，抛 `ConfigError`。
+    本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。类属性都可以在子类里改，或在开始服务以前改。
     """
 
     #: 请求正文的上限,字节。
@@ -2259,10 +3137,12 @@ class Dispatcher:
     answer_within = 4.5
     #: 不能主动发送的应用等到这时:企业微信断开、再投递,接着等。它断开而不是我们,隔着代理也一样。
     hold_within = 6
-    #: 认领的租期,秒:活着的进程一直续,死了的到期由下一次投递接手。
+    #: 认领的租期，秒：活着的进程一直续，死了的到期由下一次投递接手。`FileStore` 不靠它，靠锁。
     lease = 3
     #: 同时最多跑多少个回调;再多的等前面的,等不到的由企业微信重新投递。
     max_callbacks = 32
+    #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
+    store_within = WeChatClient.store_within
 
     _now = staticmethod(time.time)
 
@@ -2277,411 +3157,63 @@ class Dispatcher:
         if not re.fullmatch('[A-Za-z0-9_.~/-]+', self.route):
             raise ConfigError('route_name takes A-Z a-z 0-9 _ . ~ - and /')
         #: 加解密,`WXBizMsgCrypt`。
-        self.wxcpt = WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'],
-                                   self.settings['corpid'])
+        self.wxcpt = WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], self.settings['corpid'])
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
-        self.store = MemoryStore() if store is None else _steady(store)
-        self._token_store = store
-        self._client = None
-        self._outbox = _Outbox(self._push, lambda *job: self._helpers.submit(0, *job))
-        self._lock = threading.Lock()   # 下面一个,和 _Run.waiting
-        self._watching = None           # 有一条线程在看时间:它的进程号
-        self._asked = 0                 # 上次问能不能发的时刻
-        self._callbacks, self._patterns = {}, []
-        self._running = {}              # 存储里的名字 → _Run
-        self._slots = threading.Semaphore(self.max_callbacks)
-        self._make_pools()
+        self.store = MemoryStore() if store is None else _steady(store, self)
+        # 写错的 api_base 现在就报，不等到第一个慢的回调
+        self._client = WeChatClient(self.settings, store=None if store is None else self.store) \
+            if self.settings['secret'] else None
+        self._callbacks = Callbacks()
+        self._replies = Replies(self, self._callbacks)
+        self._once = Once(self._replies, self)
         self._refusals = _RefusalLog()
-        self._clock_warned = False
-        if self.settings['secret']:
-            self.client     # noqa: B018    写错的 api_base 现在就报,不等到第一个慢的回调
-
-    def _make_pools(self):
-        self._threads = _Threads(self.max_callbacks)            # `handle` 的回调
-        self._errands = _Threads(self.max_callbacks)            # 写存储
-        self._helpers = _Threads(2 * self.max_callbacks)        # 主动发送
+        self._freshness = _Freshness()
+        self._keys = _Keys(self.settings)
 
     def __repr__(self):
-        return '<%s %s, corpid %s>' % (type(self).__name__, self.appname,
-                                       _mask(self.settings['corpid']))
+        return '<%s %s, corpid %s>' % (type(self).__name__, self.appname, _mask(self.settings['corpid']))
 
     @property
     def app(self):
-        """自己:WSGI 可调用对象,例如 ``gunicorn bot:server.app``。"""
+        """自己：WSGI 可调用对象，例如 ``gunicorn bot:server``。"""
         return self
 
     @property
     def client(self):
         """同一个应用的 `WeChatClient`;没有 secret 抛 `ConfigError`。"""
-        if self._client is None:
-            self._client = WeChatClient(self.settings, store=self._token_store)
-        return self._client
-
-    def _can_send(self, wait):
-        """能不能主动发送。还不知道,或者一分钟以前不行,就问一次;``wait`` 为假时在后台问。"""
-        if not self.settings['secret'] or not self.settings['agentid']:
-            return False
-        now = time.monotonic()
-        if not self.client.trusted and (self.client.trusted is None or now - self._asked > 60):
-            if wait:
-                self._ask()
-            elif now - self._asked > self.answer_within:
-                self._helpers.submit(0, self._ask)
-        return bool(self.client.trusted)
-
-    def _ask(self):
-        self._asked = time.monotonic()
-        with contextlib.suppress(APIError):
-            self.client.call('agent/get', agentid=self.settings['agentid'])
-
-    # 登记
+        return self._client or WeChatClient(self.settings)
 
     def register_callback(self, msg_type, func=None, pattern=None):
         """登记回调;不给 ``func`` 就是装饰器。
 
         ``msg_type``:消息类型 ``'text'``、``'image'``…,``'event'``,某个事件 ``'event:click'``
         (事件名与收到的 Event 一字不差),或其余的一切 ``'*'``;最具体的优先。
-        ``pattern`` (str 或编译过的正则,只用于 text) 要匹配整条文本,各个组接在消息后面作为参数;
+        ``pattern`` (str 或编译过的正则,只用于 text) 要匹配整条文本（首尾的空白不算）,各个组接在消息后面作为参数;
         先登记的先试,都不匹配才轮到 ``text`` 的普通回调。
 
             @server.register_callback('text', pattern=r'温度\\s*(\\w+)')
             def temperature(msg, room):
                 return room + ' 21°C'
         """
-        if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
-            raise ValueError("no message type: %r; write @server.register_callback('text')"
-                             % (msg_type,))
-        if func is None:
-            return functools.partial(self._register, msg_type, pattern)
-        return self._register(msg_type, pattern, func)
-
-    def _register(self, msg_type, pattern, func):
-        if not callable(func):
-            raise TypeError('a callback must be callable, got %s: did you mean one of its methods?'
-                            % type(func).__name__)
-        known = _EVENTS if msg_type.startswith('event:') else _TYPES
-        name = msg_type.partition(':')[2] or msg_type
-        if name not in known:
-            import difflib
-            close = difflib.get_close_matches(name, known)
-            logger.warning('%s is not among the types that this version knows%s', msg_type,
-                           '; close: ' + ', '.join(close) if close else '')
-        if pattern is None:
-            self._callbacks[msg_type] = func
-        elif msg_type == 'text':
-            self._patterns.append((re.compile(pattern), func))
-        else:
-            raise ValueError('pattern goes with text only, not with %s' % msg_type)
-        return func
-
-    def _find_callback(self, msg):
-        """(函数, 附加的参数);没有登记是 (None, ())。"""
-        kind = str(msg.get('MsgType', ''))
-        if kind == 'text':
-            for pattern, func in self._patterns:
-                match = pattern.fullmatch(str(msg.get('Content', '')))
-                if match:
-                    return func, match.groups()
-        names = ['event:%s' % msg.get('Event', '')] if kind == 'event' else []
-        for name in names + [kind, '*']:
-            if name in self._callbacks:
-                return self._callbacks[name], ()
-        return None, ()
-
-    # 认领、运行
-
-    def _claim_name(self, msg):
-        """存储里的名字:同一条消息的每次投递都一样。"""
-        if msg.get('MsgId'):
-            parts = ['MsgId', str(msg['MsgId'])]
-        else:
-            places = [msg] + [v for v in (msg.get('BatchJob'), msg.get('ApprovalInfo'))
-                              if isinstance(v, dict)]
-            parts = ['%s=%s' % item for place in places for item in sorted(place.items())
-                     if _EVENT_KEY.fullmatch(item[0])]
-        parts = [self.settings['corpid'], self.settings['agentid']] + parts
-        digest = hashlib.sha1('\0'.join(parts).encode('utf-8', 'replace')).hexdigest()
-        return 'easywechat:message:' + digest
-
-    def _keep(self):
-        """答复留多少秒:时间窗口的两倍,重放的旧请求就总会遇到它。"""
-        return max(2 * self.max_skew, 600)
-
-    def _work(self, run, msg):
-        """跑回调,回答,存下答复。"""
-        run.started = True
-        try:
-            self._call(run, msg)
-            self._conclude(run, run.held[1] if run.held else b'')
-            with run.record:
-                self._record(run)
-        except BaseException:           # _call 自己不抛;到这里是本文件的错,仍要叫醒等着的
-            logger.error('internal error after the callback%s', _traceback())
-            with run.lock:
-                run.finish(b'')
-        finally:
-            self._slots.release()
-            self._forget(run)
-
-    def _forget(self, run):
-        """这次完了,不会再有结果。"""
-        run.ended = True
-        self._running.pop(run.name, None)
-        self._outbox.kick(run.user)
-
-    def _call(self, run, msg):
-        """用户的回调,和它返回的东西。出错记日志;企业微信得到空的 200,否则它会再投递。"""
-        func, args = self._find_callback(msg)
-        if func is None:
-            logger.debug('no callback for %s', _show(run.kind))
-            return
-        try:
-            for item in _items(func(msg, *args)):
-                if not self._add(run, item):
-                    break
-        except BaseException as e:      # 用户的代码,连 sys.exit() 也在内
-            logger.error('callback %s failed on %s from %s%s',
-                         getattr(func, '__qualname__', repr(func)), _show(run.kind),
-                         _show(run.user), _traceback())
-            if self.debug:
-                self._add(run, '%s: %s' % (type(e).__name__, e))
-
-    def _add(self, run, item):
-        """回调的又一条结果。只有一条,就留着做被动回复;不止一条,或只能主动发送的,就主动发送。
-
-        返回 False:这个应用不能主动发送,再多的也没有用。
-        """
-        if not run.pushing:
-            if isinstance(item, os.PathLike) and _media_kind(item) in _REPLY_FIELDS:
-                kind = _media_kind(item)
-                item = {'MsgType': kind, 'MediaId': self.client.upload(item, kind)}
-            if isinstance(item, str) or isinstance(item, dict) and 'msgtype' not in item:
-                reply = _build_reply(item, run.kind, run.user, run.corp, self._now())
-                reply = dict_to_xml(reply).encode('utf-8')  # 写不成的在这里就报出来,算作回调的错
-                with run.lock:
-                    if run.held is None and not run.pushing:
-                        run.held = item, reply
-                        return True
-            if not run.pushing and not self._can_send(wait=True):
-                logger.warning('not sent to %s: only one passive reply is possible without '
-                               'secret, agentid and a trusted IP', _show(run.user))
-                return False
-            self._conclude(run, None)
-        run.items.append(item)
-        self._outbox.kick(run.user)
-        return True
-
-    def _push(self, run, item):
-        """主动发给那个用户;送不到就写日志。"""
-        try:
-            update = _build_card_update(item, run.user, run.response_code)
-            if update:
-                update['agentid'] = int(self.settings['agentid'])
-                self.client.call('message/update_template_card', update)
-                return
-            if not isinstance(item, os.PathLike):
-                item = _build_message(item, run.kind)
-            self.client.send(item, to=run.user)
-        except Exception as e:          # 回调给的是什么都有可能;别的还要接着发
-            logger.error('not delivered to %s, the answer to message %s: %s', _show(run.user),
-                         _show(run.id), _show(e, 400))
-
-    def _conclude(self, run, reply):
-        """``reply`` 是这条消息的答复:交给等着的投递。已经有了就不变。
-
-        None 是不让企业微信再等:它得到空的 200,已有的和以后的结果都主动发送。
-        """
-        with run.lock:
-            late = reply and not run.done and not run.waiting and not run.first
-            if late and self._can_send(wait=False):     # 没有投递在等了
-                reply = None
-            if reply is None and not run.done:
-                if run.held:
-                    run.items.append(run.held[0])
-                run.pushing = True
-            run.finish(reply or b'')
-        if late and reply:
-            logger.warning('the answer to message %s of %s came after %.0f s, when no delivery '
-                           'waited for it', _show(run.id), _show(run.user),
-                           time.monotonic() - run.begin)
-
-    def _record(self, run):
-        """拿着 ``run.record`` 写它在存储里的记录:没有跑完的是租约,跑完的是答复,没能跑的不留。"""
-        if not run.done:
-            self.store.set(run.name, b'-', ex=self.lease)
-        elif run.reply is not None:
-            self.store.set(run.name, b'+' + run.reply, ex=self._keep())
-        else:
-            self.store.delete(run.name)
-
-    def _renew(self, run):
-        if run.record.acquire(False):       # 上一次还没写完,就不必了
-            try:
-                self._record(run)
-            finally:
-                run.record.release()
-
-    def _watch(self):
-        """有回调在跑的时候,一条线程看着时间;十秒没有回调就结束。"""
-        slow, quiet = min(self.lease / 3, self.answer_within), 0
-        tick = min(slow / 10, 0.1)
-        while quiet < 10:
-            time.sleep(tick)
-            quiet = 0 if self._running else quiet + tick
-            for run in list(self._running.values()):
-                if run.leased and time.monotonic() - run.begin >= slow:
-                    self._look_at(run)
-        with self._lock:
-            self._watching = None
-        if self._running:                   # 刚来的,它以为还有人看着
-            self._keep_watch()
-
-    def _keep_watch(self):
-        here = os.getpid()                  # fork 以后,别人的线程不算
-        with self._lock:
-            start, self._watching = self._watching != here, here
-        try:
-            if start:
-                _start_thread(self._watch)
-        except RuntimeError as e:           # can't start new thread:企业微信自己会断开
-            self._watching = None
-            logger.error('nobody watches the time of running callbacks: %s', e)
-
-    def _look_at(self, run):
-        """慢的回调:续租;到时候替它回答第一次投递。存储可能很慢,别的线程去写。"""
-        try:
-            now = time.monotonic()
-            if now - run.leased >= self.lease / 3 and self._errands.submit(0, self._renew, run):
-                run.leased = now
-            if run.done:
-                return
-            can_send = self._can_send(wait=False)
-            if now - run.begin >= self.answer_within and can_send and run.started:
-                self._push_later(run)
-            elif now - run.begin >= self.hold_within:
-                with run.lock:
-                    run.answer()
-        except Exception:                   # 本文件的错;别的回调还要有人看着
-            logger.error('internal error in the clock%s', _traceback())
-
-    def _push_later(self, run):
-        self._conclude(run, None)
-        self._outbox.kick(run.user)
-
-    def _give_up(self, run):
-        """这次跑不成:断开,不留记录,企业微信会再投递。"""
-        with run.lock:
-            run.finish(None)
-        with run.record:
-            self._record(run)
-        self._forget(run)
-
-    def _start(self, run, msg, spawn):
-        """认领到了:去跑;同时跑着的太多,就等到不能再等为止。"""
-        run.leased = run.begin
-        self._outbox.join(run)
-        self._keep_watch()
-        if self._slots.acquire(timeout=self.hold_within):
-            if spawn(self._work, run, msg):
-                return
-            self._slots.release()
-        logger.error('all %d callbacks are busy, or no thread can be started; WeCom will deliver '
-                     'again', self.max_callbacks)
-        self._give_up(run)
-
-    def _begin(self, run, msg, spawn):
-        """认领到了就跑;别的进程认领了就等它的答复,它死了就接手。"""
-        while not self.store.set(run.name, b'-', ex=self.lease, nx=True):
-            stored = self.store.get(run.name) or b'-'
-            if stored[:1] == b'+' or time.monotonic() - run.begin > self.hold_within:
-                del self._running[run.name]
-                with run.lock:
-                    run.finish(stored[1:] if stored[:1] == b'+' else None)
-                return
-            time.sleep(self.lease / 60)
-        self._start(run, msg, spawn)
-
-    def _deliver(self, msg, answer, spawn):
-        """一次投递:跑回调,或等同一条消息正在跑的那次;``answer(回复的 XML,或没有答案的 None)`` 恰好一次。"""
-        name, begin = self._claim_name(msg), time.monotonic()
-        while True:
-            mine = _Run(name, msg, answer)
-            run = self._running.setdefault(name, mine)
-            if run is mine:
-                break
-            self._wait_for(run, begin)
-            # 等的那次也只是在等别的进程,比这次先到时限:接着等
-            if (not run.done or run.reply is not None
-                    or time.monotonic() - begin >= self.hold_within):
-                return answer(run.reply)
-            time.sleep(self.lease / 60)
-        try:
-            self._begin(run, msg, spawn)
-        except BaseException as e:          # 本文件的错:不能留下一个谁也等不到的
-            with run.lock:
-                run.finish(None)
-            self._forget(run)
-            if not isinstance(e, Exception):
-                raise
-            logger.error('internal error in a delivery%s', _traceback())
-
-    def _wait_for(self, run, begin):
-        """等 ``run`` 的答案,最多三次投递一起等,各占一条线程。"""
-        with self._lock:
-            run.waiting += 1
-        try:
-            if run.waiting <= 3 and not run.wait(begin + self.answer_within):
-                if run.started and self._can_send(wait=False):      # 看时间的线程开不出来
-                    self._push_later(run)
-                run.wait(begin + self.hold_within)
-        finally:
-            with self._lock:
-                run.waiting -= 1
+        return self._callbacks.add(msg_type, func, pattern)
 
     def finish(self, deadline):
         """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
-        while self._running and time.monotonic() < deadline:
-            time.sleep(0.02)
-        pools = self._threads, self._errands, self._helpers     # 最后的一个发出前面给的
-        self._make_pools()
-        for pool in pools:
-            pool.close(deadline)
-        for run in self._outbox.left():
+        self._once.wait(deadline)
+        self._replies.wait(deadline)
+        for parcel in self._replies.left():
             logger.warning('stopped before the answer to message %s of %s was delivered',
-                           _show(run.id), _show(run.user))
+                           _show(parcel.id), _show(parcel.user))
 
-    # 请求 → 回答
+    # 打开
 
     def _open(self, query, encrypt):
         """验签、看时间、解密 → 明文 (str)。"""
-        self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'),
-                          encrypt)
-        self._check_fresh(query['timestamp'])
+        self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'), encrypt)
+        self._freshness.check(int(query['timestamp']), self._now(), self.max_skew)
         return self.wxcpt.open(encrypt)
-
-    def _check_fresh(self, timestamp):
-        now = self._now()
-        if now < _RELEASED:
-            if not self._clock_warned:
-                self._clock_warned = True
-                logger.warning('the clock says %s, before this release: not set? check NTP',
-                               time.strftime('%Y-%m-%d', time.gmtime(now)))
-        elif self.max_skew and abs(now - int(timestamp)) > self.max_skew:
-            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, 'timestamp %s, clock '
-                              'here %d: more than %d s apart, check NTP'
-                              % (timestamp, now, self.max_skew))
-
-    def _receive(self, query, body):
-        """POST 的信封 → 消息 (dict)。"""
-        text = self._open(query, _cut_encrypt(body))
-        try:
-            msg = xml_to_dict(text)
-        except FormatException as e:
-            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, e.errmsg) from None
-        logger.debug('message %.2000s', msg)
-        return msg
 
     def _query_of(self, method, target):
         """路径和方法对了 → 查询串的参数;没有查询串的 GET 是 None。"""
@@ -2700,53 +3232,55 @@ class Dispatcher:
             text = self._open(query, _echostr(query.get('echostr')))
         return b'' if method == 'HEAD' else text.encode('utf-8')
 
-    def _reply_to(self, query, client, send, reply):
-        """被动回复的 XML (bytes;空的是没有,None 是没有答案) → 加密,``send`` 出去。"""
+    def _reply_to(self, query, client, reply):
+        """被动回复的 XML (bytes；空的是没有，None 是没有答案) → 加密的、完整的回答。"""
         if reply is None:
-            return send(*self.refuse(WeChatError(503), client))
+            return self.refuse(WeChatError(503), client)
         if reply:       # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
             reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp'])
             reply = reply.encode('utf-8')
-        return send(*self._ok('text/xml', reply))
-
-    @staticmethod
-    def _ok(content_type, body):
-        return 200, [('Content-Type', content_type + '; charset=utf-8'),
-                     ('Content-Length', str(len(body))),
-                     ('X-Content-Type-Options', 'nosniff')], body
+        return _answer(200, 'xml', reply)
 
     def refuse(self, error, client=''):
         """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""
         if error.status != 503:
             self._refusals.write(client, error)
-        headers = [('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', '0'),
-                   ('X-Content-Type-Options', 'nosniff')]
-        if error.status == 405:
-            headers.append(('Allow', 'GET, HEAD, POST'))
-        return error.status, headers, b''
+        return _answer(error.status, 'plain', b'', *[('Allow', 'GET, HEAD, POST')] * (error.status == 405))
 
-    def respond(self, method, target, body, client, send, spawn=_at_once):
-        """一个请求 → 恰好一次 ``send(status, headers, body)``,不抛异常;参数同 `handle`。
+    def open_request(self, method, target, body=b'', client=''):
+        """打开一个请求 → ``(消息, 回答)``，不抛异常；不碰存储，不跑回调。参数同 `handle`。
 
-        回调就在这条线程上跑,跑完才返回(``spawn`` 可以把它交给别的线程):它慢,到时候另一条线程会替它
-        ``send``。``send`` 不许抛异常。
+        消息是 None：``回答`` 是完整的 ``(status, headers, body)``。否则它是一个 dict，交给 `deliver`，
+        ``回答(答复)`` 是完整的。
         """
         try:
             query = self._query_of(method, target)
             if method != 'POST':
-                answer = self._ok('text/plain', self._echo_back(method, query))
-            elif len(body) > self.max_body:
+                return None, _answer(200, 'plain', self._echo_back(method, query))
+            if len(body) > self.max_body:
                 raise WeChatError(413)
-            else:
-                msg = self._receive(query, body)
-                return self._deliver(
-                    msg, functools.partial(self._reply_to, query, client, send), spawn)
+            msg = _read_message(self._open(query, _cut_encrypt(body)))
+            return msg, functools.partial(self._reply_to, query, client)
         except WeChatError as e:
-            answer = self.refuse(e, client)
+            return None, self.refuse(e, client)
         except Exception:               # 最后一道:不许有请求让服务器停下
             logger.error('internal error%s', _traceback())
-            answer = self.refuse(WeChatError(500), client)
-        return send(*answer)
+            return None, self.refuse(WeChatError(500), client)
+
+    def deliver(self, msg, answer, send, spawn=None):
+        """投递 `open_request` 打开的消息；恰好一次 ``send(status, headers, body)``，它不许阻塞，不许抛异常。
+
+        回调就在这条线程上跑，跑完才返回（``spawn(job, *args)`` 可以把它交给别的线程，交不出去返回 False）：它慢，
+        到时候另一条线程会替它 ``send``。
+        """
+        self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn)
+
+    def respond(self, method, target, body, client, send, spawn=None):
+        """一个请求，打开并投递 → 恰好一次 ``send(status, headers, body)``，不抛异常。参数同 `handle` 和 `deliver`。"""
+        msg, answer = self.open_request(method, target, body, client)
+        if msg is None:
+            return send(*answer)
+        return self.deliver(msg, answer, send, spawn)
 
     def handle(self, method, target, body=b'', client=''):
         """一个请求 → ``(status, headers, body)``,不抛异常。任何线程都可以用。
@@ -2755,14 +3289,14 @@ class Dispatcher:
         地址,只用于日志。``status`` (int) 503 是现在没有答案:能断开连接的外壳断开,企业微信就会再投递。
         回调在另一条留着的线程上跑,等它到 ``answer_within`` 或 ``hold_within``。
         """
+        _check_fork()
         answers, ready = [], threading.Lock()
         ready.acquire()
 
         def send(*answer):
             answers.append(answer)
             ready.release()
-        self.respond(method, target, body, client, send,
-                     functools.partial(self._threads.submit, 1))
+        self.respond(method, target, body, client, send, self._once.spawn)
         if not ready.acquire(timeout=self.hold_within + 1):     # 开不出看时间的线程
             return self.refuse(WeChatError(503), client)
         return answers[0]
@@ -2833,28 +3367,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self._rest = b''            # 读进来、还没用掉的
-        self._refused = False
         self.request.setblocking(False)     # 先读、先写,不行再等:多半不必等,省去两次 poll
 
     def finish(self):
         """基类在这里收拾 rfile 和 wfile;这里没有。"""
 
     def handle(self):
-        app = self.server.dispatcher
-        client = self.client_address[0]
+        """读一个请求。读完以后，套接字就归回答的人：回调慢，是别的线程来答、来关。"""
+        server, app, client = self.server, self.server.dispatcher, self.client_address[0]
         try:
-            try:
-                method, target, body = self._read_request(app)
-            except WeChatError as e:
-                self._refused = True
-                self._send(*app.refuse(e, client))
-            else:
-                self.server.done_reading(self.request)
-                app.respond(method, target, body, client, self._send)
+            method, target, body = self._read_request(app)
+        except WeChatError as e:
+            self._send(*app.refuse(e, client), linger=True)
         except (_Gone, OSError) as e:
             logger.debug('%s is gone: %s', client, _show(e))
+            server.hang_up(self.request)
+        else:
+            server.done_reading(self.request)
+            app.respond(method, target, body, client, self._send)
 
-    def _receive(self, deadline, size=1 << 12):
+    def _more(self, deadline, size=1 << 12):
         """再读一些,至多到 ``deadline`` (monotonic 秒);``size`` 大了,malloc 的碎片就多。"""
         left = deadline - time.monotonic()
         if left <= 0:
@@ -2876,7 +3408,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """读到空行为止,返回空行以前的 bytes;多读的留在 ``_rest``。"""
         server, data = self.server.dispatcher, b''
         while True:
-            data += self._receive(deadline)
+            data += self._more(deadline)
             end = data.find(b'\r\n\r\n')
             line = data.find(b'\r\n')
             if not _HEAD_START.match(data):
@@ -2900,52 +3432,54 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         parts, missing = [self._rest[:length]], length - len(self._rest)
         self._rest = self._rest[length:]
         if missing > 0 and fields.get('expect', '').lower() == '100-continue':
-            self._write_all(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self.request.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while missing > 0:
             self.server.has_read(self.request, len(parts[-1]))
-            data = self._receive(begin + app.request_within, min(missing + 1, 1 << 16))
+            data = self._more(begin + app.request_within, min(missing + 1, 1 << 16))
             parts.append(data[:missing])
             self._rest = data[missing:]
             missing -= len(data)
         return method, target, b''.join(parts)
 
-    def _send(self, status, headers, body):
-        """写出回答,关闭;慢的回调,是别的线程替它写。503:断开,企业微信就会再投递;答了 503 却未必。"""
-        try:
-            if status != 503:
-                self._write(status, headers, body)
-        except (_Gone, OSError) as e:
-            logger.debug('%s is gone: %s', self.client_address[0], _show(e))
-        finally:
-            self.request.close()
-
-    def _write(self, status, headers, body):
+    def _send(self, status, headers, body, linger=False):
+        """写出回答，断开；从不等。503：断开，企业微信就会再投递；答了 503 却未必。"""
         head = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         for name, value in headers:
             if not value.isprintable():
                 raise ValueError('control character in header %s' % name)
             head.append('%s: %s' % (name, value))
         head.append('Connection: close\r\n\r\n')
-        self._write_all('\r\n'.join(head).encode('latin-1') + body)
-        if self._refused or self._rest:
-            self._linger()
-
-    def _write_all(self, data):
+        data = b'' if status == 503 else '\r\n'.join(head).encode('latin-1') + body
+        sent = 0
         try:
             sent = self.request.send(data)
         except BlockingIOError:
-            sent = 0
-        if sent < len(data):
+            pass
+        except OSError as e:
+            logger.debug('%s is gone: %s', self.client_address[0], _show(e))
+            sent = len(data)
+        if linger:
+            self._linger()
+        # 内核一次收不下的，由别的线程接着写
+        if sent == len(data) or not self.server.threads.submit(0, self._write_rest, data[sent:]):
+            self.server.hang_up(self.request)
+
+    def _write_rest(self, data):
+        try:
             self.request.settimeout(self.server.dispatcher.write_within)
-            self.request.sendall(data[sent:])
-            self.request.setblocking(False)
+            self.request.sendall(data)
+        except OSError as e:
+            logger.debug('%s is gone: %s', self.client_address[0], _show(e))
+        finally:
+            self.server.hang_up(self.request)
 
     def _linger(self):
-        """对方还在发:读掉一些再关,不然内核发 RST,刚写的回答到不了。"""
+        """拒绝了，对方还在发：读掉一些再关，不然内核发 RST，刚写的回答到不了。这时还算在读，满了会被关掉。"""
         deadline, left = time.monotonic() + 0.3, 1 << 19
-        self.request.shutdown(socket.SHUT_WR)
-        while left > 0:
-            left -= len(self._receive(deadline))
+        with contextlib.suppress(_Gone, OSError):
+            self.request.shutdown(socket.SHUT_WR)
+            while left > 0:
+                left -= len(self._more(deadline))
 
 
 class _HTTPServer(http.server.HTTPServer):
@@ -2960,9 +3494,10 @@ class _HTTPServer(http.server.HTTPServer):
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._lock = threading.Lock()
         self._closed = False
+        self._serving = threading.Lock()                # 拿着就是在服务
         self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前 → 读了多少字节正文
         self._most = self._limit(dispatcher.max_connections)
-        self._threads = _Threads(self._most + 4 * dispatcher.max_callbacks)
+        self.threads = _Threads(self._most + 2 * dispatcher.max_callbacks)
         super().__init__((host, port), _Handler)
 
     @staticmethod
@@ -2983,9 +3518,8 @@ class _HTTPServer(http.server.HTTPServer):
 
     def start(self):
         """在后台线程里开始服务;开不出线程抛 `RuntimeError`。"""
-        # Linux 上 close() 的 shutdown 叫得醒 accept;别处自己醒
-        self.socket.settimeout(None if sys.platform.startswith('linux') else 0.2)
-        self._acceptor = _start_thread(self._accept)
+        self._acceptor = _SEATS.start(self._accept)
+        self._serving.acquire()
 
     def _accept(self):
         """一条线程接连接,交给别的线程去做。它不许停。"""
@@ -2999,8 +3533,7 @@ class _HTTPServer(http.server.HTTPServer):
                     return
                 if not isinstance(e, OSError):
                     logger.error('internal error in the server%s', _traceback())
-                if getattr(e, 'errno', errno.ENOMEM) in (
-                        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                if getattr(e, 'errno', errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     self._evict(len(self._reading) - 8)
                 time.sleep(0.05)            # 马上再来也没有用
 
@@ -3009,19 +3542,21 @@ class _HTTPServer(http.server.HTTPServer):
         with self._lock:
             self._reading[request] = 0
         self._evict(self._most)
-        if not self._threads.submit(1, self._serve, request, client_address):
-            self._drop(request)
+        if not self.threads.submit(1, self._serve, request, client_address):
+            self.hang_up(request)
 
     def _serve(self, request, client_address):
         try:
             self.finish_request(request, client_address)
         except Exception:                   # 本文件的错;线程还要接着用
             logger.error('internal error in the server%s', _traceback())
-        finally:
-            self._drop(request)
+            self.hang_up(request)
 
-    def _drop(self, request):
+    def hang_up(self, request):
+        """断开。先 shutdown：fork 出来的进程里还有一份，光关掉这一份断不开。"""
         self.done_reading(request)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
         request.close()
 
     def _evict(self, keep):
@@ -3046,15 +3581,32 @@ class _HTTPServer(http.server.HTTPServer):
         with self._lock:
             self._reading.pop(request, None)
 
+    def wait(self):
+        """等到不再服务。"""
+        while not self._serving.acquire(timeout=1 if os.name == 'nt' else -1):     # Windows 上，等着就收不到 Ctrl-C
+            continue
+        self._serving.release()
+
     def close(self, deadline):
         """不再接受连接,关掉还在读的,等正在回答的;都完了返回 True。"""
         self._closed = True
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)      # 叫醒 accept
-        self._acceptor.join(2)              # 它停了才关:描述符的号会被别人再用
+            self.socket.shutdown(socket.SHUT_RDWR)      # Linux 上叫得醒 accept
+        self._acceptor.join(0.1)
+        if self._acceptor.is_alive():                   # 别处叫不醒：连一下
+            host, port = self.server_address[:2]
+            with contextlib.suppress(OSError):
+                socket.create_connection(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port), 1).close()
+            self._acceptor.join(2)          # 它停了才关:描述符的号会被别人再用
         self.server_close()
         self._evict(0)
-        return self._threads.close(deadline)
+        self._serving.release()
+        return self.threads.wait(deadline)
+
+    def abandon(self):
+        """fork 出来的进程：服务的是原来的进程，这里只关掉自己的那几份描述符。"""
+        for sock in [self.socket] + list(self._reading):
+            sock.close()
 
 
 def _log_to_file(settings):
@@ -3102,6 +3654,12 @@ class WeChatServer(Dispatcher):
     def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         super().__init__(appname, ini_name, store, **settings)
         self._http = None
+        _renew_after_fork(self)
+
+    def _after_fork(self):
+        if self._http:
+            self._http.abandon()
+        self._http = None
 
     def start(self, host='0.0.0.0', port=8000):
         """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
@@ -3139,8 +3697,7 @@ class WeChatServer(Dispatcher):
         _one_heap()
         host, port = self.start(host, port)
         print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
-            '[%s]' % host if ':' in host else host, port, self.route, port, self.route),
-            file=sys.stderr, flush=True)
+            '[%s]' % host if ':' in host else host, port, self.route, port, self.route), file=sys.stderr, flush=True)
         self._wait()
 
     def _wait(self):
@@ -3150,8 +3707,9 @@ class WeChatServer(Dispatcher):
             if threading.current_thread() is threading.main_thread():
                 for number in signal.SIGTERM, signal.SIGINT:
                     before[number] = signal.signal(number, signal.default_int_handler)
-            while self._http:
-                time.sleep(0.2)
+            server = self._http
+            if server:
+                server.wait()
         except KeyboardInterrupt:
             pass
         finally:
@@ -3186,16 +3744,14 @@ def _split_url(url):
     """→ `urlsplit` 的结果;不是 http(s) 的网址抛 `_CommandError`。"""
     try:
         parts = urllib.parse.urlsplit(url)
-        if (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
-                and re.fullmatch('[!-~]+', url)):
+        if (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url)):
             return parts
     except ValueError:          # 端口、方括号
         pass
-    raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)'
-                        % _show(url))
+    raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)' % _show(url))
 
 
-def _ask(url, query, body=None):
+def _visit(url, query, body=None):
     """像企业微信那样发一个请求,等 5 秒 → ``(状态, 正文 bytes)``。直连,不走代理,不跟随重定向。"""
     parts = _split_url(url)
     try:
@@ -3203,8 +3759,7 @@ def _ask(url, query, body=None):
         connection = connect(parts.hostname, parts.port, timeout=5)
         with contextlib.closing(connection):
             connection.request('GET' if body is None else 'POST', '%s?%s' % (
-                parts.path or '/', urllib.parse.urlencode(query)), body,
-                {'Content-Type': 'text/xml'} if body else {})
+                parts.path or '/', urllib.parse.urlencode(query)), body, {'Content-Type': 'text/xml'} if body else {})
             response = connection.getresponse()
             return response.status, response.read(2 << 20)
     except socket.timeout:
@@ -3225,8 +3780,8 @@ def _signed(crypt, text):
             'timestamp': timestamp, 'nonce': nonce}, encrypt.decode()
 
 
-def _asked(url, query, body=None):
-    status, answer = _ask(url, query, body)
+def _visited(url, query, body=None):
+    status, answer = _visit(url, query, body)
     if status != 200:
         raise _CommandError(1, '%s answered %d%s' % (url, status, {
             403: ': Token, EncodingAESKey, corpid or the clock differ; its log says which',
@@ -3239,16 +3794,14 @@ def _probe(url, settings, text):
     crypt = WXBizMsgCrypt(settings['token'], settings['encoding_aes_key'], settings['corpid'])
     echo = str(struct.unpack('>Q', os.urandom(8))[0])
     query, encrypt = _signed(crypt, echo)
-    if _asked(url, dict(query, echostr=encrypt)) != echo.encode():
+    if _visited(url, dict(query, echostr=encrypt)) != echo.encode():
         raise _CommandError(1, '%s does not answer the echostr; is it EasyWeChat?' % url)
-    message = dict_to_xml({
-        'ToUserName': settings['corpid'], 'FromUserName': 'probe', 'CreateTime': int(time.time()),
+    message = dict_to_xml({'ToUserName': settings['corpid'], 'FromUserName': 'probe', 'CreateTime': int(time.time()),
         'MsgType': 'text', 'Content': text, 'AgentID': settings['agentid'],
         'MsgId': struct.unpack('>Q', os.urandom(8))[0] >> 1})
     query, encrypt = _signed(crypt, message)
-    body = dict_to_xml({'ToUserName': settings['corpid'], 'Encrypt': encrypt,
-                        'AgentID': settings['agentid']})
-    answer = _asked(url, query, body.encode('utf-8'))
+    body = dict_to_xml({'ToUserName': settings['corpid'], 'Encrypt': encrypt, 'AgentID': settings['agentid']})
+    answer = _visited(url, query, body.encode('utf-8'))
     if answer in (b'', b'success'):
         return message, {}
     try:
@@ -3293,8 +3846,7 @@ def _run_echo(args):
         print('没有 config.ini:用公开的演示凭据 (easywechat._DEMO),只在本机。')
         message, reply = _probe(url, server.settings, '你好,EasyWeChat')
         print('▶ 发去 (加密前):%s\n◀ 收到 (解密后):%s' % (message, dict_to_xml(reply)))
-        print("在另一个终端试试:python easywechat.py --probe '你好'%s" % (
-            ' --url ' + url if port != 8000 else ''))
+        print("在另一个终端试试:python easywechat.py --probe '你好'%s" % (' --url ' + url if port != 8000 else ''))
     else:
         print('后台「接收消息 → 设置API接收」的 URL:http://<公网地址>:%d/%s' % (port, server.route))
     print('在监听 %s ,按 Ctrl-C 停止。' % url, flush=True)
@@ -3335,8 +3887,7 @@ def _run_init(args):
 
 
 def _show_progress(sent, total):
-    print('\r%d%%' % (100 * sent // total), end='\n' if sent >= total else '', file=sys.stderr,
-          flush=True)
+    print('\r%d%%' % (100 * sent // total), end='\n' if sent >= total else '', file=sys.stderr, flush=True)
 
 
 def _run_send(args):
@@ -3358,8 +3909,7 @@ def _run_send(args):
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
     if args.robot and (args.party or args.tag):
         raise _CommandError(2, '--party and --tag do not go with --robot')
-    sender = WeChatRobot(None, args.app, args.config) if args.robot \
-        else WeChatClient(args.app, args.config)
+    sender = WeChatRobot(None, args.app, args.config) if args.robot else WeChatClient(args.app, args.config)
     sender.retry_within = args.retry
     if sys.stderr.isatty():
         sender.progress = _show_progress
@@ -3412,14 +3962,13 @@ def _check_network(client):
             yield False, 'DNS 查不到 %s (%s):看网络,或 api_base' % (host.hostname, e)
             return
     try:
-        date = client._request('gettoken', {}, consume=lambda _, response: {
-            'date': response.headers.get('Date')})['date']
+        date = _Call(client, 'gettoken', {}, read=lambda _, response: {
+            'date': response.headers.get('Date')}).run()['date']
         yield True, '连上了 %s%s' % (host.netloc, ',证书有效' * (host.scheme == 'https'))
         with contextlib.suppress(TypeError, ValueError):
             ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-            yield abs(ahead) < 60, '时钟与企业微信差 %.0f 秒%s' % (
-                ahead, '' if abs(ahead) < 60 else ':校时 (NTP)')
-        client._fetch_token()
+            yield abs(ahead) < 60, '时钟与企业微信差 %.0f 秒%s' % (ahead, '' if abs(ahead) < 60 else ':校时 (NTP)')
+        client._new_token()
         yield True, 'corpid 和 secret 正确 (gettoken)'
         if client.settings['agentid']:
             agent = client.call('agent/get', agentid=client.settings['agentid'])
@@ -3451,8 +4000,7 @@ def _parser():
     what.add_argument('--send', metavar='TEXT', help='发一条文本;- 是从标准输入读,空的就不发')
     what.add_argument('--send-file', metavar='PATH', help='发一个文件(图片、语音、视频按后缀)')
     what.add_argument('--check', action='store_true', help='配置和网络哪里不对,到哪里改')
-    what.add_argument('--init', action='store_true',
-                      help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
+    what.add_argument('--init', action='store_true', help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
     what.add_argument('--version', action='version', version=__version__, help='打印版本')
     what.add_argument('-h', '--help', action='help', help='打印这段说明')
     parser.add_argument('--host', help='监听的地址(默认 0.0.0.0;没有 config.ini 时 127.0.0.1)')
@@ -3465,8 +4013,7 @@ def _parser():
     parser.add_argument('--tag', help='发给哪些标签,几个用 | 隔开')
     parser.add_argument('--markdown', action='store_true', help='TEXT 是 markdown')
     parser.add_argument('--robot', action='store_true', help='用群机器人发;key 在配置的 robot 里')
-    parser.add_argument('--retry', metavar='SECONDS', type=float, default=0,
-                        help='连不上时一直试到这么多秒')
+    parser.add_argument('--retry', metavar='SECONDS', type=float, default=0, help='连不上时一直试到这么多秒')
     parser.add_argument('--debug', action='store_true', help='回调出错时把原因回给用户')
     return parser
 
