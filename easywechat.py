@@ -1580,8 +1580,9 @@ def _reply_body(kind, item):
     name = _REPLIES[kind][0]
     value = item.get(name)
     if kind == 'text':
-        _need(isinstance(value, (str, int, float)), 'a reply of type text needs Content, a str')
-        return {'content': str(value)}
+        if isinstance(value, (str, int, float)):
+            return {'content': str(value)}
+        raise TypeError('a reply of type text needs Content, a str')
     if value is None and 'MediaId' in item and kind in _MEDIA:
         value = item
     if kind == 'news':
@@ -1600,15 +1601,15 @@ def _reply_body(kind, item):
 def _from_reply(item, default):
     """被动回复的写法（``{'Content': …}``、``{'MsgType': 'image', 'MediaId': …}``）→ 官方 JSON。"""
     kind = item.get('MsgType') or next((k for k, (name, _) in _REPLIES.items() if name in item), default)
-    _need(isinstance(kind, str) and kind in _REPLIES, '%s is no type of passive reply; these are: %s' % (
-        _show(repr(kind)), ', '.join(_REPLIES)))
+    if not isinstance(kind, str) or kind not in _REPLIES:
+        raise TypeError('%s is no type of passive reply; these are: %s' % (_show(repr(kind)), ', '.join(_REPLIES)))
     return _Message({'msgtype': kind, _REPLIES[kind][1]: _reply_body(kind, item)})
 
 
 def _passive(message, user, corp, now):
     """→ 被动回复的 XML (bytes)；没有这样的被动回复是 None。"""
     kind, body = message['msgtype'], message.body()
-    if kind not in _REPLIES or message.file() or message.own and (
+    if kind not in _REPLIES or kind in _MEDIA and message.file() or message.own and (
             len(message) > 2 or not isinstance(body, dict) or set(body) - _PASSIVE_NAMES.get(kind, set())):
         return None
     reply = {'ToUserName': user, 'FromUserName': corp, 'CreateTime': int(now), 'MsgType': kind}
@@ -1633,7 +1634,8 @@ def _message_of(item, default):
         return _Message(msgtype='text', text={'content': item})
     if isinstance(item, _Message):
         return item
-    _need(isinstance(item, dict), 'expected str, dict, Path or a list of these, got %s' % type(item).__name__)
+    if not isinstance(item, dict):
+        raise TypeError('expected str, dict, Path or a list of these, got %s' % type(item).__name__)
     if 'msgtype' not in item:
         message = _from_reply(item, default)
         if message['msgtype'] != 'text':
@@ -1657,11 +1659,13 @@ def _official(item, default='text', limits=_TEXT_LIMITS):
     if kind not in limits:
         return [message]
     content = body.get('content') if isinstance(body, dict) else None
-    _need(isinstance(content, str), 'a %s needs content, a str' % kind)
+    if not isinstance(content, str):
+        raise TypeError('a %s needs content, a str' % kind)
     if not content.strip(_BLANKS):
         raise APIError(44004, 'a blank text; to say nothing, return None', 'message/send')
-    parts = list(_split_text(content, limits[kind]))
-    return [message] if parts == [content] else [message.with_body(content=part) for part in parts]
+    if 4 * len(content) <= limits[kind] and content.isprintable():     # 多半：不必分，也没有要去掉的
+        return [message]
+    return [message.with_body(content=part) for part in _split_text(content, limits[kind])]
 
 
 # 收到的消息
@@ -1685,14 +1689,14 @@ class _Keys:
     """消息在存储里的名字：同一条消息的每次投递都一样，别的消息、别的应用不一样。"""
 
     def __init__(self, settings):
-        self._app = [settings[k] for k in ('corpid', 'agentid', 'token')]
+        self._app = ''.join(settings[k] + '\0' for k in ('corpid', 'agentid', 'token'))
         self._seconds = {}              # (谁, 何时, 什么) → 那个事件的名字
 
     def of(self, msg):
         """有 MsgId 的看它和发送者，没有的（事件）看全部内容：企业微信再投递的，内容一样（假定；日志里看得出来）。"""
         event = not msg.get('MsgId')
-        whole = json.dumps(msg if event else [msg['MsgId'], msg.get('FromUserName')], sort_keys=True)
-        key = 'easywechat:message:' + hashlib.sha256('\0'.join(self._app + [whole]).encode('utf-8')).hexdigest()
+        whole = json.dumps(msg, sort_keys=True) if event else '%s\0%s' % (msg['MsgId'], msg.get('FromUserName'))
+        key = 'easywechat:message:' + hashlib.sha256((self._app + whole).encode('utf-8', 'replace')).hexdigest()
         if event:
             if len(self._seconds) > 100:
                 self._seconds.clear()
@@ -1859,7 +1863,7 @@ def _media_kind(path, kind=None):
 
 def _made(item, default='text', limits=_TEXT_LIMITS):
     """`_official`，也收 Path：按后缀和大小是图片、语音、视频或文件，还没有上传。"""
-    if isinstance(item, os.PathLike):
+    if not isinstance(item, (str, dict)) and isinstance(item, os.PathLike):
         kind = _media_kind(item)
         return [_Message({'msgtype': kind, kind: {'media_id': item}})]
     return _official(item, default, limits)
@@ -2549,7 +2553,7 @@ class _Run:
     """一条消息的一次运行，和在等它的各次投递。"""
 
     __slots__ = ('key', 'message', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel', 'leased', 'due',
-                 'record', '_lock', '_deliveries')
+                 'record', 'deliveries', '_lock')
 
     def __init__(self, key, message, answer):
         self.key, self.message = key, message
@@ -2559,8 +2563,8 @@ class _Run:
         self.parcel = None              # replies 放它的东西的地方
         self.leased = self.due = None   # 认领到了：上次续的时刻；没有轮到跑：什么时候再看
         self.record = threading.Lock()  # 写它在存储里的记录时拿着：存储可能很慢
-        self._lock = threading.Lock()   # 改 reply 和下面这个时拿着
-        self._deliveries = [(self.begin, answer)]   # 在等的，先来的在前
+        self.deliveries = [(self.begin, answer)]    # 在等的，先来的在前
+        self._lock = threading.Lock()   # 改它和 reply 时拿着
 
     def join(self, answer, most):
         """又一次投递。→ False：这次运行没有答复就完了，重新来。在等的多于 ``most`` 个，最早的就不等了。"""
@@ -2570,24 +2574,19 @@ class _Run:
                 return False
             if self.reply is None:
                 self.count, self.newest = self.count + 1, time.monotonic()
-                self._deliveries.append((self.newest, answer))
-                first = self._deliveries.pop(0)[1] if len(self._deliveries) > most else None
+                self.deliveries.append((self.newest, answer))
+                first = self.deliveries.pop(0)[1] if len(self.deliveries) > most else None
         if self.reply is not None or first:
             (first or answer)(self.reply)
         return True
 
-    def waiting(self):
-        """在等的投递里最早的是什么时候来的；没有在等的是 None。"""
-        with self._lock:
-            return self._deliveries[0][0] if self._deliveries else None
-
     def conclude(self, reply, anyway=True):
         """定下答复，给在等的每一次投递；已经定了就不变。→ 给了几次；没有人在等又不是 ``anyway``，就不定，是 0。"""
         with self._lock:
-            if self.reply is not None or not (self._deliveries or anyway):
+            if self.reply is not None or not (self.deliveries or anyway):
                 return 0
             self.reply = reply
-            answered, self._deliveries = self._deliveries, []
+            answered, self.deliveries = self.deliveries, []
         for _, answer in answered:
             answer(reply)
         return len(answered)
@@ -2595,9 +2594,9 @@ class _Run:
     def expire(self, before, end=False):
         """``before`` 以前来的投递不等了：没有答案。``end``：再没有投递在等，这次运行就作废。"""
         with self._lock:
-            gone = [answer for begin, answer in self._deliveries if begin <= before]
-            del self._deliveries[:len(gone)]
-            if end and not self._deliveries:
+            gone = [answer for begin, answer in self.deliveries if begin <= before]
+            del self.deliveries[:len(gone)]
+            if end and not self.deliveries:
                 self.stage = _ENDED
         for answer in gone:
             answer(None)
@@ -2621,7 +2620,6 @@ class Once:
         self._runs = {}                 # 存储里的名字 → _Run，先来的在前
         self._busy = 0                  # 在跑的回调
         self._watching = False          # 有一条线程在看时间
-        self._empty = threading.Condition(self._lock)
         self._wake = threading.Event()  # 叫醒看时间的
         self.look = self._wake.set      # 情况变了：马上看一遍
 
@@ -2713,8 +2711,6 @@ class Once:
         with self._lock:
             if self._runs.get(run.key) is run:
                 del self._runs[run.key]
-                if not self._runs:
-                    self._empty.notify_all()
 
     def _finish(self, run):
         """完了：存下，从名单里去掉。"""
@@ -2769,7 +2765,7 @@ class Once:
             self._look_at_waiting(run, now)
         else:
             run.expire(now - limits.hold_within)
-        begin = run.waiting()
+        begin = next((begin for begin, _ in run.deliveries[:1]), None)
         slow, third = (run.begin + limits.answer_within * n for n in (1 / 3, _THREE))
         up = (begin or now) + limits.answer_within
         if run.reply is not None and run.stage >= _PUSHING:
@@ -2799,8 +2795,8 @@ class Once:
 
     def wait(self, deadline):
         """等没有完的消息，至多到 ``deadline`` (monotonic 秒)。"""
-        with self._empty:
-            self._empty.wait_for(lambda: not self._runs, max(0, deadline - time.monotonic()))
+        while self._runs and time.monotonic() < deadline:
+            time.sleep(0.02)
         self._errands.wait(deadline)
 
 
@@ -2816,12 +2812,17 @@ class _Parcel:
 
     def __init__(self, run):
         self.run, msg = run, run.message        # 回调可以改它的 dict，所以先记下
-        self.kind, self.user, self.corp, self.id, self.code = (
-            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId', 'ResponseCode'))
+        self.kind, self.user, self.corp, self.id, self.code = [
+            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId', 'ResponseCode')]
         self.xml = not isinstance(msg, _JsonMessage)    # JSON 的消息没有被动回复
         self.held = []                  # 还没有定怎样送的
-        self.items = collections.deque()        # 等着主动发送的；第一条可能正在发
+        self.items = []                 # 等着主动发送的；第一条可能正在发
         self.way = None                 # 怎样送，定了：'push' 主动发送，'reply' 被动回复，再有的主动发送
+
+    def alone(self):
+        """只有一条，做得了被动回复，还没有定怎样送。"""
+        held = self.held
+        return len(held) == 1 and not self.way and self.xml and held[0]['msgtype'] in _REPLIES and not held[0].own
 
     def passive(self, message, now):
         """→ 被动回复的 XML (bytes)；没有这样的是 None。"""
@@ -2840,13 +2841,13 @@ class _Outbox:
         _renew_after_fork(self)
 
     def _after_fork(self):
-        self.changed = threading.Condition(threading.Lock())    # 改 parcel 和下面两个时拿着
+        self.lock = threading.Lock()    # 改 parcel 和下面两个时拿着
         self._queues = {}               # 用户 → 他还没完的 _Parcel，先来的在前
         self._busy = set()              # 正有线程在替他发的用户
 
     def join(self, parcel):
         """``parcel`` 排进队里。"""
-        with self.changed:
+        with self.lock:
             self._queues.setdefault(parcel.user, []).append(parcel)
 
     def _turn(self, user):
@@ -2856,17 +2857,17 @@ class _Outbox:
             if parcel.items:
                 return parcel
             if parcel.run.stage >= _PUSHING and not parcel.held:
-                parcel.run.stage = _ENDED
+                parcel.run.stage, parcel.run.parcel = _ENDED, None
                 queue.remove(parcel)
             elif time.monotonic() - parcel.run.begin < self.patience:
                 return None
-        if not queue and self._queues.pop(user, None) is not None:
-            self.changed.notify_all()
+        if not queue:
+            self._queues.pop(user, None)
         return None
 
     def kick(self, user):
         """有轮到的就发；同时只有一条线程替一个用户发。没有线程了，就等下一次 `look`。"""
-        with self.changed:
+        with self.lock:
             if user in self._busy or not self._turn(user):
                 return
             self._busy.add(user)
@@ -2880,26 +2881,24 @@ class _Outbox:
 
     def _drain(self, user):
         while True:
-            with self.changed:
+            with self.lock:
                 parcel = self._turn(user)
                 if not parcel:
                     return self._busy.discard(user)
                 message = parcel.items[0]       # 发完了才去掉：停下的时候说得出还有什么没发完
             self._send(parcel, message)
-            with self.changed:
-                parcel.items.popleft()
-                self.changed.notify_all()
+            del parcel.items[0]
 
     def left(self):
         """还没完的 (list)。"""
-        with self.changed:
+        with self.lock:
             return [parcel for queue in self._queues.values() for parcel in queue
                     if parcel.run.stage < _PUSHING or parcel.held or parcel.items]
 
     def wait(self, deadline):
         """等都送完，至多到 ``deadline`` (monotonic 秒)。"""
-        with self.changed:
-            self.changed.wait_for(lambda: not self._queues, max(0, deadline - time.monotonic()))
+        while self._queues and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 class Replies:
@@ -2929,7 +2928,8 @@ class Replies:
         parcel = run.parcel
         func, args = self._callbacks.find(run.message)
         try:
-            for item in _flat(func(run.message, *args)) if func else ():
+            result = func(run.message, *args) if func else None
+            for item in (result,) if isinstance(result, (str, dict)) else _flat(result):
                 if not self._take(parcel, func, item):
                     break
         except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
@@ -2986,9 +2986,10 @@ class Replies:
         """又一条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
         try:
             for message in _made(item, parcel.kind):
-                kind, path = message['msgtype'], message.file()
-                if path and kind in _REPLIES and parcel.xml and not (parcel.held or parcel.way):
-                    message = message.with_body(media_id=self._owner.client.upload(path, kind))     # 也许只有它一条
+                kind = message['msgtype']
+                if kind in _MEDIA and kind in _REPLIES and parcel.xml and not (parcel.held or parcel.way) \
+                        and message.file():     # 也许只有它一条：上传了，做被动回复
+                    message = message.with_body(media_id=self._owner.client.upload(message.file(), kind))
                 if not self._add(parcel, message):
                     return False
         except Exception as e:          # 回调给的是什么都有可能；别的还要接着送
@@ -2997,15 +2998,15 @@ class Replies:
 
     def _add(self, parcel, message):
         """太多没有送出的，就等。→ False：再多的也送不到了。"""
-        changed = self._outbox.changed
-        with changed:
+        with self._outbox.lock:
             if (parcel.way or len(parcel.held) >= self.most) and self._can_send() is False:
                 return self._lose(parcel, [message])
             parcel.held.append(message)
+            if parcel.alone():          # 也许只有它一条
+                return True
         self._settle(parcel)
-        with changed:
-            while len(parcel.held) + len(parcel.items) >= self.most and self._can_send() is not False:
-                changed.wait(1)
+        while len(parcel.held) + len(parcel.items) >= self.most and self._can_send() is not False:
+            time.sleep(0.05)
         return True
 
     @staticmethod
@@ -3021,11 +3022,11 @@ class Replies:
         held, over = parcel.held, parcel.run.stage >= _PUSHING
         if parcel.way:
             return 'push' if held or parcel.way == 'push' else None
-        alone = len(held) == 1 and parcel.xml and held[0]['msgtype'] in _REPLIES and not held[0].own
-        if over and (not held or alone and parcel.run.waiting()):
+        alone = parcel.alone()
+        if over and (not held or alone and parcel.run.deliveries):
             return 'reply'
         if not (over or up) and (alone or not held):
-            return None                 # 也许只有这一条
+            return None
         can = self._can_send()
         if can:
             return 'push'
@@ -3033,7 +3034,7 @@ class Replies:
 
     def _settle(self, parcel, up=False, last=False):
         """已经有的怎样送，能定就定下来。"""
-        with self._outbox.changed:
+        with self._outbox.lock:
             way, held = self._way(parcel, up, last), parcel.held
             if way:
                 parcel.held, parcel.way = [], parcel.way or way
@@ -3048,14 +3049,14 @@ class Replies:
 
     def _reply(self, parcel, held):
         """被动回复：几条文本合成一条。放不进去的，说不定还能主动发送。"""
-        run, texts = parcel.run, [m for m in held if m['msgtype'] == 'text']
-        if len(texts) > 1:
-            texts = _official('\n\n'.join(m.body()['content'] for m in texts))
-        rest, reply = texts + [m for m in held if m['msgtype'] != 'text'], None
-        for message in list(rest):
+        run, rest, reply = parcel.run, held, None
+        if len(held) > 1:
+            texts = [m.body()['content'] for m in held if m['msgtype'] == 'text']
+            rest = (texts and _official('\n\n'.join(texts))) + [m for m in held if m['msgtype'] != 'text']
+        for n, message in enumerate(rest):
             reply = parcel.passive(message, self._owner._now())
             if reply:
-                rest.remove(message)
+                del rest[n]
                 break
         if not run.conclude(reply or b'') and reply:
             logger.warning('the answer to message %s of %s came after %.0f s, when no delivery waited for it',
@@ -3063,7 +3064,7 @@ class Replies:
         if rest and self._can_send() is False:
             self._lose(parcel, rest)
         elif rest:
-            with self._outbox.changed:
+            with self._outbox.lock:
                 parcel.items.extend(rest)
             self._outbox.kick(parcel.user)
 

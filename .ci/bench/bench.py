@@ -1,5 +1,7 @@
 """Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS [CHART.svg]]].
 
+BESIDE=<commit> adds that commit's easywechat.py as two rows of its own, ONLY=<text> takes only the rows with that text.
+
 An echo bot of text messages of 50 Chinese characters, each with its own MsgId; verified, decrypted, answered,
 encrypted, signed. The server on one core, wrk on the other; `Connection: close`; 1, 8 and 64 connections. Each round
 starts every server afresh, in turn; a warm-up; medians; ratios to the first row. Replies are sampled and decrypted.
@@ -30,6 +32,14 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'examples')]
 import easywechat  # noqa: E402
 import simulator  # noqa: E402
 
+try:
+    easywechat._aes()
+except ImportError:         # in an environment that has it
+    with tempfile.TemporaryDirectory() as own:
+        subprocess.check_call([sys.executable, '-m', 'venv', own])
+        subprocess.check_call([os.path.join(own, 'bin', 'pip'), '-q', 'install', 'pycryptodome'])
+        sys.exit(subprocess.call([os.path.join(own, 'bin', 'python')] + sys.argv))
+
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 SECONDS = sys.argv[2] if len(sys.argv) > 2 else '2'
 TEXT = '磁盘快满了,请看一看是不是日志太多。' * 3
@@ -47,7 +57,13 @@ def servers(folder):
     """name → the command, to which the port is added (or put where PORT stands)."""
     ours, original, peers = (python_of(folder, env) for env in PACKAGES)
     echo = ['--echo', '--host', '127.0.0.1', '--port']
-    return {
+    beside = {}
+    if os.environ.get('BESIDE'):
+        old = os.path.join(folder, 'beside')
+        beside = {'%s of %s' % (how, os.environ['BESIDE']): ['env', 'PYTHONPATH=' + old, ours] + args + echo
+                  for how, args in (('-m easywechat', ['-m', 'easywechat']),
+                                    ('easywechat.py', [os.path.join(old, 'easywechat.py')]))}
+    rows = {
         'original stack (Flask, xmltodict, dicttoxml)': [original, 'original.py'],
         'wechatpy on Flask': [peers, 'wechatpy_app.py'],
         'wechatpy on gunicorn gthread': [peers, '-m', 'gunicorn', '-k', 'gthread', '--threads', '16', '-b',
@@ -61,6 +77,8 @@ def servers(folder):
         'python -m easywechat --echo': [ours, '-m', 'easywechat'] + echo,
         'python easywechat.py --echo': [ours, os.path.join(ROOT, 'easywechat.py')] + echo,
     }
+    rows.update(beside)
+    return {name: row for name, row in rows.items() if os.environ.get('ONLY', '') in name}
 
 
 def tree(pid):
@@ -230,6 +248,10 @@ def main():
                                    '@wecom/crypto@1.0.1'], stdout=subprocess.DEVNULL)
         subprocess.check_call(['go', 'build', '-o', folder, 'server.go'], cwd=HERE,
                               env=dict(os.environ, GOCACHE=folder))
+        if os.environ.get('BESIDE'):
+            os.mkdir(os.path.join(folder, 'beside'))
+            with open(os.path.join(folder, 'beside', 'easywechat.py'), 'wb') as f:
+                f.write(subprocess.check_output(['git', 'show', os.environ['BESIDE'] + ':easywechat.py'], cwd=ROOT))
         wecom = simulator.WeCom()
         wecom.settings['secret'] = ''
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}

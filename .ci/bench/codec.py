@@ -23,8 +23,9 @@ BODY = b'<xml><ToUserName><![CDATA[ww]]></ToUserName><Encrypt><![CDATA[%s]]></En
 
 def ours():
     msg = easywechat.xml_to_dict(OURS.decrypt_message(BODY, SIGNATURE, NOW, '1372623149'))
-    reply = easywechat._build_reply(msg, 'text', msg['FromUserName'], msg['ToUserName'], 1700000000)
-    return OURS.encrypt_message(easywechat.dict_to_xml(reply), '1372623149')
+    message, = easywechat._made(msg, 'text')
+    reply = easywechat._passive(message, msg['FromUserName'], msg['ToUserName'], 1700000000)
+    return OURS.encrypt_message(reply, '1372623149')
 
 
 def theirs():
