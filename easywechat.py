@@ -75,23 +75,24 @@ except ImportError:             # OpenWrt 没装 python3-logging:警告以上写
 codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
     codecs.ascii_encode, codecs.ascii_decode, name='idna'))
 
-#: 有锁、计数、名单的对象。fork 出来的进程里没有别的线程，它们拿着的锁再也放不开：每个对象自己重来 (_after_fork)。
-_forkable = weakref.WeakSet()
+#: 对象 → {属性: 怎样造}：锁、计数、名单，每个进程一份。fork 出来的进程里没有别的线程，它们拿着的锁再也放不开。
+_per_process = weakref.WeakKeyDictionary()
 _process = [os.getpid()]
 
 
-def _renew_after_fork(thing):
-    """``thing._after_fork()``，现在一次，以后每次 fork 出来的进程里一次。"""
-    thing._after_fork()
-    _forkable.add(thing)
+def _fresh(thing, **attributes):
+    """给 ``thing`` 这些属性，现在一次，以后每次 fork 出来的进程里一次。"""
+    _per_process[thing] = attributes
+    for name, make in attributes.items():
+        setattr(thing, name, make())
 
 
 def _check_fork():
     """fork 以后的第一件事。3.7 起由 Python 来叫；3.6 没有这个，由各个入口来问。"""
     if _process[0] != os.getpid():
         _process[0] = os.getpid()
-        for thing in list(_forkable):
-            thing._after_fork()
+        for thing, attributes in list(_per_process.items()):
+            _fresh(thing, **attributes)
 
 
 if hasattr(os, 'register_at_fork'):
@@ -358,10 +359,7 @@ class _RefusalLog:
     def __init__(self):
         self._since = self._clock()
         self._count = {}
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
+        _fresh(self, _lock=threading.Lock)
 
     def _summary(self):
         """一分钟过去了:返回没写出来的数目,重新计数。"""
@@ -604,9 +602,6 @@ def _echostr(value):
     return str(value or '').replace(' ', '+').encode('ascii', 'replace')
 
 
-
-
-
 _PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
 _RELEASED = 1795392000      # 2026-11-23：比这还早的时钟是没有校过的
 
@@ -680,10 +675,7 @@ class WXBizMsgCrypt:
         # 新建一个要 6 µs,一来一回两个,是整个编解码的四分之一。
         self._encryptor = aes.new(key, aes.MODE_CBC, key[:16])
         self._decryptor = aes.new(key, aes.MODE_CBC, key[:16])
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()       # 用这两个对象时拿着
+        _fresh(self, _lock=threading.Lock)  # 用这两个对象时拿着
 
     def _signature(self, timestamp, nonce, encrypt):
         parts = sorted([self._token, timestamp.encode(), nonce.encode(), encrypt])
@@ -945,12 +937,8 @@ class _Seats:
     idle = 2
 
     def __init__(self):
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
-        self._starting = threading.Lock()   # threading.stack_size 是整个进程的
-        self._free = []                     # 座位 [叫醒它的锁, 它的活]，后进先出
+        # _free：座位 [叫醒它的锁, 它的活]，后进先出；_starting：threading.stack_size 是整个进程的
+        _fresh(self, _lock=threading.Lock, _free=list, _starting=threading.Lock)
 
     def start(self, target, *args):
         """开一条栈有 1 MiB 的线程：musl 的默认值 128 KiB 太小，几层嵌套就能让进程崩溃。开不了抛 `RuntimeError`。"""
@@ -1003,11 +991,7 @@ class _Threads:
 
     def __init__(self, limit):
         self._limit = limit
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._busy = 0
-        self._changed = threading.Condition()
+        _fresh(self, _busy=int, _changed=threading.Condition)
 
     def submit(self, wait, job, *args):
         """交出一件活，最多等 ``wait`` 秒轮到它；轮不到、开不出线程，返回 False。"""
@@ -1105,10 +1089,7 @@ class MemoryStore(_Store):
         # 每次在不同的线程里,malloc 的碎片会有十几 MB。
         self._pages = collections.deque([{}], 16)
         self._bytes = 0                 # 最新一页的
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
+        _fresh(self, _lock=threading.Lock)
 
     def _page_of(self, name):
         """``name`` 在哪一页;没有或到期了是 None。"""
@@ -1203,17 +1184,12 @@ class FileStore(_Store):
     # 关掉这个文件的任何一个描述符都会松开它：所以本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
 
     _now = staticmethod(time.time)
-    _locks = {}                         # 锁文件、目录 → 本进程的锁
     _owners = {}                        # 目录 → 这个进程的主人文件 (进程号, 描述符, 名字)
 
     def __init__(self, folder=None):
         self._folders = [folder] if folder else None
         self._folder = None             # 第一次用到才建
         self._swept = 0
-        _forkable.add(self)
-
-    def _after_fork(self):
-        FileStore._locks = {}
 
     def _choose(self):
         """第一个可用的目录;都不行抛 `OSError`。"""
@@ -1394,6 +1370,9 @@ class FileStore(_Store):
             self._again(self._set, name, b'-', lease, False, True)
 
 
+_fresh(FileStore, _locks=dict)          # 锁文件、目录 → 本进程的锁
+
+
 class _Steady(_Store):
     """别人的、会慢会坏的存储，例如 `redis.Redis`、`FileStore`：在别的线程上问，最多等 ``limits.store_within`` 秒。
 
@@ -1409,10 +1388,7 @@ class _Steady(_Store):
         self.store, self._limits = store, limits
         self._memory = MemoryStore()    # 坏了的时候记下的，好了以后也还算数
         self._until = 0                 # 坏了：到这时再试；0 是好的
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
+        _fresh(self, _lock=threading.Lock)
 
     def _try(self, job):
         """→ (成没成, ``job(存储)`` 的结果)。坏了以后，到时候只有一个人去试。"""
@@ -2057,10 +2033,7 @@ class _Pace:
     def __init__(self, sleep):
         self._slots = collections.OrderedDict()     # 收件人 → 一分钟以来的 [时刻],最近用过的收件人在后
         self._sleep = sleep
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
+        _fresh(self, _lock=threading.Lock)
 
     def wait(self, receivers, limit, clock):
         """轮到的时候返回一个格子:发到了,把 ``[0]`` 改成那时的时刻。同一个收件人的先来先走。"""
@@ -2218,11 +2191,8 @@ class WeChatClient(_Caller):
         self._refused = 0, None
         #: 最近一次调用以后,能不能发消息:None 还不知道,False 是因为凭据或 IP 被拒绝。
         self.trusted = None
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
-        self._flight = None, None       # 正在要的 token：(已经不能用的那个, `_Promise`)
+        # _flights：正在要的 token，{已经不能用的那个: `_Promise`}
+        _fresh(self, _lock=threading.Lock, _flights=dict)
 
     # token
 
@@ -2261,10 +2231,10 @@ class WeChatClient(_Caller):
         token = self._cached_token(stale)
         if token is None:
             with self._lock:
-                of, flight = self._flight
-                if flight is None or flight.done() or of != stale:
+                flight = self._flights.get(stale)
+                if flight is None or flight.done():
                     flight = _Promise(_TOKENS, functools.partial(self._fetch_token, stale), 0)
-                    self._flight = stale, flight
+                    self._flights = {stale: flight}
             failure = None
             try:
                 token = flight.result(max(within, self.retry_within))
@@ -2613,15 +2583,8 @@ class Once:
         # 在另一条线程上跑回调；同时跑几个由 _busy 管
         self.spawn = functools.partial(_Threads(float('inf')).submit, 0)
         self._errands = _Threads(32)                    # 写存储
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()   # 改下面三个时拿着
-        self._runs = {}                 # 存储里的名字 → _Run，先来的在前
-        self._busy = 0                  # 在跑的回调
-        self._watching = False          # 有一条线程在看时间
-        self._wake = threading.Event()  # 叫醒看时间的
-        self.look = self._wake.set      # 情况变了：马上看一遍
+        # _runs：存储里的名字 → _Run，先来的在前；_busy：几个回调在跑；_watching：有一条线程在看时间，_wake 叫醒它
+        _fresh(self, _lock=threading.Lock, _runs=dict, _busy=int, _watching=bool, _wake=threading.Event)
 
     def deliver(self, key, message, answer, spawn):
         """一次投递。``answer(bytes)`` 是答复，b'' 是没有；``answer(None)`` 是现在没有答案。
@@ -2725,6 +2688,10 @@ class Once:
         self._finish(run) if run.leased else self._forget(run)
 
     # 看时间
+
+    def look(self):
+        """情况变了：马上看一遍。"""
+        self._wake.set()
 
     def _watch(self):
         with self._lock:
@@ -2838,12 +2805,8 @@ class _Outbox:
     def __init__(self, send):
         self._send = send               # send(parcel, 一条)
         self._threads = _Threads(64)
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self.lock = threading.Lock()    # 改 parcel 和下面两个时拿着
-        self._queues = {}               # 用户 → 他还没完的 _Parcel，先来的在前
-        self._busy = set()              # 正有线程在替他发的用户
+        # 改 parcel 和另外两个时拿着 lock；_queues：用户 → 他还没完的 _Parcel，先来的在前；_busy：有线程在替他发的用户
+        _fresh(self, lock=threading.Lock, _queues=dict, _busy=set)
 
     def join(self, parcel):
         """``parcel`` 排进队里。"""
@@ -2912,11 +2875,8 @@ class Replies:
         self._errands = _Threads(4)     # 问能不能主动发送
         self._outbox = _Outbox(self._push)
         self.look, self.left, self.wait = self._outbox.look, self._outbox.left, self._outbox.wait
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        self._lock = threading.Lock()
-        self._asking, self._ask_at = False, 0       # 正在问能不能主动发送；这时以前不再问
+        # _asking：正在问能不能主动发送；_ask_at：这时以前不再问
+        _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int)
 
     def expect(self, run):
         """认领到了。"""
@@ -3495,6 +3455,7 @@ class _HTTPServer(http.server.HTTPServer):
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._lock = threading.Lock()
         self._closed = False
+        self.process = os.getpid()
         self._serving = threading.Lock()                # 拿着就是在服务
         self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前 → 读了多少字节正文
         self._most = self._limit(dispatcher.max_connections)
@@ -3589,7 +3550,11 @@ class _HTTPServer(http.server.HTTPServer):
         self._serving.release()
 
     def close(self, deadline):
-        """不再接受连接,关掉还在读的,等正在回答的;都完了返回 True。"""
+        """不再接受连接，关掉还在读的，等正在回答的；都完了返回 True。fork 出来的进程里，只关掉自己的那几份描述符。"""
+        if self.process != os.getpid():
+            for sock in [self.socket] + list(self._reading):
+                sock.close()
+            return True
         self._closed = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)      # Linux 上叫得醒 accept
@@ -3603,11 +3568,6 @@ class _HTTPServer(http.server.HTTPServer):
         self._evict(0)
         self._serving.release()
         return self.threads.wait(deadline)
-
-    def abandon(self):
-        """fork 出来的进程：服务的是原来的进程，这里只关掉自己的那几份描述符。"""
-        for sock in [self.socket] + list(self._reading):
-            sock.close()
 
 
 def _log_to_file(settings):
@@ -3655,12 +3615,6 @@ class WeChatServer(Dispatcher):
     def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         super().__init__(appname, ini_name, store, **settings)
         self._http = None
-        _renew_after_fork(self)
-
-    def _after_fork(self):
-        if self._http:
-            self._http.abandon()
-        self._http = None
 
     def start(self, host='0.0.0.0', port=8000):
         """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
@@ -3668,7 +3622,7 @@ class WeChatServer(Dispatcher):
         ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。
         地址用不了抛 `OSError`,已经在服务抛 `RuntimeError`。
         """
-        if self._http:
+        if self._http and self._http.process == os.getpid():
             raise RuntimeError('already started')
         _log_to_file(self.settings)
         self._http = server = _HTTPServer(self, host, port)
