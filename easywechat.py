@@ -129,28 +129,17 @@ class ierror:
 
 #: errcode → (HTTP 状态, 一句话:违反了哪条规则,该改哪里)。正数就是 HTTP 状态本身。
 _ERRORS = {
-    ierror.WXBizMsgCrypt_ValidateSignature_Error:
-        (403, 'signature differs: Token must be the same here and in the console'),
-    ierror.WXBizMsgCrypt_ParseXml_Error:
-        (400, 'no envelope: neither <xml> with one <Encrypt> nor {"encrypt": "..."}'),
-    ierror.WXBizMsgCrypt_ComputeSignature_Error:
-        (500, 'cannot sign: nonce takes 1 to 63 printable ASCII characters, timestamp 10 digits'),
-    ierror.WXBizMsgCrypt_IllegalAesKey:
-        (500, 'EncodingAESKey must be 43 characters of A-Z a-z 0-9'),
-    ierror.WXBizMsgCrypt_ValidateCorpid_Error:
-        (403, 'receive id differs: is corpid here the one of the sender?'),
-    ierror.WXBizMsgCrypt_EncryptAES_Error:
-        (500, 'cannot encrypt: not a text'),
-    ierror.WXBizMsgCrypt_DecryptAES_Error:
-        (403, 'bad padding: EncodingAESKey must be the same here and in the console'),
-    ierror.WXBizMsgCrypt_IllegalBuffer:
-        (403, 'decrypted, but no message: its length field is wrong'),
-    ierror.WXBizMsgCrypt_EncodeBase64_Error:
-        (500, 'cannot encode base64'),
-    ierror.WXBizMsgCrypt_DecodeBase64_Error:
-        (403, 'not base64: a proxy cut the query or the body, or turned + into something else'),
-    ierror.WXBizMsgCrypt_GenReturnXml_Error:
-        (500, 'cannot write XML'),
+    -40001: (403, 'signature differs: Token must be the same here and in the console'),
+    -40002: (400, 'no envelope: neither <xml> with one <Encrypt> nor {"encrypt": "..."}'),
+    -40003: (500, 'cannot sign: nonce takes 1 to 63 printable ASCII characters, timestamp 10 digits'),
+    -40004: (500, 'EncodingAESKey must be 43 characters of A-Z a-z 0-9'),
+    -40005: (403, 'receive id differs: is corpid here the one of the sender?'),
+    -40006: (500, 'cannot encrypt: not a text'),
+    -40007: (403, 'bad padding: EncodingAESKey must be the same here and in the console'),
+    -40008: (403, 'decrypted, but no message: its length field is wrong'),
+    -40009: (500, 'cannot encode base64'),
+    -40010: (403, 'not base64: a proxy cut the query or the body, or turned + into something else'),
+    -40011: (500, 'cannot write XML'),
     400: (400, 'not HTTP as RFC 9112 writes it'),
     404: (404, 'wrong path'),
     405: (405, 'only GET, HEAD and POST are served'),
@@ -200,8 +189,6 @@ class ConfigError(WeChatError):
 # ---- 错误码 Codes -----------------------------------------------------------------------------
 # 企业微信说了什么（path/90313），该怎么办。
 
-_CARDS = '照 path/90236 改;errmsg 说是哪个字段'
-
 #: (错误码, 原因, 怎么办),管理后台的说法。README「出错了?」的表由它生成。
 _CATALOGUE = (
     ((-1,), '企业微信系统繁忙', '已经试过几次;过一会儿再发'),
@@ -231,7 +218,7 @@ _CATALOGUE = (
     ((41001,), '没有 access_token', '中转 (api_base) 丢了查询串:让它原样转发'),
     ((41002, 41004), '没有 corpid 或 secret', '写进 config.ini;若已写了,是中转 (api_base) 丢了查询串'),
     ((41006, 41009, 41011, 41016, 41033), '少了字段', 'errmsg 里有名字;agentid 在 config.ini 里写'),
-    ((*range(42014, 42022), *range(42023, 42052)), '模板卡片不对', _CARDS),
+    ((*range(42014, 42022), *range(42023, 42052)), '模板卡片不对', '照 path/90236 改;errmsg 说是哪个字段'),
     ((43004,), '成员没有绑定微信插件', '「我的企业 → 微信插件」扫码'),
     ((43009,), '企业没有认证', '「我的企业 → 企业信息」里认证'),
     ((43012,), '应用没有回调 URL', '按钮、投票的卡片要先「设置API接收」'),
@@ -267,13 +254,13 @@ _CATALOGUE = (
 )
 
 
-def _advice(errcode, errmsg=''):
-    """(原因, 怎么办);目录里没有的是两个空的 str。"""
+def _advice(errcode, errmsg):
+    """怎么办 (str)；目录里没有的是空的。"""
     for codes, cause, advice in _CATALOGUE:
         if errcode in codes:
             ip = re.search('from ip: ?([0-9a-fA-F.:]+)', errmsg)
-            return cause, '%s:%s' % (cause, advice.replace('{ip}', ip.group(1) if ip else '出口 IP'))
-    return '', ''
+            return '%s:%s' % (cause, advice.replace('{ip}', ip.group(1) if ip else '出口 IP'))
+    return ''
 
 
 class APIError(WeChatError):
@@ -286,7 +273,7 @@ class APIError(WeChatError):
     def __init__(self, errcode, errmsg, path='', hint=None):
         super().__init__(errcode, errmsg)
         self.path = path
-        self.hint = _advice(errcode, errmsg)[1] if hint is None else hint
+        self.hint = _advice(errcode, self.errmsg) if hint is None else hint
 
     def __str__(self):
         text = '%s: %s (%d)' % (self.path, self.errmsg, self.errcode)
@@ -361,20 +348,18 @@ class _RefusalLog:
         self._count = {}
         _fresh(self, _lock=threading.Lock)
 
-    def _summary(self):
-        """一分钟过去了:返回没写出来的数目,重新计数。"""
-        count, self._count, self._since = self._count, {}, self._clock()
-        return [(who, n - self.lines) for who, n in count.items() if n > self.lines]
-
     def write(self, client, error):
         """记一次拒绝。"""
         with self._lock:
-            more = self._summary() if self._clock() - self._since >= 60 else ()
+            count = {}
+            if self._clock() - self._since >= 60:       # 一分钟过去了：说没写出来的数目，重新计数
+                count, self._count, self._since = self._count, {}, self._clock()
             if client not in self._count and len(self._count) >= self.addresses:
                 client = 'other addresses'
             n = self._count[client] = self._count.get(client, 0) + 1
-        for who, suppressed in more:
-            logger.warning('refused %d more from %s', suppressed, _show(who))
+        for who in count:
+            if count[who] > self.lines:
+                logger.warning('refused %d more from %s', count[who] - self.lines, _show(who))
         if n <= self.lines:
             logger.warning('refused %s with %d: %s%s', _show(client) or 'a request', error.status,
                            _show(error.errmsg, 400), ' (more are counted)' * (n == self.lines))
@@ -403,27 +388,23 @@ class _DictBuilder:
     """`ET.XMLParser` 的 target:一边解析一边生成 dict,超过限制就停。"""
 
     def __init__(self):
-        self._open = []         # 外层到内层,各是它的 dict;没有子元素的是空的
-        self._text = []
-        self._count = 0
-        self._root = None
+        self._open = [{}]       # 整个文档、外层到内层的元素，各是它的 dict；没有子元素的是空的
+        self._text, self._count = [], 0
         self.data = self._text.append       # data(text),expat 每读到一段文字
 
     def start(self, tag, attributes):
         self._count += 1
-        if self._count > _XML_ELEMENTS or len(self._open) >= _XML_DEPTH:
-            raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'XML has more than %d '
-                                  'elements or %d levels' % (_XML_ELEMENTS, _XML_DEPTH))
+        if self._count > _XML_ELEMENTS or len(self._open) > _XML_DEPTH:
+            raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'XML has more than %d elements or %d levels'
+                                  % (_XML_ELEMENTS, _XML_DEPTH))
         self._open.append({})
         self._text.clear()                  # 子元素之间的空白只是排版
 
     def end(self, tag):
         value = self._open.pop() or ''.join(self._text)
         self._text.clear()
-        siblings = self._open[-1] if self._open else None
-        if siblings is None:
-            self._root = value
-        elif tag not in siblings:
+        siblings = self._open[-1]
+        if tag not in siblings:
             siblings[tag] = value
         elif isinstance(siblings[tag], list):
             siblings[tag].append(value)
@@ -431,7 +412,8 @@ class _DictBuilder:
             siblings[tag] = [siblings[tag], value]
 
     def close(self):
-        return self._root if isinstance(self._root, dict) else {}
+        root, = self._open[0].values()      # 没有根，或不止一个，expat 不会走到这里
+        return root if isinstance(root, dict) else {}
 
 
 def _parse_xml(text):
@@ -463,7 +445,7 @@ def xml_to_dict(text):
             cleaned = _NOT_XML.sub('', text)
             if cleaned == text:
                 raise
-        return _parse_xml(cleaned)
+            return _parse_xml(cleaned)
     except (ET.ParseError, ValueError, LookupError, RecursionError, MemoryError) as e:
         raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'cannot read XML: %s' % _show(e)) from None
 
@@ -478,20 +460,15 @@ def _check_name(name):
 def _write_element(name, value, depth):
     _check_name(name)
     if isinstance(value, str):
-        text = _xml_chars(value).replace(']]>', ']]]]><![CDATA[>')
-        return '<%s><![CDATA[%s]]></%s>' % (name, text, name)
+        return '<%s><![CDATA[%s]]></%s>' % (name, _xml_chars(value).replace(']]>', ']]]]><![CDATA[>'), name)
+    if isinstance(value, int):
+        return '<%s>%s</%s>' % (name, str(value).lower() if isinstance(value, bool) else '%d' % value, name)
+    if isinstance(value, dict) and depth <= _XML_DEPTH:
+        return '<%s>%s</%s>' % (name, ''.join([_write_element(k, v, depth + 1) for k, v in value.items()]), name)
     if isinstance(value, (list, tuple)) and depth <= _XML_DEPTH:
         return ''.join([_write_element(name, item, depth + 1) for item in value])
-    if isinstance(value, bool):
-        return '<%s>%s</%s>' % (name, 'true' if value else 'false', name)
-    if isinstance(value, int):
-        return '<%s>%d</%s>' % (name, value, name)
-    if isinstance(value, dict) and depth <= _XML_DEPTH:
-        inner = ''.join([_write_element(k, v, depth + 1) for k, v in value.items()])
-        return '<%s>%s</%s>' % (name, inner, name)
-    raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error,
-                          '%s must be str, int, bool, dict or list, at most %d levels deep, got %s'
-                          % (name, _XML_DEPTH, type(value).__name__))
+    raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, '%s must be str, int, bool, dict or list, at most '
+                          '%d levels deep, got %s' % (name, _XML_DEPTH, type(value).__name__))
 
 
 def dict_to_xml(data):
@@ -503,8 +480,7 @@ def dict_to_xml(data):
     值可以是 str、int、bool、dict、list;别的,或不能做元素名的键,抛 `FormatException` (-40011)。
     """
     if not isinstance(data, dict):
-        raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error,
-                              'expected a dict, got %s' % type(data).__name__)
+        raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, 'expected a dict, got %s' % type(data).__name__)
     return _write_element('xml', data, 1)
 
 
@@ -517,15 +493,14 @@ def _number(text):
 def _load_json(data):
     """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、超过 64 层、数字太长，抛 `ValueError`。
 
-    括号先数过：有的 Python 读太深的会崩溃，而不是抛异常。每一步都是线性的。
+    括号先数过：有的 Python 读太深的会崩溃，而不是抛异常。每一步都是线性的。NaN、Infinity 也不是数 (int)。
     """
     depth = 0
     for bracket in re.findall(rb'[][{}]', b''.join(re.sub(rb'(?s)\\.', b'', data).split(b'"')[::2])):
         depth += 1 if bracket in b'[{' else -1
         if depth > 64:
             raise ValueError('more than 64 levels')
-    value = json.loads(data.decode('utf-8'), strict=False, parse_int=_number, parse_float=_number,
-                       parse_constant=int)      # NaN、Infinity：ValueError
+    value = json.loads(data.decode('utf-8'), strict=False, parse_int=_number, parse_float=_number, parse_constant=int)
     if not isinstance(value, dict):
         raise ValueError('no object')
     return value
@@ -562,33 +537,16 @@ def _aes():
     raise ImportError(_AES_INSTALL)
 
 
-def _pad(data):
-    count = 32 - len(data) % 32
-    return data + bytes([count]) * count
-
-
-def _unpad(data):
-    count = data[-1]
-    if not 1 <= count <= 32 or data[-count:] != bytes([count]) * count:
-        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error)
-    return data[:-count]
-
-
-def _json_encrypt(body):
-    """``{"encrypt": "…"}`` → 密文。括号和逗号先数过,数字不转换:多大的垃圾都花不了多少时间。"""
-    if body.count(b'{') + body.count(b'[') + body.count(b',') > 64:
-        raise ValueError('too many parts')
-    data = json.loads(body.decode('utf-8'), parse_int=len, parse_float=len,
-                      parse_constant=int)       # NaN、Infinity:ValueError
-    return (data.get('encrypt') or data.get('Encrypt')).encode('ascii')
-
-
 def _cut_encrypt(body):
-    """从信封 (bytes) 里切出密文 (bytes):恰好一对 ``<Encrypt>``,有没有 CDATA 都行;或 JSON。"""
+    """从信封 (bytes) 里切出密文 (bytes):恰好一对 ``<Encrypt>``,有没有 CDATA 都行;或 ``{"encrypt": "…"}``。"""
     begin, end = body.find(b'<Encrypt>'), body.find(b'</Encrypt>')
     try:
         if body.lstrip()[:1] == b'{':
-            return _json_encrypt(body)
+            # 括号和逗号先数过，数字不转换 (NaN、Infinity 不收)：多大的垃圾都花不了多少时间
+            if body.count(b'{') + body.count(b'[') + body.count(b',') > 64:
+                raise ValueError('too many parts')
+            data = json.loads(body.decode('utf-8'), parse_int=len, parse_float=len, parse_constant=int)
+            return (data.get('encrypt') or data.get('Encrypt')).encode('ascii')
         if not 0 <= begin < end or body.count(b'Encrypt>') != 2:
             raise ValueError('not exactly one Encrypt')
         value = body[begin + 9:end].strip()
@@ -602,10 +560,6 @@ def _echostr(value):
     return str(value or '').replace(' ', '+').encode('ascii', 'replace')
 
 
-_PARAMETERS = 'msg_signature', 'timestamp', 'nonce', 'echostr'
-_RELEASED = 1795392000      # 2026-11-23：比这还早的时钟是没有校过的
-
-
 def _parse_query(query):
     """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8;别的不看。"""
     found = {}
@@ -616,12 +570,14 @@ def _parse_query(query):
             name, _, value = part.partition('=')
             if name in found:
                 raise ValueError('%s stands twice in the query' % name)
-            if name in _PARAMETERS:
-                found[name] = value if value.isalnum() else urllib.parse.unquote_plus(
-                    value, errors='strict')         # 字母和数字没有要解码的,多半就是
+            if name in ('msg_signature', 'timestamp', 'nonce', 'echostr'):      # 字母和数字没有要解码的，多半就是
+                found[name] = value if value.isalnum() else urllib.parse.unquote_plus(value, errors='strict')
     except ValueError as e:
         raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, str(e)) from None
     return found
+
+
+_RELEASED = 1795392000      # 2026-11-23：比这还早的时钟是没有校过的
 
 
 class _Freshness:
@@ -641,17 +597,17 @@ class _Freshness:
                               '%d s apart, check NTP' % (timestamp, now, most))
 
 
-def _official(method):
+def _code_and_value(method):
     """官方方法的约定:返回 ``(返回码, 值)``,不抛异常。"""
     @functools.wraps(method)
-    def code_and_value(*args, **kwargs):
+    def answer(*args, **kwargs):
         try:
             return ierror.WXBizMsgCrypt_OK, method(*args, **kwargs)
         except WeChatError as e:
             return e.errcode, None
         except (TypeError, AttributeError):     # None、int:不是它要的 str
             return ierror.WXBizMsgCrypt_ComputeSignature_Error, None
-    return code_and_value
+    return answer
 
 
 class WXBizMsgCrypt:
@@ -665,12 +621,11 @@ class WXBizMsgCrypt:
     def __init__(self, sToken, sEncodingAESKey, sCorpId):
         if not re.fullmatch('[A-Za-z0-9+/]{43}', sEncodingAESKey):
             others = len(re.findall('[^A-Za-z0-9+/]', sEncodingAESKey))
-            raise FormatException(ierror.WXBizMsgCrypt_IllegalAesKey, 'EncodingAESKey must be 43 '
-                                  'characters of A-Z a-z 0-9, got %d%s' % (
-                                      len(sEncodingAESKey) - others, ' and %d others' % others * bool(others)))
+            got = '%d%s' % (len(sEncodingAESKey) - others, ' and %d others' % others * bool(others))
+            raise FormatException(ierror.WXBizMsgCrypt_IllegalAesKey, _ERRORS[ierror.WXBizMsgCrypt_IllegalAesKey][1]
+                                  + ', got ' + got)
         key, aes = binascii.a2b_base64(sEncodingAESKey + '='), _aes()
-        self._token = sToken.encode('utf-8')
-        self._receive_id = sCorpId.encode('utf-8')
+        self._token, self._receive_id = sToken.encode('utf-8'), sCorpId.encode('utf-8')
         # CBC 的 IV 只影响第一块,而第一块正是没有人看的 random(16):所以每个方向一个对象,一条接一条用下去。
         # 新建一个要 6 µs,一来一回两个,是整个编解码的四分之一。
         self._encryptor = aes.new(key, aes.MODE_CBC, key[:16])
@@ -678,8 +633,7 @@ class WXBizMsgCrypt:
         _fresh(self, _lock=threading.Lock)  # 用这两个对象时拿着
 
     def _signature(self, timestamp, nonce, encrypt):
-        parts = sorted([self._token, timestamp.encode(), nonce.encode(), encrypt])
-        return hashlib.sha1(b''.join(parts)).hexdigest()
+        return hashlib.sha1(b''.join(sorted([self._token, timestamp.encode(), nonce.encode(), encrypt]))).hexdigest()
 
     def sign(self, timestamp, nonce, encrypt):
         """密文 (bytes) 的签名,40 个小写十六进制字符 (str)。"""
@@ -709,18 +663,21 @@ class WXBizMsgCrypt:
         except ValueError:
             raise CryptoError(ierror.WXBizMsgCrypt_DecodeBase64_Error) from None
         if len(data) < 32 or len(data) % 16:
-            raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'ciphertext has %d bytes, '
-                              'no multiple of 16: did a proxy cut it?' % len(data))
+            raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error,
+                              'ciphertext has %d bytes, no multiple of 16: did a proxy cut it?' % len(data))
         with self._lock:
-            data = self._decryptor.decrypt(data)
-        data = _unpad(data[16:])
-        end = 4 + struct.unpack('>I', data[:4])[0] if len(data) >= 4 else -1
-        if not 4 <= end <= len(data):
+            data = self._decryptor.decrypt(data)[16:]
+        padding = data[-1]
+        if not 1 <= padding <= 32 or data[-padding:] != bytes([padding]) * padding:
+            raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error)
+        data = data[:-padding]
+        end = 4 + int.from_bytes(data[:4], 'big')
+        if end > len(data):
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer)
         if not hmac.compare_digest(data[end:], self._receive_id):
             theirs, ours = (_mask(i.decode('utf-8', 'replace')) for i in (data[end:], self._receive_id))
-            raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error, 'receive id differs: '
-                              'got %s, corpid here is %s' % (_show(theirs), ours))
+            raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error,
+                              'receive id differs: got %s, corpid here is %s' % (_show(theirs), ours))
         try:
             return data[4:end].decode('utf-8')
         except UnicodeDecodeError:
@@ -733,9 +690,9 @@ class WXBizMsgCrypt:
         except (UnicodeEncodeError, TypeError):
             raise CryptoError(ierror.WXBizMsgCrypt_EncryptAES_Error) from None
         data = os.urandom(16) + struct.pack('>I', len(data)) + data + self._receive_id
-        data = _pad(data)
+        padding = 32 - len(data) % 32
         with self._lock:
-            data = self._encryptor.encrypt(data)
+            data = self._encryptor.encrypt(data + bytes([padding]) * padding)
         return binascii.b2a_base64(data, newline=False)
 
     def verify_url(self, msg_signature, timestamp, nonce, echostr):
@@ -755,22 +712,21 @@ class WXBizMsgCrypt:
         timestamp = str(timestamp or int(time.time()))
         encrypt = self.seal(message)
         # 密文是 base64,签名是十六进制,timestamp 由 sign 验过是十位数字:不用转义
-        return ('<xml><Encrypt><![CDATA[%s]]></Encrypt><MsgSignature><![CDATA[%s]]></MsgSignature>'
-                '<TimeStamp>%s</TimeStamp>%s</xml>' % (
-                    encrypt.decode(), self.sign(timestamp, nonce, encrypt), timestamp,
-                    _write_element('Nonce', nonce, 1)))
+        return ('<xml><Encrypt><![CDATA[%s]]></Encrypt><MsgSignature><![CDATA[%s]]></MsgSignature><TimeStamp>%s'
+                '</TimeStamp>%s</xml>' % (encrypt.decode(), self.sign(timestamp, nonce, encrypt), timestamp,
+                                          _write_element('Nonce', nonce, 1)))
 
-    @_official
+    @_code_and_value
     def VerifyURL(self, sMsgSignature, sTimeStamp, sNonce, sEchoStr):
         """`verify_url` 的官方形式:``(0, 明文)`` 或 ``(返回码, None)``。"""
         return self.verify_url(sMsgSignature, sTimeStamp, sNonce, sEchoStr)
 
-    @_official
+    @_code_and_value
     def DecryptMsg(self, sPostData, sMsgSignature, sTimeStamp, sNonce):
         """`decrypt_message` 的官方形式:``(0, 明文)`` 或 ``(返回码, None)``。"""
         return self.decrypt_message(sPostData, sMsgSignature, sTimeStamp, sNonce)
 
-    @_official
+    @_code_and_value
     def EncryptMsg(self, sReplyMsg, sNonce, timestamp=None):
         """`encrypt_message` 的官方形式:``(0, 信封)`` 或 ``(返回码, None)``。"""
         return self.encrypt_message(sReplyMsg, sNonce, timestamp)
@@ -1064,19 +1020,7 @@ def _within(threads, seconds, job):
 # 认领 (claim)：「这条消息我在处理」。持有它的进程死了，别人才能接手：`FileStore` 靠进程一直锁着的一个
 # 文件，进程停住、算得再久也不松开，死了立刻松开；别的存储靠租期 (lease)，活着的进程一直续 (hold)。
 
-class _Store:
-    """认领的一般做法：值是 ``-`` 的一条记录，``lease`` 秒到期。"""
-
-    def claim(self, name, lease):
-        """认领 ``name``；已经有记录返回 None。"""
-        return self.set(name, b'-', ex=int(-(-lease // 1)), nx=True)
-
-    def hold(self, name, lease):
-        """认领还算数：续租。"""
-        self.set(name, b'-', ex=int(-(-lease // 1)))
-
-
-class MemoryStore(_Store):
+class MemoryStore:
     """进程内的存储,按条数和字节数封顶,最旧的先出去。任何线程都可以用。"""
 
     #: 最多多少条;名字和值一共最多多少字节。
@@ -1126,9 +1070,15 @@ class MemoryStore(_Store):
         """删掉 ``name``;返回删了几条 (int)。"""
         with self._lock:
             page = self._page_of(name)
-            if page:
-                del page[name]
-            return int(page is not None)
+            return 1 if page and page.pop(name) else 0
+
+    def claim(self, name, lease):
+        """认领 ``name``：值是 ``-`` 的一条记录，``lease`` 秒到期；已经有记录返回 None。"""
+        return self.set(name, b'-', ex=int(-(-lease // 1)), nx=True)
+
+    def hold(self, name, lease):
+        """认领还算数：续租。"""
+        self.set(name, b'-', ex=int(-(-lease // 1)))
 
 
 def _cache_folders():
@@ -1148,22 +1098,22 @@ _REMOTE = re.compile('nfs|cifs|smb|9p|fuse|afs|ceph|gluster|lustre|coda|davfs')
 
 def _on_remote(folder):
     """``folder`` 是不是在网络盘上；看不出来当作不是。"""
-    found = '', ''
+    longest = kind = ''
     with contextlib.suppress(OSError, ValueError), open('/proc/self/mounts', encoding='utf-8', errors='replace') as f:
         for line in f:
-            where, kind = line.split()[1:3]
+            where, this = line.split()[1:3]
             where = where.replace('\\040', ' ').rstrip('/') + '/'
-            if folder.startswith(where) and len(where) >= len(found[0]):
-                found = where, kind
-    return bool(_REMOTE.match(found[1]))
+            if (folder + '/').startswith(where) and len(where) >= len(longest):
+                longest, kind = where, this
+    return bool(_REMOTE.match(kind))
 
 
 def _lock_file(path, flags=0):
     """打开并且锁住文件 → 描述符；别的进程锁着是 None；锁不了（没有 fcntl、网络盘）抛 `OSError`、`ImportError`。"""
     import fcntl
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:                # 没有 flags 是看一眼：共享锁，几个进程同时看，谁也不把别人的这一眼当作主人
+        fcntl.lockf(fd, (fcntl.LOCK_EX if flags else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         return fd
     except OSError as e:
         os.close(fd)
@@ -1172,7 +1122,7 @@ def _lock_file(path, flags=0):
         return None
 
 
-class FileStore(_Store):
+class FileStore:
     """磁盘上的存储，这台机器的各个进程共用：目录 0700，文件 0600，一条一个文件，写是原子的。
 
     ``folder`` 默认是 ``$XDG_CACHE_HOME/easywechat``、``~/.cache/easywechat`` 或 ``<tmp>/easywechat-<uid>``。
@@ -1184,7 +1134,6 @@ class FileStore(_Store):
     # 关掉这个文件的任何一个描述符都会松开它：所以本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
 
     _now = staticmethod(time.time)
-    _owners = {}                        # 目录 → 这个进程的主人文件 (进程号, 描述符, 名字)
 
     def __init__(self, folder=None):
         self._folders = [folder] if folder else None
@@ -1210,49 +1159,47 @@ class FileStore(_Store):
     def _path(self, name, form='%s'):
         """``name`` 的文件。"""
         _check_fork()
-        self._folder = self._folder or self._choose()
-        return os.path.join(self._folder, form % hashlib.sha1(name.encode('utf-8')).hexdigest())
+        self._folder = folder = self._folder or self._choose()
+        return os.path.join(folder, form % hashlib.sha1(name.encode('utf-8')).hexdigest())
 
     def _again(self, job, *args):
         """``job(*args)``；目录没了就重新建，再来一次。"""
         try:
             return job(*args)
         except FileNotFoundError:
-            self._folder = None
+            self._folder = self._choose()
             return job(*args)
 
     def _owner(self):
         """这个进程在这个目录里的主人文件的名字；锁不了（没有 fcntl、网络盘）是 None。"""
         folder = self._folder
         with self._locks.setdefault(folder, threading.Lock()):
-            pid, fd, name = self._owners.get(folder, (None, None, None))
-            with contextlib.suppress(OSError):      # 被人删了
-                if pid == os.getpid() and (name is None or os.path.samestat(
-                        os.fstat(fd), os.stat(os.path.join(folder, name)))):
+            fd, name = self._owners.get(folder, (-1, ''))
+            with contextlib.suppress(OSError):      # 被人删了。不关它：描述符要是也被人关了，号已经是别的文件的
+                if name is None or os.path.samestat(os.stat(os.path.join(folder, name)), os.fstat(fd)):
                     return name
-            name = 'owner-%d-%s' % (os.getpid(), binascii.hexlify(os.urandom(8)).decode())
+            fd, name = None, 'owner-%d-%s' % (os.getpid(), binascii.hexlify(os.urandom(8)).decode())
             try:
-                fd = None if _on_remote(folder) else _lock_file(os.path.join(folder, name), os.O_CREAT | os.O_EXCL)
+                if not _on_remote(folder):
+                    fd = _lock_file(os.path.join(folder, name), os.O_CREAT | os.O_EXCL)
             except FileNotFoundError:
                 raise
             except (ImportError, OSError) as e:     # ENOLCK
                 logger.info('no locks in %s: %s', folder, e)
-                fd = None
             name = name if fd is not None else None
-            self._owners[folder] = os.getpid(), fd, name
+            self._owners[folder] = fd, name
             return name
 
     def _alive(self, owner):
         """锁着主人文件 ``owner`` 的进程还在不在。"""
-        if any((pid, name) == (os.getpid(), owner) for pid, _, name in self._owners.values()):
+        if any(name == owner for _, name in list(self._owners.values())):
             return True
-        try:
+        with contextlib.suppress(ImportError, OSError):
             fd = _lock_file(os.path.join(self._folder, owner))
-        except (ImportError, OSError):
-            return False
-        if fd is not None:
+            if fd is None:
+                return True
             os.close(fd)
-        return fd is None
+        return False
 
     def _read(self, path):
         """文件里的值 (bytes);没有、过期、不可信是 None。"""
@@ -1278,14 +1225,15 @@ class FileStore(_Store):
         # 时钟往回跳过的,也当作过期:不知道真正过了多久
         return value if written - 60000 <= self._now() * 1000 < ends else None
 
-    def _write(self, path, value, ex, owner=None):
+    def _write(self, path, value, ex, claim):
         now = int(self._now() * 1000)
         ends = now + int(min(ex, 10 ** 9) * 1000) if ex else 10 ** 14
-        temporary = '%s.%d.%d.tmp' % (path, os.getpid(), threading.get_ident())
+        head = '%s %d %d\n' % (claim and self._owner() or now, ends, len(value))
+        temporary = '%s.%d.%d.tmp' % (path, os.getpid(), int.from_bytes(os.urandom(8), 'big'))
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
-                f.write(('%s %d %d\n' % (owner or now, ends, len(value))).encode('ascii') + value)
-                if not owner:               # 断了电，认领就没有用了
+                f.write(head.encode('ascii') + value)
+                if not claim:               # 断了电，认领就没有用了
                     f.flush()
                     os.fsync(f.fileno())
             os.replace(temporary, path)
@@ -1295,19 +1243,20 @@ class FileStore(_Store):
             raise
 
     def _sweep(self):
-        """每分钟至多一次:删掉过期的,和死了的进程留下的。"""
+        """每分钟至多一次：删掉过期的，和死了的进程留下的。"""
         now = self._now()
         if abs(now - self._swept) < 60:
             return
         self._swept = now
         for entry in os.listdir(self._folder):
             path = os.path.join(self._folder, entry)
+            ours = re.fullmatch(r'(owner-[0-9]+-[0-9a-f]+)|[0-9a-f]{40}(\.[0-9]+\.[0-9]+\.tmp)?', entry)
             with contextlib.suppress(OSError):
-                ours = re.fullmatch(r'[0-9a-f]{40}(\.[0-9]+\.[0-9]+\.tmp)?|owner-[0-9]+-[0-9a-f]+', entry)
-                if not ours or abs(now - os.stat(path).st_mtime) < 60:
-                    continue
-                if not self._alive(entry) if entry[0] == 'o' else ours.group(1) or self._read(path) is None:
-                    os.unlink(path)
+                if ours and abs(now - os.stat(path).st_mtime) >= 60:
+                    owner, temporary = ours.groups()
+                    good = self._alive(owner) if owner else self._read(path) is not None
+                    if temporary or not good:
+                        os.unlink(path)
 
     @contextlib.contextmanager
     def lock(self, name, within=20, kind='lock'):
@@ -1324,19 +1273,21 @@ class FileStore(_Store):
             return
         try:
             while not mine and time.monotonic() <= deadline:
-                try:
-                    fd = self._again(lambda: _lock_file(self._path(name, kind + '-%.1s'), os.O_CREAT))
-                    mine = fd is not None or time.sleep(0.01)
+                try:                        # 只锁 mutex 管着的那个文件，不重新算
+                    fd = self._again(_lock_file, path, os.O_CREAT)
+                    mine = fd is not None
                 except (ImportError, OSError):      # 锁不了文件：只管本进程
                     mine = True
-            yield bool(mine)
+                if not mine:
+                    time.sleep(0.01)
+            yield mine
         finally:
             if fd is not None:
                 os.close(fd)
             mutex.release()
 
     def get(self, name):
-        """``name`` (str) 的值 (bytes);没有或到期了是 None。"""
+        """``name`` (str) 的值 (bytes)；没有或到期了是 None。"""
         return self._read(self._path(name))
 
     def _set(self, name, value, ex, nx, claim=False):
@@ -1345,7 +1296,7 @@ class FileStore(_Store):
         with self.lock(name, 1) if nx else contextlib.ExitStack() as mine:
             if nx and (not mine or self._read(path) is not None):
                 return None
-            self._write(path, value, ex, claim and self._owner())
+            self._write(path, value, ex, claim)
             return True
 
     def set(self, name, value, ex=None, nx=False):
@@ -1353,7 +1304,7 @@ class FileStore(_Store):
         return self._again(self._set, name, value, ex, nx)
 
     def delete(self, name):
-        """删掉 ``name``;返回删了几条 (int)。"""
+        """删掉 ``name``；返回删了几条 (int)。"""
         path = self._path(name)
         found = self._read(path) is not None
         with contextlib.suppress(FileNotFoundError):
@@ -1365,56 +1316,56 @@ class FileStore(_Store):
         return self._again(self._set, name, b'-', lease, True, True)
 
     def hold(self, name, lease):
-        """认领还算数：锁不了文件时续租；目录被人删过，再写一次。"""
-        if self._read(self._path(name)) is None or not self._owner():
+        """认领还算数：锁不了文件时续租；目录、主人文件被人删过，再写一次。"""
+        path = self._path(name)
+        if not self._again(self._owner) or self._read(path) is None:
             self._again(self._set, name, b'-', lease, False, True)
 
 
-_fresh(FileStore, _locks=dict)          # 锁文件、目录 → 本进程的锁
+_fresh(FileStore, _locks=dict, _owners=dict)    # 锁文件、目录 → 本进程的锁；目录 → 主人文件的 (描述符, 名字)
 
 
-class _Steady(_Store):
+class _Steady:
     """别人的、会慢会坏的存储，例如 `redis.Redis`、`FileStore`：在别的线程上问，最多等 ``limits.store_within`` 秒。
 
-    坏了就用内存，说一次；过几秒让一个人去试，好了再用。
+    坏了就用内存，说一次；过几秒让一个人去试，好了再用。没有 claim、hold 的，照 `MemoryStore` 的做法。
     """
 
     #: 坏了以后多少秒再试。
     retry_after = 5
 
-    _threads = _Threads(16)
-
     def __init__(self, store, limits):
         self.store, self._limits = store, limits
         self._memory = MemoryStore()    # 坏了的时候记下的，好了以后也还算数
         self._until = 0                 # 坏了：到这时再试；0 是好的
+        self._threads = _Threads(16)
         _fresh(self, _lock=threading.Lock)
 
     def _try(self, job):
         """→ (成没成, ``job(存储)`` 的结果)。坏了以后，到时候只有一个人去试。"""
         with self._lock:
-            if self._until > time.monotonic():
+            probe = self._until
+            if probe > time.monotonic():
                 return False, None
-            self._until = self._until and time.monotonic() + self.retry_after
+            self._until = probe and time.monotonic() + self.retry_after
         try:
             result = _within(self._threads, self._limits.store_within, lambda: job(self.store))
         except Exception as e:          # 别人的代码，什么都可能抛
-            if not self._until:
+            with self._lock:
+                first, self._until = not self._until, time.monotonic() + self.retry_after
+            if first:
                 logger.error('the store failed, going on in memory: %s: %s', type(e).__name__, _show(_redact(str(e))))
-            self._until = time.monotonic() + self.retry_after
             return False, None
-        if self._until:
+        if probe:                       # 坏以前就去问了的，不算
             self._until = 0
             logger.warning('the store works again')
         return True, result
 
     def get(self, name):
-        """同 `MemoryStore.get`。"""
         value = self._memory.get(name) or self._try(lambda store: store.get(name))[1]
         return value.encode('utf-8') if isinstance(value, str) else value
 
     def set(self, name, value, ex=None, nx=False):
-        """同 `MemoryStore.set`。"""
         if nx and self._memory.get(name):
             return None
         done, result = self._try(lambda store: store.set(name, value, ex=ex and int(-(-ex // 1)), nx=nx))
@@ -1424,19 +1375,16 @@ class _Steady(_Store):
         return result
 
     def delete(self, name):
-        """同 `MemoryStore.delete`。"""
         return self._memory.delete(name) + (self._try(lambda store: store.delete(name))[1] or 0)
 
     def claim(self, name, lease):
-        """同 `FileStore.claim`。"""
         if self._memory.get(name):
             return None
-        done, result = self._try(lambda store: getattr(type(store), 'claim', _Store.claim)(store, name, lease))
+        done, result = self._try(lambda store: getattr(type(store), 'claim', MemoryStore.claim)(store, name, lease))
         return result if done else self._memory.claim(name, lease)
 
     def hold(self, name, lease):
-        """同 `FileStore.hold`。"""
-        if not self._try(lambda store: getattr(type(store), 'hold', _Store.hold)(store, name, lease))[0]:
+        if not self._try(lambda store: getattr(type(store), 'hold', MemoryStore.hold)(store, name, lease))[0]:
             self._memory.hold(name, lease)
 
 
@@ -1457,8 +1405,7 @@ _REPLIES = {
     'update_template_card': ('TemplateCard', 'template_card'), 'update_taskcard': ('TaskCard', 'taskcard'),
 }
 #: 官方 JSON 里，被动回复也有的字段；还有别的，就只能主动发送。
-_PASSIVE_NAMES = {'text': {'content'}, 'image': {'media_id'}, 'voice': {'media_id'},
-                  'video': {'media_id', 'title', 'description'}, 'news': {'articles'}}
+_PASSIVE_NAMES = {'content', 'media_id', 'title', 'description', 'articles'}
 #: 这些类型的正文最多多少字节;更长的分成几条。群机器人的 markdown 可以长一倍。
 _TEXT_LIMITS = {'text': 2048, 'markdown': 2048}
 _ROBOT_LIMITS = {'text': 2048, 'markdown': 4096, 'markdown_v2': 4096}
@@ -1586,7 +1533,7 @@ def _passive(message, user, corp, now):
     """→ 被动回复的 XML (bytes)；没有这样的被动回复是 None。"""
     kind, body = message['msgtype'], message.body()
     if kind not in _REPLIES or kind in _MEDIA and message.file() or message.own and (
-            len(message) > 2 or not isinstance(body, dict) or set(body) - _PASSIVE_NAMES.get(kind, set())):
+            len(message) > 2 or not isinstance(body, dict) or set(body) - _PASSIVE_NAMES):
         return None
     reply = {'ToUserName': user, 'FromUserName': corp, 'CreateTime': int(now), 'MsgType': kind}
     if kind == 'text':
@@ -1612,15 +1559,13 @@ def _message_of(item, default):
         return item
     if not isinstance(item, dict):
         raise TypeError('expected str, dict, Path or a list of these, got %s' % type(item).__name__)
-    if 'msgtype' not in item:
-        message = _from_reply(item, default)
-        if message['msgtype'] != 'text':
-            _passive(message, '', '', 0)
-        return message
-    message = _Message(item)
-    message.own = True
-    _need(isinstance(message['msgtype'], str), 'msgtype must be a str')
-    json.dumps(message, allow_nan=False, default=_foreign)
+    message = _Message(item) if 'msgtype' in item else _from_reply(item, default)
+    if 'msgtype' in item:
+        message.own = True
+        _need(isinstance(item['msgtype'], str), 'msgtype must be a str')
+        json.dumps(item, allow_nan=False, default=_foreign)
+    if message['msgtype'] != 'text':
+        _passive(message, '', '', 0)
     return message
 
 
@@ -1643,8 +1588,6 @@ def _official(item, default='text', limits=_TEXT_LIMITS):
         return [message]
     return [message.with_body(content=part) for part in _split_text(content, limits[kind])]
 
-
-# 收到的消息
 
 class _JsonMessage(dict):
     """用 JSON 写的消息（path/92052）：没有被动回复。"""
@@ -2155,8 +2098,6 @@ def _joined(who):
 
 #: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
 _CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
-
-
 #: 去要 token 的线程。
 _TOKENS = _Threads(16)
 
@@ -2217,7 +2158,7 @@ class WeChatClient(_Caller):
         token, seconds = answer.get('access_token'), answer.get('expires_in')
         if not isinstance(token, str) or not re.fullmatch('[!-~]{1,512}', token):
             raise NetworkError(502, 'an answer without access_token', 'gettoken', '看 api_base 写对没有')
-        seconds = min(seconds, 7200) if isinstance(seconds, int) and seconds > 0 else 7200
+        seconds = min(seconds, 7200) if type(seconds) is int and seconds > 0 else 7200
         self.store.set(self._token_name, token.encode('ascii'), ex=max(seconds - self.token_margin, seconds // 2, 1))
         return token
 
@@ -2235,13 +2176,11 @@ class WeChatClient(_Caller):
                 if flight is None or flight.done():
                     flight = _Promise(_TOKENS, functools.partial(self._fetch_token, stale), 0)
                     self._flights = {stale: flight}
-            failure = None
             try:
                 token = flight.result(max(within, self.retry_within))
             except (socket.timeout, RuntimeError) as e:
-                failure = NetworkError(503, 'no access_token (%s)' % e, 'gettoken', '看网络通不通、api_base 写对没有')
-            if failure:
-                raise failure
+                raise NetworkError(503, 'no access_token (%s)' % e, 'gettoken',
+                                   '看网络通不通、api_base 写对没有') from None
         if token not in _tokens:
             _tokens.append(token)
         return token
@@ -2444,20 +2383,15 @@ class WeChatRobot(_Caller):
 #: wecom 文档里的消息类型和事件,用来提醒写错的名字;新的类型照样可以登记。
 _TYPES = frozenset('text image voice video shortvideo location link file event *'.split())
 _EVENTS = frozenset(
-    'subscribe unsubscribe enter_agent LOCATION batch_job_result change_contact click view '
-    'view_miniprogram scancode_push scancode_waitmsg pic_sysphoto pic_photo_or_album pic_weixin '
-    'location_select template_card_event template_card_menu_event taskcard_click '
-    'open_approval_change sys_approval_change share_agent_change share_chain_change '
-    'inactive_alert low_active_alert close_inactive_agent reopen_inactive_agent low_active '
-    'active_restored upload_media_job_finish kf_msg_or_event kf_account_auth_change '
-    'change_external_contact change_external_chat change_external_tag change_chain security '
-    'living_status_change msgaudit_notify unlicensed_notify delete_calendar modify_calendar '
-    'modify_schedule delete_schedule respond_schedule doc_change smart_sheet_change '
-    'meeting_change meeting_statistics app_email_change public_email_change '
-    'customer_acquisition'.split())
-_TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
-
-
+    'subscribe unsubscribe enter_agent LOCATION batch_job_result change_contact click view view_miniprogram '
+    'scancode_push scancode_waitmsg pic_sysphoto pic_photo_or_album pic_weixin location_select '
+    'template_card_event template_card_menu_event taskcard_click open_approval_change sys_approval_change '
+    'share_agent_change share_chain_change inactive_alert low_active_alert close_inactive_agent '
+    'reopen_inactive_agent low_active active_restored upload_media_job_finish kf_msg_or_event '
+    'kf_account_auth_change change_external_contact change_external_chat change_external_tag change_chain '
+    'security living_status_change msgaudit_notify unlicensed_notify delete_calendar modify_calendar '
+    'modify_schedule delete_schedule respond_schedule doc_change smart_sheet_change meeting_change '
+    'meeting_statistics app_email_change public_email_change customer_acquisition'.split())
 _TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
 
 
@@ -2655,14 +2589,13 @@ class Once:
             if full:                    # 也许有排队的
                 self.look()
 
-    # 记录
-
     def _write(self, run, wait=True):
         """它在存储里的记录：没有跑完的是认领，跑完的是答复，没能跑的不留。"""
         if run.record.acquire(wait):    # 上一次还没写完，续就不必了
             try:
                 if run.reply is not None:
                     self._limits.store.set(run.key, b'+' + run.reply, ex=max(2 * self._limits.max_skew, 600))
+                    run.leased = None
                 elif run.stage == _ENDED:
                     self._limits.store.delete(run.key)
                 else:
@@ -2726,8 +2659,6 @@ class Once:
     def _look_at(self, run, now):
         """一次运行，时候到了的做一做；→ 以后的几个时候。"""
         limits = self._limits
-        if run.leased and now >= run.leased + limits.lease / 3 and self._errands.submit(0, self._write, run, False):
-            run.leased = now
         if run.due:
             self._look_at_waiting(run, now)
         else:
@@ -2735,11 +2666,14 @@ class Once:
         begin = next((begin for begin, _ in run.deliveries[:1]), None)
         slow, third = (run.begin + limits.answer_within * n for n in (1 / 3, _THREE))
         up = (begin or now) + limits.answer_within
-        if run.reply is not None and run.stage >= _PUSHING:
-            self._errands.submit(0, self._finish, run)
-        elif run.reply is None and _WAITING < run.stage < _ENDED and now >= slow:
+        if run.reply is None and _WAITING < run.stage < _ENDED and now >= slow:
             last = now >= third or run.count >= self.deliveries and now >= run.newest + limits.answer_within
             self._replies.late(run, begin is not None and now >= up, last)
+        if run.reply is not None and run.stage >= _PUSHING:
+            self._errands.submit(0, self._finish, run)
+        elif run.leased and (run.reply is not None or now >= run.leased + limits.lease / 3):
+            run.leased = now
+            self._errands.submit(0, self._write, run, False)
         return ((run.leased or now) + limits.lease / 3, run.due or 0, slow, up, third,
                 (begin or now) + limits.hold_within)
 
@@ -2760,17 +2694,10 @@ class Once:
             if not self._errands.submit(0, self._claim, run, self.spawn):
                 run.due = now + self._limits.lease / 60
 
-    def wait(self, deadline):
-        """等没有完的消息，至多到 ``deadline`` (monotonic 秒)。"""
-        while self._runs and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self._errands.wait(deadline)
-
 
 # ---- 答复 Replies -----------------------------------------------------------------------------
-# 回调给的东西怎样到用户那里：只有一条，就是被动回复；不止一条，或太晚了，就主动发送，先发再答：发不出去的，
-# 第一条还可以做被动回复。不能主动发送的应用，几条文本合成一条被动回复。能不能主动发送是在后台问好的，谁也不等它；
-# 到时候还不知道，就当作不能。
+# 回调给的东西怎样到用户那里：只有一条，就是被动回复；不止一条，或太晚了，就主动发送，先发再答：发不出去，第一条还能做
+# 被动回复。不能主动发送的应用，几条文本合成一条被动回复。能不能主动发送在后台问，谁也不等；到时候还不知道，就当作不能。
 
 class _Parcel:
     """一次运行给出的东西，和给谁。"""
@@ -2858,12 +2785,6 @@ class _Outbox:
             return [parcel for queue in self._queues.values() for parcel in queue
                     if parcel.run.stage < _PUSHING or parcel.held or parcel.items]
 
-    def wait(self, deadline):
-        """等都送完，至多到 ``deadline`` (monotonic 秒)。"""
-        while self._queues and time.monotonic() < deadline:
-            time.sleep(0.02)
-
-
 class Replies:
     """`Once` 的 replies，一个应用的。``owner`` 是它的 `Dispatcher`。"""
 
@@ -2874,7 +2795,7 @@ class Replies:
         self._owner, self._callbacks = owner, callbacks
         self._errands = _Threads(4)     # 问能不能主动发送
         self._outbox = _Outbox(self._push)
-        self.look, self.left, self.wait = self._outbox.look, self._outbox.left, self._outbox.wait
+        self.look, self.left = self._outbox.look, self._outbox.left
         # _asking：正在问能不能主动发送；_ask_at：这时以前不再问
         _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int)
 
@@ -2888,7 +2809,7 @@ class Replies:
         parcel = run.parcel
         func, args = self._callbacks.find(run.message)
         try:
-            result = func(run.message, *args) if func else None
+            result = func(run.message, *args) if func else logger.debug('no callback for %s', _show(parcel.kind))
             for item in (result,) if isinstance(result, (str, dict)) else _flat(result):
                 if not self._take(parcel, func, item):
                     break
@@ -2900,8 +2821,9 @@ class Replies:
 
     def late(self, run, up, last):
         """回调慢了：先问好能不能主动发送。``up``：该答在等的投递了；``last``：不会再有投递了。"""
-        if up:
-            self._settle(run.parcel, True, last)
+        parcel = run.parcel
+        if up and parcel:
+            self._settle(parcel, True, last)
         else:
             self._can_send()
 
@@ -2933,8 +2855,6 @@ class Replies:
             for parcel in self.left():
                 self._settle(parcel)
             self._owner._once.look()
-
-    # 收下
 
     def _failed(self, parcel, func, error):
         logger.error('callback %s failed on %s from %s%s', getattr(func, '__qualname__', repr(func)),
@@ -3033,8 +2953,14 @@ class Replies:
     def _push(self, parcel, message):
         """发给那个用户。还在等的投递，发到了得到空的；肯定没有发到，就还来得及做被动回复。"""
         error = reply = None
+        client, kind = self._owner.client, message['msgtype']
         try:
-            self._send(parcel, message)
+            if message.own or kind not in ('update_button', 'update_template_card'):
+                client.send(message, to=parcel.user)
+            else:
+                client.call('message/update_template_card', {
+                    'userids': [parcel.user], 'response_code': parcel.code, _REPLIES[kind][1]: message.body(),
+                    'agentid': int(self._owner.settings['agentid'])})
         except Exception as e:          # 别人的代码、别人的网络；别的还要接着发
             error = e
             if isinstance(e, APIError) and not getattr(e, 'maybe_sent', False):
@@ -3045,23 +2971,11 @@ class Replies:
             logger.error('not %s to %s, the answer to message %s: %s', 'pushed, but replied,' if replied else
                          'delivered', _show(parcel.user), _show(parcel.id), _show(_redact(str(error)), 400))
 
-    def _send(self, parcel, message):
-        client, kind = self._owner.client, message['msgtype']
-        if kind not in ('update_button', 'update_template_card') or message.own:
-            client.send(message, to=parcel.user)
-        else:
-            client.call('message/update_template_card', {
-                'userids': [parcel.user], 'response_code': parcel.code, _REPLIES[kind][1]: message.body(),
-                'agentid': int(self._owner.settings['agentid'])})
-
 
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
-# 字节进来，完整的回答 (status, headers, body) 出去；这里没有套接字。分两步：打开一个请求 (open_request)，不碰
-# 存储、不跑回调；投递它的消息 (deliver)，回答到时候交出去。
+# 字节进来，完整的回答 (status, headers, body) 出去；这里没有套接字。分两步：打开一个请求 (open_request)，不碰存储、
+# 不跑回调；投递它的消息 (deliver)，回答到时候交出去。
 # 打开的顺序：限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML 或 JSON。
-
-_LENGTH = re.compile('[0-9]{1,9}')
-
 
 def _body_length(fields, limit):
     """POST 的正文长度 (int);``fields`` 是小写名字的头部。规则见 RFC 9112 §6,从严。"""
@@ -3070,7 +2984,7 @@ def _body_length(fields, limit):
         raise WeChatError(400 if length is not None else 411)
     if 'content-encoding' in fields:
         raise WeChatError(400, 'Content-Encoding is not supported')
-    if not _LENGTH.fullmatch(length):
+    if not re.fullmatch('[0-9]{1,9}', length):
         raise WeChatError(400, 'malformed Content-Length')
     if int(length) > limit:
         raise WeChatError(413, 'body of %s bytes, max_body is %d' % (length, limit))
@@ -3162,13 +3076,11 @@ class Dispatcher:
 
     def finish(self, deadline):
         """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
-        self._once.wait(deadline)
-        self._replies.wait(deadline)
+        while (self._once._runs or self._replies.left()) and time.monotonic() < deadline:
+            time.sleep(0.02)
         for parcel in self._replies.left():
             logger.warning('stopped before the answer to message %s of %s was delivered',
                            _show(parcel.id), _show(parcel.user))
-
-    # 打开
 
     def _open(self, query, encrypt):
         """验签、看时间、解密 → 明文 (str)。"""
@@ -3198,8 +3110,7 @@ class Dispatcher:
         if reply is None:
             return self.refuse(WeChatError(503), client)
         if reply:       # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
-            reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp'])
-            reply = reply.encode('utf-8')
+            reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
         return _answer(200, 'xml', reply)
 
     def refuse(self, error, client=''):
@@ -3239,9 +3150,7 @@ class Dispatcher:
     def respond(self, method, target, body, client, send, spawn=None):
         """一个请求，打开并投递 → 恰好一次 ``send(status, headers, body)``，不抛异常。参数同 `handle` 和 `deliver`。"""
         msg, answer = self.open_request(method, target, body, client)
-        if msg is None:
-            return send(*answer)
-        return self.deliver(msg, answer, send, spawn)
+        return send(*answer) if msg is None else self.deliver(msg, answer, send, spawn)
 
     def handle(self, method, target, body=b'', client=''):
         """一个请求 → ``(status, headers, body)``,不抛异常。任何线程都可以用。
@@ -3312,26 +3221,21 @@ def _parse_head(head):
     for line in lines:
         name, _, value = line.partition(':')
         name = name.lower()
+        if name in fields:
+            raise WeChatError(400, '%s stands twice in the head' % name)
         if name in _READ:
-            if name in fields:
-                raise WeChatError(400, '%s stands twice in the head' % name)
             fields[name] = value.strip(' \t')
     return match.group(1).decode(), match.group(2).decode(), fields
 
 
-class _Gone(Exception):
-    """对方走了,或在时限内没有说完:关闭,什么也不答。"""
-
-
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """一个连接。`BaseHTTPRequestHandler` 逐行读、分几次写;这里都在套接字上做。"""
+    """一个连接。`BaseHTTPRequestHandler` 逐行读、分几次写；这里都在套接字上做。"""
 
     def setup(self):
-        self._rest = b''            # 读进来、还没用掉的
-        self.request.setblocking(False)     # 先读、先写,不行再等:多半不必等,省去两次 poll
+        self.request.setblocking(False)     # 先读、先写，不行再等：多半不必等，省去两次 poll
 
     def finish(self):
-        """基类在这里收拾 rfile 和 wfile;这里没有。"""
+        """基类在这里收拾 rfile 和 wfile；这里没有。"""
 
     def handle(self):
         """读一个请求。读完以后，套接字就归回答的人：回调慢，是别的线程来答、来关。"""
@@ -3340,7 +3244,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             method, target, body = self._read_request(app)
         except WeChatError as e:
             self._send(*app.refuse(e, client), linger=True)
-        except (_Gone, OSError) as e:
+        except OSError as e:            # 走了，或在时限内没有说完：什么也不答
             logger.debug('%s is gone: %s', client, _show(e))
             server.hang_up(self.request)
         else:
@@ -3348,10 +3252,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             app.respond(method, target, body, client, self._send)
 
     def _more(self, deadline, size=1 << 12):
-        """再读一些,至多到 ``deadline`` (monotonic 秒);``size`` 大了,malloc 的碎片就多。"""
+        """再读一些，至多到 ``deadline`` (monotonic 秒)；等不到、断了抛 `OSError`。``size`` 大了，malloc 的碎片就多。"""
         left = deadline - time.monotonic()
         if left <= 0:
-            raise _Gone('out of time')
+            raise socket.timeout('out of time')
         try:
             data = self.request.recv(size)
         except BlockingIOError:
@@ -3359,19 +3263,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             try:
                 data = self.request.recv(size)
             except socket.timeout:
-                raise _Gone('out of time') from None
+                raise socket.timeout('out of time') from None
             self.request.setblocking(False)
         if not data:
-            raise _Gone('closed early')
+            raise ConnectionError('closed early')
         return data
 
     def _read_head(self, deadline):
-        """读到空行为止,返回空行以前的 bytes;多读的留在 ``_rest``。"""
+        """读到空行为止 → (空行以前的，多读的)，都是 bytes。"""
         server, data = self.server.dispatcher, b''
         while True:
             data += self._more(deadline)
-            end = data.find(b'\r\n\r\n')
-            line = data.find(b'\r\n')
+            line, end = data.find(b'\r\n'), data.find(b'\r\n\r\n')
             if not _HEAD_START.match(data):
                 hint = ': TLS on a plain port? let a reverse proxy do TLS' * (data[0] == 22)
                 raise WeChatError(400, _ERRORS[400][1] + hint)
@@ -3380,27 +3283,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if end > server.max_head or (end < 0 and len(data) > server.max_head):
                 raise WeChatError(431)
             if end >= 0:
-                self._rest = data[end + 4:]
-                return data[:end + 2]
+                return data[:end + 2], data[end + 4:]
 
     def _read_request(self, app):
         """``(方法, 目标, 正文)``。"""
         begin = time.monotonic()
-        method, target, fields = _parse_head(self._read_head(begin + app.head_within))
+        head, rest = self._read_head(begin + app.head_within)
+        method, target, fields = _parse_head(head)
         if method != 'POST':
             return method, target, b''
         length = _body_length(fields, app.max_body)
-        parts, missing = [self._rest[:length]], length - len(self._rest)
-        self._rest = self._rest[length:]
+        parts, missing = [rest], length - len(rest)
         if missing > 0 and fields.get('expect', '').lower() == '100-continue':
             self.request.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while missing > 0:
             self.server.has_read(self.request, len(parts[-1]))
-            data = self._more(begin + app.request_within, min(missing + 1, 1 << 16))
-            parts.append(data[:missing])
-            self._rest = data[missing:]
-            missing -= len(data)
-        return method, target, b''.join(parts)
+            parts.append(self._more(begin + app.request_within, min(missing + 1, 1 << 16)))
+            missing -= len(parts[-1])
+        return method, target, b''.join(parts)[:length]
 
     def _send(self, status, headers, body, linger=False):
         """写出回答，断开；从不等。503：断开，企业微信就会再投递；答了 503 却未必。"""
@@ -3411,18 +3311,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             head.append('%s: %s' % (name, value))
         head.append('Connection: close\r\n\r\n')
         data = b'' if status == 503 else '\r\n'.join(head).encode('latin-1') + body
-        sent = 0
         try:
-            sent = self.request.send(data)
+            data = data[self.request.send(data):]
         except BlockingIOError:
             pass
         except OSError as e:
             logger.debug('%s is gone: %s', self.client_address[0], _show(e))
-            sent = len(data)
+            data = b''
         if linger:
             self._linger()
         # 内核一次收不下的，由别的线程接着写
-        if sent == len(data) or not self.server.threads.submit(0, self._write_rest, data[sent:]):
+        if not data or not self.server.threads.submit(0, self._write_rest, data):
             self.server.hang_up(self.request)
 
     def _write_rest(self, data):
@@ -3437,14 +3336,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _linger(self):
         """拒绝了，对方还在发：读掉一些再关，不然内核发 RST，刚写的回答到不了。这时还算在读，满了会被关掉。"""
         deadline, left = time.monotonic() + 0.3, 1 << 19
-        with contextlib.suppress(_Gone, OSError):
+        with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
             while left > 0:
                 left -= len(self._more(deadline))
 
 
 class _HTTPServer(http.server.HTTPServer):
-    """`HTTPServer` 加上:不查 DNS、留着的线程、连接的上限。"""
+    """`HTTPServer` 加上：不查 DNS、留着的线程、连接的上限。造出来就在服务；开不出线程抛 `RuntimeError`。"""
 
     request_queue_size = 1024               # 默认的 5 让一千个连接排 24 秒
     allow_reuse_address = os.name == 'posix'
@@ -3453,42 +3352,39 @@ class _HTTPServer(http.server.HTTPServer):
     def __init__(self, dispatcher, host, port):
         self.dispatcher = dispatcher
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
-        self._lock = threading.Lock()
-        self._closed = False
-        self.process = os.getpid()
-        self._serving = threading.Lock()                # 拿着就是在服务
-        self._reading = collections.OrderedDict()       # 还在读的套接字,旧的在前 → 读了多少字节正文
-        self._most = self._limit(dispatcher.max_connections)
+        self._lock = threading.RLock()
+        self.process, self._closed, self.ended = os.getpid(), False, threading.Event()
+        self._reading = collections.OrderedDict()       # 还在读的套接字，旧的在前 → 读了多少字节正文
+        self._most = dispatcher.max_connections
+        with contextlib.suppress(ImportError):          # Windows
+            import resource
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            if soft >= 0:                   # 描述符少的系统上，连接也要少
+                self._most = max(1, min(self._most, soft // 4))
         self.threads = _Threads(self._most + 2 * dispatcher.max_callbacks)
         super().__init__((host, port), _Handler)
-
-    @staticmethod
-    def _limit(wanted):
-        """描述符少的系统上,连接也要少。"""
         try:
-            import resource
-        except ImportError:                 # Windows
-            return wanted
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return wanted if soft < 0 else max(1, min(wanted, soft // 4))
+            self._acceptor = _SEATS.start(self._accept)
+        except RuntimeError:
+            self.server_close()
+            raise
 
     def server_bind(self):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)        # HTTPServer 的会反查 DNS
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def start(self):
-        """在后台线程里开始服务;开不出线程抛 `RuntimeError`。"""
-        self._acceptor = _SEATS.start(self._accept)
-        self._serving.acquire()
 
     def _accept(self):
-        """一条线程接连接,交给别的线程去做。它不许停。"""
+        """一条线程接连接，交给别的线程去读、答、关。它不许停。"""
         while not self._closed:
             try:
-                self.process_request(*self.socket.accept())
-            except (socket.timeout, ConnectionError):       # ConnectionError:对方又走了
+                request, client_address = self.socket.accept()
+                with self._lock:
+                    self._reading[request] = 0
+                    self._evict(self._most)
+                if not self.threads.submit(1, self._serve, request, client_address):
+                    self.hang_up(request)
+            except (socket.timeout, ConnectionError):       # ConnectionError：对方又走了
                 continue
             except Exception as e:          # 也有 MemoryError
                 if self._closed:
@@ -3498,14 +3394,6 @@ class _HTTPServer(http.server.HTTPServer):
                 if getattr(e, 'errno', errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     self._evict(len(self._reading) - 8)
                 time.sleep(0.05)            # 马上再来也没有用
-
-    def process_request(self, request, client_address):
-        """读、答、关,在另一条线程上。"""
-        with self._lock:
-            self._reading[request] = 0
-        self._evict(self._most)
-        if not self.threads.submit(1, self._serve, request, client_address):
-            self.hang_up(request)
 
     def _serve(self, request, client_address):
         try:
@@ -3534,20 +3422,13 @@ class _HTTPServer(http.server.HTTPServer):
         with self._lock:
             if request in self._reading:
                 self._reading[request] += count
-            full = sum(self._reading.values()) > self.dispatcher.max_reading
-        if full:
-            self._evict(len(self._reading) - 1)
+            if sum(self._reading.values()) > self.dispatcher.max_reading:
+                self._evict(len(self._reading) - 1)
 
     def done_reading(self, request):
         """请求读完了:这个连接不再占读的名额。"""
         with self._lock:
             self._reading.pop(request, None)
-
-    def wait(self):
-        """等到不再服务。"""
-        while not self._serving.acquire(timeout=1 if os.name == 'nt' else -1):     # Windows 上，等着就收不到 Ctrl-C
-            continue
-        self._serving.release()
 
     def close(self, deadline):
         """不再接受连接，关掉还在读的，等正在回答的；都完了返回 True。fork 出来的进程里，只关掉自己的那几份描述符。"""
@@ -3566,7 +3447,7 @@ class _HTTPServer(http.server.HTTPServer):
             self._acceptor.join(2)          # 它停了才关:描述符的号会被别人再用
         self.server_close()
         self._evict(0)
-        self._serving.release()
+        self.ended.set()
         return self.threads.wait(deadline)
 
 
@@ -3612,9 +3493,7 @@ class WeChatServer(Dispatcher):
     #: 停下时等正在回答的,最多多少秒。
     stop_within = 5
 
-    def __init__(self, appname='demo', ini_name=None, store=None, **settings):
-        super().__init__(appname, ini_name, store, **settings)
-        self._http = None
+    _http = None
 
     def start(self, host='0.0.0.0', port=8000):
         """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
@@ -3626,14 +3505,7 @@ class WeChatServer(Dispatcher):
             raise RuntimeError('already started')
         _log_to_file(self.settings)
         self._http = server = _HTTPServer(self, host, port)
-        address = server.server_address[:2]
-        try:
-            server.start()
-        except RuntimeError:
-            server.server_close()
-            self._http = None
-            raise
-        return address
+        return server.server_address[:2]
 
     def stop(self):
         """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
@@ -3662,9 +3534,9 @@ class WeChatServer(Dispatcher):
             if threading.current_thread() is threading.main_thread():
                 for number in signal.SIGTERM, signal.SIGINT:
                     before[number] = signal.signal(number, signal.default_int_handler)
-            server = self._http
-            if server:
-                server.wait()
+            server = self._http             # Windows 上，一直等着就收不到 Ctrl-C
+            while server and not server.ended.wait(1 if os.name == 'nt' else None):
+                continue
         except KeyboardInterrupt:
             pass
         finally:

@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import os
@@ -663,6 +664,32 @@ class StoreTests(unittest.TestCase):
         self.assertTrue(store.get('b499'))
 
 
+    def test_a_store_that_failed_is_probed_by_one_while_others_go_on(self):
+        redis = Redis()
+        server = make_server(store=redis)
+        server.store_within, server.store.retry_after, redis.broken = 5, 0.2, True
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertTrue(server.store.set('a', b'1'))
+            self.assertEqual((server.store.get('a'), redis.calls), (b'1', 1))
+            time.sleep(0.25)
+            server.store.retry_after, redis.broken, redis.calls = 60, False, 0
+            redis.stalled = lambda *args, **kwargs: True
+            done = []
+            threads = [threading.Thread(target=lambda: done.append(server.store.get('b'))) for _ in range(20)]
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 2
+            while len(done) < 19 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            self.assertEqual((redis.calls, done), (1, [None] * 19))
+            redis.go_on.set()
+            for thread in threads:
+                thread.join(5)
+        self.assertEqual([line.split(':')[0] for line in logs.output], ['ERROR', 'WARNING'])
+        redis.set('b', b'2')
+        self.assertEqual((server.store.get('b'), server.store.get('a')), (b'2', b'1'))
+
+
 class FileStoreTests(unittest.TestCase):
 
     def setUp(self):
@@ -846,7 +873,7 @@ class MessageTests(unittest.TestCase):
         self.assertEqual(easywechat._camel_case(build({'TemplateCard': card})['template_card']), card)
 
 
-# ---- 主动模式 Client --------------------------------------------------------------------------
+# ---- 请求 Requests ----------------------------------------------------------------------------
 
 #: 本机的证书:有效到 2120 年的、2020 年过期的,和它们的私钥。
 CERTIFICATE = """-----BEGIN CERTIFICATE-----
@@ -907,124 +934,6 @@ class ClientCase(unittest.TestCase):
         return path
 
 
-class SendTests(ClientCase):
-
-    def test_the_short_forms_and_every_official_type(self):
-        client = self.make()
-        jpg, mp4, amr, pdf = (self.file(n) for n in ('a.jpg', 'b.mp4', 'c.AMR', 'd.pdf'))
-        self.assertTrue(client.send('你好 "😀"')['msgid'])
-        for path, kind in (jpg, 'image'), (mp4, 'video'), (amr, 'voice'), (pdf, 'file'):
-            client.send(path, to=['zhangsan', 'lisi'])
-            self.assertEqual(self.wecom.messages[-1]['msgtype'], kind)
-        media = {m['type']: i for i, m in self.wecom.media.items()}
-        cards = [dict(c, main_title={'title': 't'}) for c in (
-            {'card_type': 'text_notice', 'card_action': {'type': 1, 'url': 'https://e.x'}},
-            {'card_type': 'news_notice', 'card_action': {'type': 1, 'url': 'https://e.x'},
-             'card_image': {'url': 'https://e.x/p.png'}},
-            {'card_type': 'button_interaction', 'task_id': 't1', 'button_list': [{'text': 'b', 'key': 'k'}]},
-            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {
-                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
-             'submit_button': {'text': 's', 'key': 'k'}},
-            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{
-                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]}],
-             'submit_button': {'text': 's', 'key': 'k'}})]
-        for message in [
-                {'msgtype': 'text', 'text': {'content': 'x'}}, {'msgtype': 'markdown', 'markdown': {'content': '# x'}},
-                {'msgtype': 'textcard', 'textcard': {'title': 't', 'description': 'd', 'url': 'https://e.x'}},
-                {'msgtype': 'news', 'news': {'articles': [{'title': 't', 'url': 'https://e.x'}]}},
-                {'msgtype': 'mpnews', 'mpnews': {'articles': [
-                    {'title': 't', 'thumb_media_id': media['image'], 'content': '<p>x</p>'}]}},
-                {'msgtype': 'miniprogram_notice', 'miniprogram_notice': {
-                    'appid': 'wx1', 'title': '会议室预订', 'content_item': [{'key': 'k', 'value': 'v'}]}},
-        ] + [{'msgtype': 'template_card', 'template_card': c} for c in cards]:
-            client.send(message, party='2', safe=0)
-            self.assertEqual(self.wecom.messages[-1][message['msgtype']], message[message['msgtype']])
-        self.assertIs(type(self.wecom.messages[-1]['agentid']), int)
-        self.assertEqual(self.wecom.messages[0]['touser'], 'zhangsan')
-        self.assertEqual(self.wecom.messages[0]['text']['content'], '你好 "😀"')
-
-    def test_long_text_arrives_in_order(self):
-        text = '\n'.join('第 %d 行,磁盘满了。' % n for n in range(500))
-        self.make().send([text, 'end'])
-        parts = [m['text']['content'] for m in self.wecom.messages]
-        self.assertEqual('\n'.join(parts), text + '\nend')
-        self.assertTrue(all(len(p.encode()) <= 2048 for p in parts))
-
-    def test_nobody_is_never_everybody(self):
-        client = self.make(touser='')
-        for sender, kwargs in ((client, {}), (self.make(), {'to': ''}), (self.make(), {'to': []})):
-            with raises(APIError) as caught:
-                sender.send('x', **kwargs)
-            self.assertEqual(caught[0].errcode, 82001)
-        client.send({'msgtype': 'text', 'text': {'content': 'x'}, 'touser': 'lisi'})
-        self.assertEqual(self.wecom.messages[-1]['touser'], 'lisi')
-        for empty in '', [], None:
-            with raises(APIError) as caught:
-                client.send(empty, to='lisi')
-            self.assertEqual(caught[0].errcode, 44004)
-
-    def test_partial_failures_are_returned_and_logged(self):
-        with self.assertLogs('easywechat', 'WARNING') as logs:
-            answer = self.make().send('x', to='lisi|Nosuch')
-        self.assertEqual(answer['invaliduser'], 'nosuch')
-        self.assertIn('nosuch', logs.output[0])
-
-    def test_refusals_say_what_to_do(self):
-        self.wecom.trusted = False
-        with raises(APIError) as caught:
-            self.make().send('x')
-        self.assertEqual((caught[0].errcode, caught[0].path), (60020, 'message/send'))
-        self.assertIn('203.0.113.9', caught[0].hint)
-        self.wecom.trusted = True
-        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'api freq out of limit'})
-        with raises(APIError) as caught:
-            self.make().send('x')
-        self.assertIn('60 秒', caught[0].hint)
-
-    def test_it_paces_itself_before_wecom_drops(self):
-        client = self.make()
-        for n in range(31):
-            client.send(str(n), to='zhangsan')
-        self.assertEqual([round(w) for w in client.waited], [60])
-        client.send('other', to='lisi')
-        self.assertEqual(len(client.waited), 1)
-        waited, now = [], [100.0]
-        pace = easywechat._Pace(waited.append)
-        first = pace.wait(['a', 'b'], 2, lambda: now[0])
-        first[0] = now[0] = 103         # 到得晚
-        pace.wait(['a'], 2, lambda: now[0])
-        now[0] = 161
-        pace.wait(['a'], 2, lambda: now[0])
-        pace.wait(['b'], 2, lambda: now[0])
-        self.assertEqual(waited, [2])
-
-    def test_the_legacy_methods_never_raise(self):
-        client = self.make()
-        self.assertEqual(client.send_media('text', {'content': 'x'}, 'lisi')['errcode'], 0)
-        self.assertEqual(client.send_media('text', 'x', 'nosuch')['errcode'], 81013)
-        media = client.upload_media('image', str(self.file('a.png')))
-        self.assertEqual((media['errcode'], media['type']), (0, 'image'))
-        self.assertEqual(client.send_media('image', media['media_id'], 'lisi')['errcode'], 0)
-        self.assertEqual(client.upload_media('image', '/nosuch')['errcode'], -1)
-        self.assertEqual(client.upload_media('image', None)['errcode'], -1)
-        self.wecom.script('message/send', 'close')
-        answer = client.send_media('text', 'x', 'lisi')
-        self.assertEqual(answer['errcode'], -1)
-        LOG.write(str(answer))
-
-    def test_any_api_can_be_called(self):
-        client = self.make()
-        self.assertEqual(client.call('user/get', userid='zhangsan')['name'], '张三')
-        client.call('/cgi-bin/menu/create', {'button': [{'type': 'click', 'name': '状态', 'key': 's'}]},
-                    agentid=1000002)
-        self.assertEqual(client.call('menu/get', agentid=1000002)['button'][0]['name'], '状态')
-        self.assertRaises(ValueError, client.call, 'a?b')
-        with raises(NetworkError) as caught:
-            client.call('no/such')
-        self.assertIn('no/such', caught[0].hint)
-        self.assertEqual((caught[0].errcode, caught[0].maybe_sent), (502, False))
-
-
 class RetryTests(ClientCase):
 
     def failing(self, *script):
@@ -1067,6 +976,75 @@ class RetryTests(ClientCase):
                 client.send('x')
             self.assertLess(time.monotonic() - begin, 1.3)
             self.assertTrue(caught[0].maybe_sent)
+
+    def test_what_all_wait_for_fails_for_all_at_once(self):
+        class Quick(WeChatClient):
+            call_within = 0.6
+        client, ended = self.make(Quick), []
+        self.wecom.script('gettoken', *['hang'] * 50)
+        begin = time.monotonic()
+
+        def call():
+            try:
+                client.call('user/get', userid='zhangsan')
+            except NetworkError:
+                ended.append(time.monotonic() - begin)
+        threads = [threading.Thread(target=call, daemon=True) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0, begin + 3 - time.monotonic()))
+        self.assertEqual(len(ended), 10)
+        self.assertLess(max(ended), 1.1)
+        self.assertLessEqual(self.count('gettoken'), 2)
+
+    def test_foreign_bytes_cost_no_time(self):
+        # 许多正则和解析器在这样的字节上要平方的时间；没有 Content-Length，断开就是完了。
+        client = self.make()
+        client.get_token()
+        half = [''.join(p) for p in ('"', '\\', '{', '[', '"\\', '\\"', '"{', '{"', '"[', '["', '\\{', '{\\',
+                                     '\\[', '[\\', '{[', '[{')]
+        table = [b'{"a": "' + b'\\"' * 29000, b'[' * 100000] + [
+            (start + piece * (65536 // len(piece))).encode() for piece in half for start in ('', '{"a": "', '{"a":')]
+        for body in table:
+            self.wecom.script('user/get', b'HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n' + body)
+            begin, used = time.monotonic(), time.process_time()
+            with raises(NetworkError) as caught:
+                client.call('user/get', userid='zhangsan')
+            self.assertEqual(caught[0].errcode, 502)
+            self.assertLess(time.process_time() - used, 0.5, body[:20])
+            self.assertLess(time.monotonic() - begin, 1, body[:20])
+
+    def test_a_code_without_words_is_an_error_like_any(self):
+        client = self.make()
+        self.wecom.script('user/get', {'errcode': 45009})
+        self.wecom.script('message/send', *[{'errcode': 45009}] * 2)
+        for method, argument in (client.call, 'user/get'), (client.send, 'x'):
+            with raises(APIError) as caught:
+                method(argument)
+            self.assertEqual((type(caught[0]), caught[0].errcode), (APIError, 45009))
+            self.assertIn('60 秒', str(caught[0]))
+        self.assertEqual(client.send_media('text', 'x', 'lisi')['errcode'], 45009)
+
+    def test_whatever_expires_in_says_the_token_is_kept(self):
+        for n, seconds in enumerate((7200, 10 ** 16, 1e16, -1, True, '7200', 0, None, [1], 1.5)):
+            with self.subTest(expires_in=seconds):
+                client = self.make(secret='s%d' % n)
+                self.wecom.script('gettoken', {'errcode': 0, 'access_token': 'T%d' % n, 'expires_in': seconds})
+                before = self.count('gettoken')
+                self.assertEqual([client.get_token() for _ in range(3)], ['T%d' % n] * 3)
+                self.assertEqual(self.count('gettoken') - before, 1)
+
+    def test_after_many_tokens_the_secret_is_still_unspeakable(self):
+        client, secret, token = self.make(), self.wecom.settings['secret'], None
+        for _ in range(200):
+            token = client.get_token(stale=token)
+        self.assertEqual(self.count('gettoken'), 200)
+        self.wecom.script('user/get', {'errcode': 40013, 'errmsg': 'no %s of %s' % (token, secret)})
+        with self.assertRaises(APIError) as caught:
+            client.call('user/get')
+        self.assertNotIn(secret, str(caught.exception))
+        self.assertNotIn(token, str(caught.exception))
 
     @unittest.skipUnless(hasattr(os, 'register_at_fork'), 'Python 3.6 没有')
     def test_a_child_after_a_fork_has_threads_of_its_own(self):
@@ -1238,6 +1216,126 @@ class TransportTests(ClientCase):
         self.assertIn('agentid', str(caught[0]))
 
 
+# ---- 主动模式 Client --------------------------------------------------------------------------
+
+class SendTests(ClientCase):
+
+    def test_the_short_forms_and_every_official_type(self):
+        client = self.make()
+        jpg, mp4, amr, pdf = (self.file(n) for n in ('a.jpg', 'b.mp4', 'c.AMR', 'd.pdf'))
+        self.assertTrue(client.send('你好 "😀"')['msgid'])
+        for path, kind in (jpg, 'image'), (mp4, 'video'), (amr, 'voice'), (pdf, 'file'):
+            client.send(path, to=['zhangsan', 'lisi'])
+            self.assertEqual(self.wecom.messages[-1]['msgtype'], kind)
+        media = {m['type']: i for i, m in self.wecom.media.items()}
+        cards = [dict(c, main_title={'title': 't'}) for c in (
+            {'card_type': 'text_notice', 'card_action': {'type': 1, 'url': 'https://e.x'}},
+            {'card_type': 'news_notice', 'card_action': {'type': 1, 'url': 'https://e.x'},
+             'card_image': {'url': 'https://e.x/p.png'}},
+            {'card_type': 'button_interaction', 'task_id': 't1', 'button_list': [{'text': 'b', 'key': 'k'}]},
+            {'card_type': 'vote_interaction', 'task_id': 't2', 'checkbox': {
+                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
+             'submit_button': {'text': 's', 'key': 'k'}},
+            {'card_type': 'multiple_interaction', 'task_id': 't3', 'select_list': [{
+                'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]}],
+             'submit_button': {'text': 's', 'key': 'k'}})]
+        for message in [
+                {'msgtype': 'text', 'text': {'content': 'x'}}, {'msgtype': 'markdown', 'markdown': {'content': '# x'}},
+                {'msgtype': 'textcard', 'textcard': {'title': 't', 'description': 'd', 'url': 'https://e.x'}},
+                {'msgtype': 'news', 'news': {'articles': [{'title': 't', 'url': 'https://e.x'}]}},
+                {'msgtype': 'mpnews', 'mpnews': {'articles': [
+                    {'title': 't', 'thumb_media_id': media['image'], 'content': '<p>x</p>'}]}},
+                {'msgtype': 'miniprogram_notice', 'miniprogram_notice': {
+                    'appid': 'wx1', 'title': '会议室预订', 'content_item': [{'key': 'k', 'value': 'v'}]}},
+        ] + [{'msgtype': 'template_card', 'template_card': c} for c in cards]:
+            client.send(message, party='2', safe=0)
+            self.assertEqual(self.wecom.messages[-1][message['msgtype']], message[message['msgtype']])
+        self.assertIs(type(self.wecom.messages[-1]['agentid']), int)
+        self.assertEqual(self.wecom.messages[0]['touser'], 'zhangsan')
+        self.assertEqual(self.wecom.messages[0]['text']['content'], '你好 "😀"')
+
+    def test_long_text_arrives_in_order(self):
+        text = '\n'.join('第 %d 行,磁盘满了。' % n for n in range(500))
+        self.make().send([text, 'end'])
+        parts = [m['text']['content'] for m in self.wecom.messages]
+        self.assertEqual('\n'.join(parts), text + '\nend')
+        self.assertTrue(all(len(p.encode()) <= 2048 for p in parts))
+
+    def test_nobody_is_never_everybody(self):
+        client = self.make(touser='')
+        for sender, kwargs in ((client, {}), (self.make(), {'to': ''}), (self.make(), {'to': []})):
+            with raises(APIError) as caught:
+                sender.send('x', **kwargs)
+            self.assertEqual(caught[0].errcode, 82001)
+        client.send({'msgtype': 'text', 'text': {'content': 'x'}, 'touser': 'lisi'})
+        self.assertEqual(self.wecom.messages[-1]['touser'], 'lisi')
+        for empty in '', [], None:
+            with raises(APIError) as caught:
+                client.send(empty, to='lisi')
+            self.assertEqual(caught[0].errcode, 44004)
+
+    def test_partial_failures_are_returned_and_logged(self):
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            answer = self.make().send('x', to='lisi|Nosuch')
+        self.assertEqual(answer['invaliduser'], 'nosuch')
+        self.assertIn('nosuch', logs.output[0])
+
+    def test_refusals_say_what_to_do(self):
+        self.wecom.trusted = False
+        with raises(APIError) as caught:
+            self.make().send('x')
+        self.assertEqual((caught[0].errcode, caught[0].path), (60020, 'message/send'))
+        self.assertIn('203.0.113.9', caught[0].hint)
+        self.wecom.trusted = True
+        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'api freq out of limit'})
+        with raises(APIError) as caught:
+            self.make().send('x')
+        self.assertIn('60 秒', caught[0].hint)
+
+    def test_it_paces_itself_before_wecom_drops(self):
+        client = self.make()
+        for n in range(31):
+            client.send(str(n), to='zhangsan')
+        self.assertEqual([round(w) for w in client.waited], [60])
+        client.send('other', to='lisi')
+        self.assertEqual(len(client.waited), 1)
+        waited, now = [], [100.0]
+        pace = easywechat._Pace(waited.append)
+        first = pace.wait(['a', 'b'], 2, lambda: now[0])
+        first[0] = now[0] = 103         # 到得晚
+        pace.wait(['a'], 2, lambda: now[0])
+        now[0] = 161
+        pace.wait(['a'], 2, lambda: now[0])
+        pace.wait(['b'], 2, lambda: now[0])
+        self.assertEqual(waited, [2])
+
+    def test_the_legacy_methods_never_raise(self):
+        client = self.make()
+        self.assertEqual(client.send_media('text', {'content': 'x'}, 'lisi')['errcode'], 0)
+        self.assertEqual(client.send_media('text', 'x', 'nosuch')['errcode'], 81013)
+        media = client.upload_media('image', str(self.file('a.png')))
+        self.assertEqual((media['errcode'], media['type']), (0, 'image'))
+        self.assertEqual(client.send_media('image', media['media_id'], 'lisi')['errcode'], 0)
+        self.assertEqual(client.upload_media('image', '/nosuch')['errcode'], -1)
+        self.assertEqual(client.upload_media('image', None)['errcode'], -1)
+        self.wecom.script('message/send', 'close')
+        answer = client.send_media('text', 'x', 'lisi')
+        self.assertEqual(answer['errcode'], -1)
+        LOG.write(str(answer))
+
+    def test_any_api_can_be_called(self):
+        client = self.make()
+        self.assertEqual(client.call('user/get', userid='zhangsan')['name'], '张三')
+        client.call('/cgi-bin/menu/create', {'button': [{'type': 'click', 'name': '状态', 'key': 's'}]},
+                    agentid=1000002)
+        self.assertEqual(client.call('menu/get', agentid=1000002)['button'][0]['name'], '状态')
+        self.assertRaises(ValueError, client.call, 'a?b')
+        with raises(NetworkError) as caught:
+            client.call('no/such')
+        self.assertIn('no/such', caught[0].hint)
+        self.assertEqual((caught[0].errcode, caught[0].maybe_sent), (502, False))
+
+
 class MediaTests(ClientCase):
 
     def test_files_go_out_and_come_back(self):
@@ -1336,410 +1434,29 @@ class RobotTests(ClientCase):
         self.assertEqual(caught[0].errcode, 93000)
 
 
-# ---- 回调模式 Dispatcher ----------------------------------------------------------------------
+# ---- 回调 Callbacks ---------------------------------------------------------------------------
 
-def ask_socket(address, method, target, body=b'', headers=None, raw=None):
-    """真的套接字:→ (状态, 头部 dict, 正文);没有一个字节就关了是 (0, {}, b'')。"""
-    with socket.create_connection(address, 10) as sock:
-        if raw is None:
-            lines = ['%s %s HTTP/1.1' % (method, target), 'Host: nas']
-            if method == 'POST' and 'Content-Length' not in (headers or {}):
-                lines.append('Content-Length: %d' % len(body))
-            lines += ['%s: %s' % item for item in (headers or {}).items() if item[1] is not None]
-            raw = '\r\n'.join(lines).encode('latin-1') + b'\r\n\r\n' + body
-        data = b''
-        try:
-            sock.sendall(raw)
-            for piece in iter(lambda: sock.recv(65536), b''):
-                data += piece
-        except OSError:
-            pass
-    head, _, answer = data.partition(b'\r\n\r\n')
-    lines = head.decode('latin-1').split('\r\n')
-    if not data:
-        return 0, {}, b''
-    return (int(lines[0].split()[1]),
-            dict(line.lower().split(': ', 1) for line in lines[1:]), answer)
+class CallbackTests(unittest.TestCase):
 
+    def test_blanks_around_a_text_match_no_pattern_and_hinder_none(self):
+        server, seen = make_server(lambda msg: seen.append(msg['Content'])), []
+        server.register_callback('text', lambda msg, what: seen.append((msg['Content'], what)), pattern='状态|查 (.+)')
+        texts = ('状态', '状态 ', ' 状态', '\u3000状态\u200b', '\ufeff状态\xa0\n', '\t 状态\u2003', '查 a b ')
+        for text in texts + ('状态x', 'x状态', '状 态', ' ', ''):
+            server.handle(*delivery(message(Content=text)))
+        self.assertEqual(seen, [(text, 'a b' if text[0] == '查' else None) for text in texts] + [
+            '状态x', 'x状态', '状 态', ' ', ''])
 
-def ask_wsgi(server, method, target, body=b'', headers=None):
-    path, _, query = target.partition('?')
-    environ = {'REQUEST_METHOD': method, 'SCRIPT_NAME': '', 'PATH_INFO': urllib.parse.unquote(path),
-               'QUERY_STRING': query, 'SERVER_NAME': 'nas', 'SERVER_PORT': '80',
-               'SERVER_PROTOCOL': 'HTTP/1.1', 'REMOTE_ADDR': '192.0.2.1', 'wsgi.version': (1, 0),
-               'wsgi.input': io.BytesIO(body), 'wsgi.errors': io.StringIO(),
-               'wsgi.multithread': True, 'wsgi.multiprocess': False, 'wsgi.run_once': False,
-               'wsgi.url_scheme': 'http'}
-    if method == 'POST':
-        environ['CONTENT_LENGTH'] = str(len(body))
-    for name, value in (headers or {}).items():
-        key = name.upper().replace('-', '_')
-        key = key if key == 'CONTENT_LENGTH' else 'HTTP_' + key
-        environ[key] = value
-        if value is None:
-            del environ[key]
-    got = []
-    if re.fullmatch('[0-9]*', environ.get('CONTENT_LENGTH', '')):   # 不然 validate 自己先拒绝了
-        app = wsgiref.validate.validator(server)
-    else:
-        app = server
-    result = app(environ, lambda *args: got.append(args[:2]))
-    answer = b''.join(result)
-    getattr(result, 'close', int)()
-    return int(got[0][0][:3]), {k.lower(): v.lower() for k, v in got[0][1]}, answer
-
-
-class DispatcherTests(unittest.TestCase):
-
-    @classmethod
-    def setUpClass(cls):
-        cls.server = make_server(lambda msg: msg)
-        cls.address = cls.server.start('127.0.0.1', 0)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.server.stop()
-
-    def doors(self, method, target, body=b'', headers=None):
-        """同一个请求走三扇门,三个回答必须一样 → (状态, 正文)。"""
-        answers = [ask_socket(self.address, method, target, body, headers),
-                   ask_wsgi(self.server, method, target, body, headers)]
-        if not headers:
-            status, sent, answer = self.server.handle(method, target, body)
-            answers.append((status, {k.lower(): v.lower() for k, v in sent}, answer))
-        for _, sent, answer in answers:
-            sent.pop('connection', None)
-            self.assertEqual(sent['content-length'], str(len(answer)))
-            self.assertEqual(sent['x-content-type-options'], 'nosniff')
-        self.assertEqual(len(set((a[0], a[1]['content-type']) for a in answers)), 1, answers)
-        return answers[0][0], [a[2] for a in answers]
-
-    def test_the_same_answer_through_three_doors(self):
-        encrypt = CRYPT.seal('1616140317555161061')
-        q = signed(encrypt)
-        good = urllib.parse.urlencode(dict(q, echostr=encrypt.decode()))
-        wrong = urllib.parse.urlencode(dict(q, msg_signature='0' * 40, echostr=encrypt.decode()))
-        post, target, body = delivery(message(Content='x'))
-        stale = delivery(message(Content='x'), timestamp=int(time.time()) - 400)
-        table = [
-            ('GET', '/weixin', b'', None, 200), ('GET', '/any/prefix/weixin/', b'', None, 200),
-            ('HEAD', '/weixin', b'', None, 200), ('GET', '/', b'', None, 404),
-            ('GET', '/xweixin', b'', None, 404), ('GET', '/weixin/..', b'', None, 404),
-            ('DELETE', '/weixin', b'', None, 405), ('GET', '/weixin?' + good, b'', None, 200),
-            ('HEAD', '/weixin?' + good, b'', None, 200), ('GET', '/weixin?' + wrong, b'', None, 403),
-            ('GET', '/weixin?a=1', b'', None, 403), ('GET', '/weixin?nonce=%FF', b'', None, 403),
-            ('GET', '/weixin?%s&nonce=1372623149' % good, b'', None, 403),
-            ('GET', '/weixin?' + '&a=1' * 20, b'', None, 403),
-            ('POST', '/weixin', b'', None, 400), ('POST', '/weixin', body, None, 403),
-            ('POST', target, b'<xml></xml>', None, 400), ('POST', target, body[:-80], None, 400),
-            ('POST', target.replace('nonce=1', 'nonce=2'), body, None, 403),
-            stale[:1] + stale[1:2] + stale[2:] + (None, 403),
-            ('POST', target, b'x' * ((1 << 20) + 1), None, 413),
-            ('POST', target, body, {'Content-Length': None}, 411),
-            ('POST', target, body, {'Content-Length': '-1'}, 400),
-            ('POST', target, body, {'Content-Length': '1_0'}, 400),
-            ('POST', target, body, {'Content-Length': '+10'}, 400),
-            ('POST', target, body, {'Content-Length': '9999999999'}, 400),
-            ('POST', target, body, {'Content-Length': '99999999'}, 413),
-            ('POST', target, body, {'Content-Encoding': 'gzip'}, 400),
-            ('POST', target, body, {'Content-Length': None, 'Transfer-Encoding': 'chunked'}, 411),
-            ('POST', target, body, {'Transfer-Encoding': 'chunked'}, 400)]
-        with self.assertLogs('easywechat', 'WARNING'):
-            for method, where, data, headers, status in table:
-                got, bodies = self.doors(method, where, data, headers)
-                self.assertEqual(got, status, (method, where[:60], headers))
-                if status != 200:
-                    self.assertEqual(set(bodies), {b''})
-        self.assertEqual(self.doors('GET', '/weixin?' + good)[1], [b'1616140317555161061'] * 3)
-
-    def test_a_message_is_answered_alike_through_three_doors(self):
-        status, bodies = self.doors(*delivery(message(Content='你好')))
-        self.assertEqual(status, 200)
-        for body in bodies:
-            reply = opened(body)
-            self.assertEqual((reply['Content'], reply['ToUserName'], reply['FromUserName']),
-                             ('你好', 'li.lei', SETTINGS['corpid']))
-        self.assertEqual(opened(bodies[0]), opened(bodies[2]))
-
-    def test_a_json_envelope_is_accepted(self):
-        encrypt = CRYPT.seal(message(Content='json'))
-        target = '/weixin?' + urllib.parse.urlencode(signed(encrypt))
-        body = json.dumps({'tousername': 'ww', 'encrypt': encrypt.decode()}).encode()
-        self.assertEqual(opened(self.doors('POST', target, body)[1][0])['Content'], 'json')
-
-    def test_echo_of_what_the_user_may_type(self):
-        for text in ('007', ' x ', ']]>', '<b>', '&amp;', '😀', '<!DOCTYPE html>', '\u2028'):
-            body = self.server.handle(*delivery(message(Content=text)))[2]
-            self.assertEqual(opened(body)['Content'], text)
-
-    def test_media_are_echoed(self):
-        for kind, wrapper in (('image', 'Image'), ('voice', 'Voice'), ('video', 'Video')):
-            reply = opened(self.server.handle(*delivery(message(MsgType=kind, **CASES[kind])))[2])
-            self.assertEqual((reply['MsgType'], reply[wrapper]), (kind, {'MediaId': 'M'}))
-
-    def test_the_most_specific_callback_wins(self):
-        server, seen = make_server(), []
-
-        def named(name):
-            return lambda msg, *groups: seen.append((name,) + groups)
-        for kind in '*', 'text', 'event', 'event:click':
-            server.register_callback(kind, named(kind))
-        server.register_callback('text', named('first'), pattern=r'温度 (\w+)( \d+)?')
-        server.register_callback('text', pattern=re.compile('温度.*'))(named('second'))
-        for fields in ({'Content': '温度 厨房'}, {'Content': '温度?'}, {'Content': '别的'},
-                       {'MsgType': 'event', 'Event': 'click', 'MsgId': None},
-                       {'MsgType': 'event', 'Event': 'view', 'MsgId': None}, {'MsgType': 'link'}):
-            self.assertEqual(server.handle(*delivery(message(**fields)))[0], 200)
-        self.assertEqual(seen, [('first', '厨房', None), ('second',), ('text',), ('event:click',),
-                                ('event',), ('*',)])
-
-    def test_registration_refuses_what_cannot_be(self):
+    def test_the_server_is_its_own_wsgi_callable(self):
         server = make_server()
-        self.assertRaises(TypeError, server.register_callback, 'text', object())
-        for kind in ('', 'te xt', 'event:', 7, None, 'text:x', '中', print):
-            self.assertRaises(ValueError, server.register_callback, kind, print)
-            self.assertRaises(ValueError, server.register_callback, kind)
-        self.assertRaises(ValueError, server.register_callback, 'image', print, 'x')
-        for kind, close in ('txt', 'text'), ('event:CLICK_', 'type'), ('event:location', 'location_'):
-            with self.assertLogs('easywechat', 'WARNING') as logs:
-                server.register_callback(kind, print)
-            self.assertIn(close, logs.output[0])
-
-    def test_bound_methods_work_and_keep_state(self):
-        class Counter:
-            n = 0
-
-            def reply(self, msg):
-                self.n += 1
-                msg.clear()                     # 回调可以随便改它的 dict
-                return str(self.n)
-        server = make_server(Counter().reply)
-        for n in '12':
-            reply = opened(server.handle(*delivery(message(Content='x')))[2])
-            self.assertEqual((reply['Content'], reply['ToUserName']), (n, 'li.lei'))
-
-    def test_a_callback_that_fails_is_logged_and_answered_empty(self):
-        def bad(msg):
-            raise ValueError('坏了\x1b[31m\nforged line ' + msg['Content'])
-
-        def leave(msg):
-            sys.exit('x')
-        for callback in bad, leave, lambda msg: 7, lambda msg: {'MsgType': 'image', 'Image': 1.5}:
-            server = make_server(callback)
-            with self.assertLogs('easywechat', 'ERROR') as logs:
-                self.assertEqual(server.handle(*delivery(message(Content='x')))[::2], (200, b''))
-            self.assertIn(callback.__qualname__, logs.output[0])
-            self.assertNotIn('\x1b', logs.output[0])
-            self.assertNotIn('\nforged', logs.output[0])
-        server = make_server(bad)
-        server.debug = True
-        with self.assertLogs('easywechat', 'ERROR'):
-            reply = opened(server.handle(*delivery(message(Content='x')))[2])
-        self.assertTrue(reply['Content'].startswith('ValueError: 坏了'))
-
-    def test_nobody_registered_is_an_empty_200(self):
-        self.assertEqual(make_server().handle(*delivery(message()))[::2], (200, b''))
-
-    def test_events_are_told_apart_by_their_key(self):
-        seen = []
-        server = make_server(seen.append)
-        event = dict(MsgType='event', MsgId=None, FromUserName='sys', Event='change_contact')
-        events = [dict(event, ChangeType='create_user', UserID='a'),
-                  dict(event, ChangeType='create_user', UserID='b'),
-                  dict(event, ChangeType='delete_user', UserID='a'),
-                  dict(event, Event='batch_job_result', BatchJob={'JobId': '1'}),
-                  dict(event, Event='batch_job_result', BatchJob={'JobId': '2'}),
-                  dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '2']}),
-                  dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '3']}),
-                  dict(event, CreateTime=1700000001)]
-        for fields in events * 3:
-            self.assertEqual(server.handle(*delivery(message(**fields)))[0], 200)
-        self.assertEqual(len(seen), len(events))
-
-    def test_recut_and_replayed_requests_run_nothing_twice(self):
-        seen = []
-        server = make_server(lambda msg: seen.append(msg['MsgId']))
-        verified = 0
-        for n in range(200):
-            nonce = str(random.randint(10 ** 8, 10 ** 9))
-            encrypt = CRYPT.seal(message(Content='x' * n))
-            q = signed(encrypt, nonce)
-            body = b'<xml><Encrypt>' + encrypt + b'</Encrypt></xml>'
-            again = [dict(q), dict(q),
-                     dict(q, timestamp=q['timestamp'][:9], nonce=q['timestamp'][9:] + nonce),
-                     dict(q, timestamp=q['timestamp'] + nonce[:1], nonce=nonce[1:])]
-            for query in [q] + again:
-                status = server.handle('POST', '/weixin?' + urllib.parse.urlencode(query), body)[0]
-                verified += status == 200
-            cut = b'<xml><Encrypt>' + encrypt[64:] + b'</Encrypt></xml>'
-            query = dict(q, nonce=nonce + encrypt[:64].decode())
-            self.assertEqual(server.handle('POST', '/weixin?' + urllib.parse.urlencode(query), cut)[0],
-                             403)
-        self.assertEqual(len(seen), 200)
-        self.assertEqual(len(set(seen)), 200)
-        self.assertEqual(verified, 600)
-
-    def test_a_slow_callback_is_joined_by_the_next_delivery(self):
-        class Impatient(WeChatServer):
-            answer_within = hold_within = 0.05
-        go, runs = threading.Event(), []
-
-        def slow(msg):
-            runs.append(msg)
-            go.wait(10)
-            return '好了'
-        server = make_server(slow, Impatient)
-        address = server.start('127.0.0.1', 0)
-        xml = message(Content='x')
-        self.assertEqual(ask_socket(address, *delivery(xml))[0], 0)     # 断开:企业微信会再来
-        self.assertEqual(ask_wsgi(server, *delivery(xml))[0], 503)
-        go.set()
-        server.hold_within = 10
-        self.assertEqual(opened(ask_socket(address, *delivery(xml))[2])['Content'], '好了')
-        self.assertEqual(len(runs), 1)
-        server.stop()
-
-    def test_an_answer_that_nobody_waits_for_is_in_the_log(self):
-        class Impatient(WeChatServer):
-            answer_within = hold_within = 0.01
-        server = make_server(lambda msg: time.sleep(0.2) or '晚了', Impatient)
-        with self.assertLogs('easywechat', 'WARNING') as logs:
-            self.assertEqual(server.handle(*delivery(message()))[0], 503)
-            server.stop()
-            server.finish(time.monotonic() + 5)
-        self.assertIn('no delivery waited', logs.output[0])
-
-    def test_when_all_callbacks_are_busy_nothing_is_lost(self):
-        class Small(WeChatServer):
-            max_callbacks, answer_within, hold_within = 1, 0.05, 0.05
-        go = threading.Event()
-        server = make_server(lambda msg: go.wait(10) and 'ok', Small)
-        first, second = message(Content='1'), message(Content='2')
-        with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(server.handle(*delivery(first))[0], 503)
-            self.assertEqual(server.handle(*delivery(second))[0], 503)
-        go.set()
-        server.hold_within = 10
-        for xml in first, second:
-            self.assertEqual(opened(server.handle(*delivery(xml))[2])['Content'], 'ok')
-
-    def test_an_unset_clock_is_believed_once_with_a_warning(self):
-        server = make_server(lambda msg: 'x')
-        server._now = lambda: 0
-        with self.assertLogs('easywechat', 'WARNING') as logs:
-            for _ in range(3):
-                self.assertEqual(server.handle(*delivery(message()))[0], 200)
-        self.assertEqual(len(logs.output), 1)
-
-    def test_refusals_say_why_ten_times_a_minute(self):
-        server = make_server()
-        other = WeChatServer('o', **dict(SETTINGS, corpid='wwother0123456789'))
-        with self.assertLogs('easywechat', 'WARNING') as logs:
-            for _ in range(50):
-                server.handle('GET', '/nosuch\x1b', client='203.0.113.9')
-            other.handle(*delivery(message()))
-            now = time.monotonic()
-            server._refusals._clock = lambda: now + 61
-            server.handle('GET', '/nosuch', client='198.51.100.7')
-        text = '\n'.join(logs.output)
-        self.assertEqual(text.count('203.0.113.9 with'), 10)
-        self.assertIn('40 more from 203.0.113.9', text)
-        self.assertIn('got wwte...ab, corpid here is wwot...89', text)
-        self.assertNotIn('\x1b', text)
+        self.assertIs(server.app, server)
+        with open(SOURCE, encoding='utf-8') as f, open(os.path.join(HERE, 'README.md'), encoding='utf-8') as readme:
+            text = f.read() + readme.read()
+        self.assertIn('bot:server', text)
+        self.assertNotIn('bot:server.app', text)        # gunicorn 20 起不收
 
 
-class ReplyTests(ClientCase):
-    """回调返回的不止一个 dict:被动回复一条,或主动发送几条。"""
-
-    def server(self, callback, **settings):
-        self.wecom.settings.update(SETTINGS)
-        server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')),
-                              **dict(self.wecom.settings, api_base=self.url, **settings))
-        server.register_callback('*', callback)
-        return server
-
-    def ask(self, server, **fields):
-        """一次投递 → 被动回复;等回调跑完。"""
-        status, _, body = server.handle(*delivery(message(FromUserName='lisi', **fields)))
-        self.assertEqual(status, 200)
-        server.finish(time.monotonic() + 10)
-        return opened(body)
-
-    def sent(self):
-        self.assertEqual({m['touser'] for m in self.wecom.messages} | {'lisi'}, {'lisi'})
-        return [m[m['msgtype']].get('content', m['msgtype']) for m in self.wecom.messages]
-
-    def test_one_result_is_the_passive_reply(self):
-        text = 'a msgtype'
-        for result in text, [text], (text,), iter([text]), {'Content': text}, [None, text]:
-            self.assertEqual(self.ask(self.server(lambda msg, result=result: result))['Content'], text)
-        self.assertEqual(self.wecom.calls, [])
-
-    def test_several_are_pushed_in_order(self):
-        def several(msg):
-            msg.clear()                 # 回调可以改它的 dict
-            yield 'a'
-            yield ['b', {'MsgType': 'news', 'Articles': [{'Title': 't', 'Url': 'https://e.x'}]}]
-            yield self.file('c.pdf')
-        self.assertIsNone(self.ask(self.server(several)))
-        self.assertEqual(self.sent(), ['a', 'b', 'news', 'file'])
-
-    def test_long_text_is_pushed_in_parts(self):
-        text = '\n'.join('第 %d 行' % n for n in range(500))
-        self.assertIsNone(self.ask(self.server(lambda msg: text)))
-        self.assertEqual('\n'.join(self.sent()), text)
-
-    def test_a_picture_is_uploaded_and_replied(self):
-        reply = self.ask(self.server(lambda msg: self.file('a.jpg')))
-        self.assertEqual((reply['MsgType'], list(self.wecom.media)), ('image', [reply['Image']['MediaId']]))
-        self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.pdf'))))
-        self.assertEqual(self.sent(), ['file'])
-        card = {'msgtype': 'textcard', 'textcard': {'title': 't', 'description': 'd', 'url': 'https://e.x'}}
-        self.assertIsNone(self.ask(self.server(lambda msg: card)))
-        self.assertEqual(self.sent(), ['file', 'textcard'])
-
-    def test_who_cannot_send_replies_with_the_texts_in_one(self):
-        server = self.server(lambda msg: ['a', {'msgtype': 'text', 'text': {'content': 'b'}}, 'c'], secret='')
-        self.assertEqual(self.ask(server)['Content'], 'a\n\nb\n\nc')
-        for more, left in (['x' * 2000, 'y' * 100], 1), (['a', {'msgtype': 'markdown', 'markdown': {'content': 'm'}}], 1):
-            with self.assertLogs('easywechat', 'WARNING') as logs:
-                reply = self.ask(self.server(lambda msg, more=more: more, secret=''))
-            self.assertEqual((reply['Content'], len(logs.output)), (more[0], left))
-        with self.assertLogs('easywechat', 'ERROR') as logs:
-            self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.jpg'), secret='')))
-        self.assertIn('secret is missing', logs.output[0])
-
-    def test_after_an_untrusted_ip_it_replies_passively(self):
-        self.wecom.trusted = False
-        server = self.server(lambda msg: ['a', 'b'])
-        self.assertEqual(self.ask(server)['Content'], 'a\n\nb')      # 问过了,不能发
-        self.assertEqual(self.wecom.calls, ['gettoken', 'agent/get'])
-        self.wecom.trusted = server.client.trusted = True
-        self.wecom.script('message/send', *[{'errcode': 60020, 'errmsg': 'x'}] * 2)
-        with self.assertLogs('easywechat', 'ERROR') as logs:        # IP 刚刚变了:第一条还来得及
-            self.assertEqual(self.ask(server, MsgId='77')['Content'], 'a')
-        self.assertIn('not pushed, but replied, to lisi, the answer to message 77', logs.output[0])
-        self.assertIn('not delivered to lisi, the answer to message 77', logs.output[1])
-        self.assertFalse(server.client.trusted)
-
-    def test_a_generator_that_fails_keeps_what_it_gave(self):
-        def fails(msg):
-            yield 'a'
-            yield 'b'
-            raise ValueError('坏了')
-        server = self.server(fails)
-        server.debug = True
-        with self.assertLogs('easywechat', 'ERROR'):
-            self.assertIsNone(self.ask(server))
-        self.assertEqual(self.sent(), ['a', 'b', 'ValueError: 坏了'])
-
-    def test_the_client_of_the_server_is_its_own(self):
-        server = self.server(print)
-        server.client.send('x', to='lisi')
-        self.assertEqual(self.sent(), ['x'])
-        with raises(ConfigError):
-            make_server().client.get_token()
-
+# ---- 一次 Once --------------------------------------------------------------------------------
 
 class Hasty(WeChatServer):
     """各种时限缩成十分之一。"""
@@ -1750,15 +1467,15 @@ class Hastier(Hasty):
     answer_within, hold_within = 0.15, 0.2
 
 
-class OnceTests(ClientCase):
-    """企业微信等 5 秒、投递三次(这里都缩成十分之一):回调只跑一次,用户每条只看到一次,不乱。"""
+class HastyCase(ClientCase):
+    """企业微信等 5 秒、投递三次（这里都缩成十分之一）。"""
 
     def setUp(self):
         super().setUp()
         self.wecom.patience = 0.5
 
-    def server(self, callback, store=None, **settings):
-        server = Hasty('test', store=store, **dict(self.wecom.settings, api_base=self.url, **settings))
+    def server(self, callback, store=None, cls=Hasty, **settings):
+        server = cls('test', store=store, **dict(self.wecom.settings, api_base=self.url, **settings))
         server.register_callback('*', callback)
         host, port = server.start('127.0.0.1', 0)
         self.addCleanup(server.stop)
@@ -1774,6 +1491,23 @@ class OnceTests(ClientCase):
             time.sleep(0.01)
         time.sleep(0.05)                # 多出来的也等一等
         return [content for _, content in self.wecom.inbox[user]]
+
+    def users(self, count):
+        """这么多个成员的账号。"""
+        names = ['user%d' % n for n in range(count)]
+        self.wecom.users.update(zip(names, names))
+        return names
+
+    def at_once(self, job, arguments):
+        """每个参数一条线程 ``job(参数)`` → 线程，已经开始了。"""
+        threads = [threading.Thread(target=job, args=(argument,), daemon=True) for argument in arguments]
+        for thread in threads:
+            thread.start()
+        return threads
+
+
+class OnceTests(HastyCase):
+    """回调只跑一次，用户每条只看到一次，不乱。"""
 
     def test_every_speed_with_and_without_secret(self):
         store = FileStore(os.path.join(self.folder, 'cache'))
@@ -1952,6 +1686,37 @@ class OnceTests(ClientCase):
             store.go_on.set()
             server.stop()
 
+    def test_a_store_that_hangs_takes_neither_the_server_nor_its_threads(self):
+        store = Redis()
+        self.addCleanup(store.go_on.set)
+        store.stalled = lambda *args, **kwargs: True
+        server, url = self.server(lambda msg: msg['Content'], store, secret='')
+        server.store_within, server.hold_within = 0.4, 3
+        host = urllib.parse.urlsplit(url)
+        before, most, begin, held = threading.active_count(), 0, time.monotonic(), []
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            for n in range(64):
+                query, body = self.wecom.request(self.wecom.message(Content=str(n)))
+                held.append(socket.create_connection((host.hostname, host.port), 3))
+                self.addCleanup(held[-1].close)
+                held[-1].sendall(b'POST /weixin?%s HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s' % (
+                    query.encode(), len(body), body))
+            self.assertEqual(ask_socket((host.hostname, host.port), 'GET', '/weixin')[0], 200)
+            self.assertLess(time.monotonic() - begin, 0.9)
+            most = threading.active_count() - before
+            texts = []
+            for sock in held:
+                answer = b''.join(iter(lambda sock=sock: sock.recv(65536), b''))
+                texts.append(self.wecom.opened(answer.partition(b'\r\n\r\n')[2]).get('Content'))
+            self.assertLess(time.monotonic() - begin, 1.5)
+        self.assertEqual(texts, [str(n) for n in range(64)])
+        self.assertLess(most, 150)
+        self.assertEqual(len(logs.output), 1)       # 说一次
+        query, body = self.wecom.request(self.wecom.message(Content='0'))
+        begin = time.monotonic()
+        self.assertEqual(self.wecom.deliver(url, Content='later')['Content'], 'later')
+        self.assertLess(time.monotonic() - begin, 0.3)
+
     def test_a_turn_comes_back_whatever_fails(self):
         class Broken(MemoryStore):
             def set(self, name, value, ex=None, nx=False):
@@ -2021,6 +1786,129 @@ class OnceTests(ClientCase):
                 'horizontal_content_list': [{'keyname': 'k', 'userid': 'u'}]}}])
 
 
+#: 一个机器人，一个进程：参数是放 FileStore 的目录、记下每次运行的文件、别的设置。
+WORKER = r"""
+import json, os, signal, sys, time
+import easywechat
+
+class Worker(easywechat.WeChatServer):
+    answer_within, hold_within, lease = 0.45, 0.6, 0.3
+
+def hold_the_gil(seconds):              # 别的线程一次也轮不到
+    sys.setswitchinterval(1000)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    sys.setswitchinterval(0.005)
+
+def callback(msg):
+    what, _, seconds = msg['Content'].partition(' ')
+    with open(runs, 'a+') as f:
+        f.seek(0)
+        again = what in f.read()
+        f.write('%s of %d\n' % (what, os.getpid()))
+    if what == 'gil':
+        hold_the_gil(float(seconds))
+    elif not again:
+        if what == 'fork' and not os.fork():
+            time.sleep(3)
+            os._exit(0)
+        time.sleep(float(seconds))
+    return '%s of %d' % (what, os.getpid())
+
+folder, runs, settings = sys.argv[1:]
+server = Worker('test', store=easywechat.FileStore(folder), **json.loads(settings))
+server.register_callback('*', callback)
+print(server.start('127.0.0.1', 0)[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@unittest.skipUnless(os.name == 'posix', 'FileStore 的锁是 POSIX 的')
+class WorkerTests(HastyCase):
+    """几个进程，一个 FileStore。"""
+
+    def setUp(self):
+        super().setUp()
+        self.shared, self.runs = os.path.join(self.folder, 'store'), os.path.join(self.folder, 'runs')
+
+    def workers(self, count):
+        """→ [(进程, 网址)]。"""
+        settings = dict(self.wecom.settings, secret='')
+        command = [sys.executable, '-c', WORKER, self.shared, self.runs, json.dumps(settings)]
+        processes = [subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      stderr=subprocess.DEVNULL) for _ in range(count)]
+        for process in processes:
+            self.addCleanup(process.stdout.close)
+            self.addCleanup(process.stdin.close)
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+        return [(p, 'http://127.0.0.1:%d/weixin' % int(p.stdout.readline())) for p in processes]
+
+    def ran(self, what):
+        """哪几个进程跑过它，依次。"""
+        with open(self.runs) as f:
+            return [int(line.split()[2]) for line in f if line.split()[0] == what]
+
+    def begun(self, what):
+        deadline = time.monotonic() + 5
+        while not (os.path.exists(self.runs) and self.ran(what)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def test_who_lives_is_not_replaced_who_died_is_at_once(self):
+        # 拿着 GIL 不放的、停住的，几个租期那么久，还是它的；被杀了，下一次投递马上由别的进程接手。
+        (busy, busy_url), (stopped, stopped_url), (other, url) = self.workers(3)
+        self.wecom.patience = 0.8
+        self.users(3)
+        messages = {what: self.wecom.message('user%d' % n, Content=content) for n, (what, content) in enumerate(
+            [('gil', 'gil 1.6'), ('stop', 'stop 0.2'), ('fork', 'fork 3')])}
+        first = self.at_once(lambda item: self.wecom.deliver(item[0], messages[item[1]]), [
+            (busy_url, 'gil'), (stopped_url, 'stop'), (stopped_url, 'fork')])
+        for what in messages:
+            self.begun(what)
+        stopped.send_signal(signal.SIGSTOP)
+        threads = self.at_once(lambda what: self.wecom.deliver(url, messages[what]), ['gil', 'stop'])
+        time.sleep(1.5)
+        self.assertEqual((self.ran('gil'), self.ran('stop')), ([busy.pid], [stopped.pid]))
+        stopped.send_signal(signal.SIGCONT)
+        for thread in threads + first[:2]:
+            thread.join(5)
+        self.assertEqual((self.ran('gil'), self.ran('stop')), ([busy.pid], [stopped.pid]))
+        self.assertEqual([self.wecom.deliver(url, messages[what])['Content'] for what in ('gil', 'stop')], [
+            'gil of %d' % busy.pid, 'stop of %d' % stopped.pid])        # 那边的答复，这边也有
+        self.assertEqual(self.ran('fork'), [stopped.pid])
+        stopped.kill()                          # 它 fork 出来的还活着
+        stopped.wait()
+        begin = time.monotonic()
+        reply = self.wecom.deliver(url, messages['fork'])
+        self.assertEqual(reply['Content'], 'fork of %d' % other.pid)
+        self.assertEqual(self.ran('fork'), [stopped.pid, other.pid])
+        self.assertLess(time.monotonic() - begin, 0.4)
+
+    def test_a_folder_that_is_removed_makes_no_second_run(self):
+        urls = [url for _, url in self.workers(2)]
+
+        def deliver(job):
+            self.wecom.deliver(*job)
+        for url in urls:
+            self.wecom.deliver(url, Content='warm 0')
+        slow = self.wecom.message('lisi', Content='slow 1.2')
+        threads = self.at_once(deliver, [(urls[0], slow)])
+        self.begun('slow')
+        for n in range(3):
+            shutil.rmtree(self.shared)
+            fresh = self.wecom.message(Content='fresh%d 0.1' % n)
+            for thread in self.at_once(deliver, [(url, fresh) for url in urls * 2]):
+                thread.join(5)
+            self.assertEqual(len(self.ran('fresh%d' % n)), 1)
+        time.sleep(0.2)                         # 跑着的，过一会儿又认领一遍
+        self.wecom.deliver(urls[1], slow)
+        for thread in threads:
+            thread.join(5)
+        self.assertEqual(len(self.ran('slow')), 1)
+        self.assertEqual([text for _, text in self.wecom.inbox['lisi']][0][:4], 'slow')
+
+
 class Redis:
     """redis-py 的三个方法,在内存里;可以坏掉。"""
 
@@ -2044,6 +1932,756 @@ class Redis:
 
     def delete(self, name):
         return self._do('delete', name)
+
+
+# ---- 答复 Replies -----------------------------------------------------------------------------
+
+class ReplyTests(ClientCase):
+    """回调返回的不止一个 dict:被动回复一条,或主动发送几条。"""
+
+    def server(self, callback, **settings):
+        self.wecom.settings.update(SETTINGS)
+        server = WeChatServer('test', store=FileStore(os.path.join(self.folder, 'cache')),
+                              **dict(self.wecom.settings, api_base=self.url, **settings))
+        server.register_callback('*', callback)
+        return server
+
+    def ask(self, server, **fields):
+        """一次投递 → 被动回复;等回调跑完。"""
+        status, _, body = server.handle(*delivery(message(FromUserName='lisi', **fields)))
+        self.assertEqual(status, 200)
+        server.finish(time.monotonic() + 10)
+        return opened(body)
+
+    def sent(self):
+        self.assertEqual({m['touser'] for m in self.wecom.messages} | {'lisi'}, {'lisi'})
+        return [m[m['msgtype']].get('content', m['msgtype']) for m in self.wecom.messages]
+
+    def test_one_result_is_the_passive_reply(self):
+        text = 'a msgtype'
+        for result in text, [text], (text,), iter([text]), {'Content': text}, [None, text]:
+            self.assertEqual(self.ask(self.server(lambda msg, result=result: result))['Content'], text)
+        self.assertEqual(self.wecom.calls, [])
+
+    def test_several_are_pushed_in_order(self):
+        def several(msg):
+            msg.clear()                 # 回调可以改它的 dict
+            yield 'a'
+            yield ['b', {'MsgType': 'news', 'Articles': [{'Title': 't', 'Url': 'https://e.x'}]}]
+            yield self.file('c.pdf')
+        self.assertIsNone(self.ask(self.server(several)))
+        self.assertEqual(self.sent(), ['a', 'b', 'news', 'file'])
+
+    def test_long_text_is_pushed_in_parts(self):
+        text = '\n'.join('第 %d 行' % n for n in range(500))
+        self.assertIsNone(self.ask(self.server(lambda msg: text)))
+        self.assertEqual('\n'.join(self.sent()), text)
+
+    def test_a_picture_is_uploaded_and_replied(self):
+        reply = self.ask(self.server(lambda msg: self.file('a.jpg')))
+        self.assertEqual((reply['MsgType'], list(self.wecom.media)), ('image', [reply['Image']['MediaId']]))
+        self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.pdf'))))
+        self.assertEqual(self.sent(), ['file'])
+        card = {'msgtype': 'textcard', 'textcard': {'title': 't', 'description': 'd', 'url': 'https://e.x'}}
+        self.assertIsNone(self.ask(self.server(lambda msg: card)))
+        self.assertEqual(self.sent(), ['file', 'textcard'])
+
+    def test_who_cannot_send_replies_with_the_texts_in_one(self):
+        server = self.server(lambda msg: ['a', {'msgtype': 'text', 'text': {'content': 'b'}}, 'c'], secret='')
+        self.assertEqual(self.ask(server)['Content'], 'a\n\nb\n\nc')
+        markdown = {'msgtype': 'markdown', 'markdown': {'content': 'm'}}
+        for more, left in (['x' * 2000, 'y' * 100], 1), (['a', markdown], 1):
+            with self.assertLogs('easywechat', 'WARNING') as logs:
+                reply = self.ask(self.server(lambda msg, more=more: more, secret=''))
+            self.assertEqual((reply['Content'], len(logs.output)), (more[0], left))
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.jpg'), secret='')))
+        self.assertIn('secret is missing', logs.output[0])
+
+    def test_after_an_untrusted_ip_it_replies_passively(self):
+        self.wecom.trusted = False
+        server = self.server(lambda msg: ['a', 'b'])
+        self.assertEqual(self.ask(server)['Content'], 'a\n\nb')      # 问过了,不能发
+        self.assertEqual(self.wecom.calls, ['gettoken', 'agent/get'])
+        self.wecom.trusted = server.client.trusted = True
+        self.wecom.script('message/send', *[{'errcode': 60020, 'errmsg': 'x'}] * 2)
+        with self.assertLogs('easywechat', 'ERROR') as logs:        # IP 刚刚变了:第一条还来得及
+            self.assertEqual(self.ask(server, MsgId='77')['Content'], 'a')
+        self.assertIn('not pushed, but replied, to lisi, the answer to message 77', logs.output[0])
+        self.assertIn('not delivered to lisi, the answer to message 77', logs.output[1])
+        self.assertFalse(server.client.trusted)
+
+    def test_a_generator_that_fails_keeps_what_it_gave(self):
+        def fails(msg):
+            yield 'a'
+            yield 'b'
+            raise ValueError('坏了')
+        server = self.server(fails)
+        server.debug = True
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertIsNone(self.ask(server))
+        self.assertEqual(self.sent(), ['a', 'b', 'ValueError: 坏了'])
+
+    def test_a_wrong_item_fails_alone_wherever_it_stands(self):
+        wrong = (pathlib.Path('missing.jpg'), {'MsgType': 'image', 'Image': 'MEDIA'}, {'Articles': ['a']}, b'bytes',
+                 '   ', 7, {'msgtype': 7}, {'msgtype': 'text', 'text': {'content': b'x'}}, {'MsgType': 'file'},
+                 {'msgtype': 'text', 'text': {'content': ''}}, {'Content': None}, {'a': 1}, float('nan'), object())
+        shapes = (lambda: [bad, 'a', 'b'], lambda: ('a', bad, 'b'), lambda: ['a', 'b', bad],
+                  lambda: iter([bad, 'a', 'b']), lambda: iter(['a', bad, 'b']), lambda: iter(['a', 'b', bad]),
+                  lambda: ['a', [bad, ('b',)]])
+        alone = (lambda: [bad, 'a'], lambda: ['a', bad], lambda: iter([bad, 'a']), lambda: iter(['a', bad]))
+        server = self.server(lambda msg: (shapes + alone)[int(msg['FromUserName'])]())
+        server.client.trusted = True
+        server.client.per_minute = self.wecom.per_member = 10000
+        users = [str(n) for n in range(len(shapes + alone))]
+        self.wecom.users.update(zip(users, users))
+        for bad in wrong:
+            with self.subTest(bad=str(bad)[:40]), self.assertLogs('easywechat', 'WARNING') as logs:
+                self.wecom.inbox.clear()
+                replies = [opened(server.handle(*delivery(message(FromUserName=user)))[2]) for user in users]
+                self.assertEqual([reply and reply['Content'] for reply in replies], [None] * 7 + ['a'] * 4)
+                server.finish(time.monotonic() + 10)
+                self.assertEqual({user: [text for _, text in seen] for user, seen in self.wecom.inbox.items()},
+                                 dict.fromkeys(users[:len(shapes)], ['a', 'b']))
+                failed = [re.findall(r"ERROR:easywechat:callback .* failed on text from (\d+)\n +Traceback", line)
+                          for line in logs.output]
+                self.assertEqual(failed, [[user] for user in users])
+
+    def test_no_user_sees_a_secret_however_much_is_shown(self):
+        server = self.server(lambda msg: ['a', 'b'])
+        self.ask(server)                    # 发过，有了 token
+        token, settings = server.client.get_token(), self.wecom.settings
+        planted = [token] + [settings[key] for key in ('secret', 'token', 'encoding_aes_key', 'robot')]
+
+        def fails(msg):
+            raise ValueError('x?access_token=%s ' % token + ' '.join(planted))
+        server.register_callback('*', fails)
+        server.debug = True
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            reply = self.ask(server)['Content']
+        self.assertTrue(reply.startswith('ValueError: x?access_token=***'), reply)
+        for secret in planted:
+            self.assertNotIn(secret, reply)
+            self.assertNotIn(secret, logs.output[0])
+
+    def test_a_json_event_has_no_passive_reply(self):
+        seen = []
+        event = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'lisi', 'CreateTime': 1700000000, 'MsgType': 'event',
+                 'Event': 'smart_sheet_change', 'Fields': [{'Id': 'f1'}, {'Id': 'f2'}]}
+
+        def callback(msg):
+            seen.append(dict(msg))
+            return '好了'
+        able, unable = self.server(callback), self.server(callback, secret='')
+        able.client.trusted = True
+        self.assertEqual(able.handle(*delivery(json.dumps(event)))[::2], (200, b''))
+        able.finish(time.monotonic() + 5)
+        self.assertEqual((seen, self.sent()), ([event], ['好了']))
+        event['CreateTime'] += 1
+        method, target, body = delivery(' ' + json.dumps(event))
+        body = json.dumps({'tousername': 'x', 'encrypt': xml_to_dict(body)['Encrypt']}).encode()
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for _ in range(2):
+                self.assertEqual(ask_wsgi(unable, method, target, body)[::2], (200, b''))
+        self.assertEqual((seen[1:], len(logs.output)), ([event], 1))
+        deep = '{"a":' * 70 + '1' + '}' * 70
+        for text in ('{', '{"a": }', '{"a": 1', '{"a": NaN}', deep, '{"a": ' + '[' * 100000, '{"a": %s}' % ('9' * 5000),
+                     ' {"a": "\\ud800"', '[]', '7', 'null', '"x"'):
+            self.assertEqual(unable.handle(*delivery(text))[::2], (403, b''), text[:20])
+        self.assertEqual(len(seen), 2)
+
+    def test_the_client_of_the_server_is_its_own(self):
+        server = self.server(print)
+        server.client.send('x', to='lisi')
+        self.assertEqual(self.sent(), ['x'])
+        with raises(ConfigError):
+            make_server().client.get_token()
+
+
+class LateTests(HastyCase):
+    """慢的回调、坏的 API：给了的一条也不丢，谁也不等谁。"""
+
+    def able(self, callback, **settings):
+        """能主动发送的 → (server, 网址)。"""
+        server, url = self.server(callback, **settings)
+        server.client.get_token()
+        server.client.trusted = True
+        return server, url
+
+    def test_while_the_api_is_silent_all_there_is_goes_out_as_one_reply(self):
+        self.wecom.patience, began, took = 2, time.monotonic(), {}
+        for path in 'gettoken', 'agent/get', 'message/send':
+            self.wecom.script(path, *['hang'] * 50)
+        server, url = self.server(lambda msg: ['first', 'second'])
+        server.client.call_within = 3
+
+        def deliver(user):
+            self.wecom.deliver(url, user=user)
+            took[user] = time.monotonic() - began
+        users = self.users(8)
+        for thread in self.at_once(deliver, users):
+            thread.join(7)
+        self.assertEqual([self.wecom.inbox[user] for user in users], [[('text', 'first\n\nsecond')]] * 8)
+        self.assertTrue(0.4 < min(took.values()) and max(took.values()) < 1.2, took)
+
+    def test_who_cannot_send_gets_what_is_there_at_the_end_of_the_last_delivery(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+
+        def slow(msg):
+            yield 'working'
+            go.wait(10)
+            yield 'done'
+            yield 'never asked for'
+        server, url = self.server(slow, secret='')
+        threading.Timer(0.8, setattr, (self.wecom, 'patience', 2)).start()      # 第三次等得久，测试才不怕慢的机器
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            begin = time.monotonic()
+            self.wecom.deliver(url, MsgId=4711)
+            took = time.monotonic() - begin
+            go.set()
+            server.finish(time.monotonic() + 5)
+        self.assertEqual(self.wecom.inbox['zhangsan'], [('text', 'working')])
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn('not sent to zhangsan, 1 of the answers to message 4711', logs.output[0])
+        self.assertTrue(1.3 < took < 2, took)           # 第三次投递的 answer_within
+
+    def test_a_callback_that_never_returns_holds_the_next_answer_up_for_a_while_only(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+        with swapped(easywechat._Outbox, 'patience', 1.2):
+            server, url = self.able(lambda msg: go.wait(20) and None if msg['Content'] == 'A' else ['b1', 'b2'])
+            self.wecom.deliver(url, Content='A')
+            self.wecom.deliver(url, Content='B')
+            self.assertEqual(self.wecom.inbox['zhangsan'], [])
+            deadline = time.monotonic() + 3
+            while len(self.wecom.inbox['zhangsan']) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.assertEqual(self.wecom.inbox['zhangsan'], [('text', 'b1'), ('text', 'b2')])
+            go.set()
+
+    def test_a_push_under_way_when_stop_gives_up_is_in_the_log(self):
+        server, url = self.able(lambda msg: {'msgtype': 'text', 'text': {'content': 'x'}, 'safe': 0})
+        server.client.call_within, server.stop_within = 1.2, 0.1
+        self.wecom.script('message/send', 'hang')
+        self.wecom.deliver(url, MsgId=4711)
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            server.stop()
+            self.assertEqual(len(logs.output), 1)
+            self.assertIn('message 4711 of zhangsan', logs.output[0])
+            server.finish(time.monotonic() + 5)
+            self.assertEqual(len(logs.output), 2)       # 后来说的：也许到了
+
+    def test_however_many_sends_are_stuck_the_clock_goes_on(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+
+        def callback(msg):
+            if msg['Content'] == 'stuck':
+                return {'msgtype': 'text', 'text': {'content': 'x'}, 'safe': 0}
+            return self.until(go)
+        server, url = self.able(callback)
+        server.client.call_within = 2
+        self.wecom.script('message/send', *['hang'] * 64)
+        self.wecom.patience, self.wecom.deliveries, took = 3, 1, []
+        users = self.users(75)
+
+        def deliver(user):
+            begin = time.monotonic()
+            answer = self.wecom.ask(url, self.wecom.message(user, Content='slow'))
+            took.append((answer, time.monotonic() - begin))
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            stuck = self.at_once(lambda user: self.wecom.deliver(url, user=user, Content='stuck'), users[:70])
+            while self.count('message/send') < 64:
+                time.sleep(0.01)
+            for thread in self.at_once(deliver, users[70:]) + stuck:
+                thread.join(5)
+            self.assertEqual([answer for answer, _ in took], [(200, b'')] * 5)
+            self.assertLess(max(seconds for _, seconds in took), 1.1)
+            go.set()
+            server.finish(time.monotonic() + 5)
+        self.assertEqual(len(logs.output), 64)
+        self.assertEqual([self.wecom.inbox[user] for user in users[70:]], [[('text', 'one'), ('text', 'two')]] * 5)
+        self.assertEqual(sum(len(self.wecom.inbox[user]) for user in users[:70]), 6)
+
+    @staticmethod
+    def until(go):
+        yield 'one'
+        go.wait(10)
+        yield 'two'
+
+    def test_an_endless_generator_is_held_back(self):
+        made, end = [], threading.Event()
+        self.addCleanup(end.set)
+
+        def endless(msg):
+            for n in itertools.takewhile(lambda n: not end.is_set(), itertools.count()):
+                made.append(n)
+                yield str(n)
+        server, url = self.able(endless)
+        server.client.call_within, server.client.per_minute = 1.0, 10000
+        self.wecom.per_member, self.wecom.deliveries = 10000, 1
+        self.wecom.script('message/send', 'hang')
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertEqual(self.wecom.deliver(url), {})
+            time.sleep(0.3)
+            self.assertTrue(100 <= len(made) < 110, len(made))
+            while len(self.wecom.messages) < 50:
+                time.sleep(0.01)
+            end.set()
+            server.finish(time.monotonic() + 5)
+        self.assertEqual(len(logs.output), 1)
+        self.assertEqual([int(m['text']['content']) for m in self.wecom.messages], made[1:])    # 0 没有回音
+        end.clear()
+        del made[:]
+        server, url = self.server(endless, secret='')
+        with self.assertLogs('easywechat', 'WARNING') as logs:      # 不能发的：一条回复放不下的，不要了
+            self.assertTrue(self.wecom.deliver(url)['Content'].startswith('0\n\n1\n\n2'))
+        self.assertLess(len(made), 110)
+
+
+# ---- 回调模式 Dispatcher ----------------------------------------------------------------------
+
+def ask_socket(address, method, target, body=b'', headers=None, raw=None):
+    """真的套接字:→ (状态, 头部 dict, 正文);没有一个字节就关了是 (0, {}, b'')。"""
+    with socket.create_connection(address, 10) as sock:
+        if raw is None:
+            lines = ['%s %s HTTP/1.1' % (method, target), 'Host: nas']
+            if method == 'POST' and 'Content-Length' not in (headers or {}):
+                lines.append('Content-Length: %d' % len(body))
+            lines += ['%s: %s' % item for item in (headers or {}).items() if item[1] is not None]
+            raw = '\r\n'.join(lines).encode('latin-1') + b'\r\n\r\n' + body
+        data = b''
+        try:
+            sock.sendall(raw)
+            for piece in iter(lambda: sock.recv(65536), b''):
+                data += piece
+        except OSError:
+            pass
+    head, _, answer = data.partition(b'\r\n\r\n')
+    lines = head.decode('latin-1').split('\r\n')
+    if not data:
+        return 0, {}, b''
+    return (int(lines[0].split()[1]),
+            dict(line.lower().split(': ', 1) for line in lines[1:]), answer)
+
+
+def ask_wsgi(server, method, target, body=b'', headers=None):
+    path, _, query = target.partition('?')
+    environ = {'REQUEST_METHOD': method, 'SCRIPT_NAME': '', 'PATH_INFO': urllib.parse.unquote(path),
+               'QUERY_STRING': query, 'SERVER_NAME': 'nas', 'SERVER_PORT': '80',
+               'SERVER_PROTOCOL': 'HTTP/1.1', 'REMOTE_ADDR': '192.0.2.1', 'wsgi.version': (1, 0),
+               'wsgi.input': io.BytesIO(body), 'wsgi.errors': io.StringIO(),
+               'wsgi.multithread': True, 'wsgi.multiprocess': False, 'wsgi.run_once': False,
+               'wsgi.url_scheme': 'http'}
+    if method == 'POST':
+        environ['CONTENT_LENGTH'] = str(len(body))
+    for name, value in (headers or {}).items():
+        key = name.upper().replace('-', '_')
+        key = key if key == 'CONTENT_LENGTH' else 'HTTP_' + key
+        environ[key] = value
+        if value is None:
+            del environ[key]
+    got = []
+    if re.fullmatch('[0-9]*', environ.get('CONTENT_LENGTH', '')):   # 不然 validate 自己先拒绝了
+        app = wsgiref.validate.validator(server)
+    else:
+        app = server
+    result = app(environ, lambda *args: got.append(args[:2]))
+    answer = b''.join(result)
+    getattr(result, 'close', int)()
+    return int(got[0][0][:3]), {k.lower(): v.lower() for k, v in got[0][1]}, answer
+
+
+def event(name, **fields):
+    return dict({'Event': name, 'MsgType': 'event', 'MsgId': None}, **fields)
+
+
+def contact(change, **fields):
+    return event('change_contact', FromUserName='sys', ChangeType=change, **fields)
+
+
+def approval(name, **fields):
+    return event(name, FromUserName='sys', ApprovalInfo=dict({'SpNo': '1', 'ThirdNo': '1'}, **fields))
+
+
+def chat(**fields):
+    return event('change_external_chat', ChatId='c', ChangeType='update', **fields)
+
+
+def click(name, **fields):
+    return event(name, **dict({'EventKey': 'k', 'TaskId': 't', 'ResponseCode': 'RC'}, **fields))
+
+
+def picture(name, *sums):
+    return click(name, SendPicsInfo={'Count': len(sums), 'PicList': {'item': [{'PicMd5Sum': i} for i in sums]}})
+
+
+def chosen(*options):
+    return click('template_card_event', SelectedItems={'SelectedItem': {
+        'QuestionKey': 'q', 'OptionIds': {'OptionId': list(options)}}})
+
+
+#: 同一秒里的两个事件，只差一个字段（文档 90240、90970–90972、91815、92130、94670、95796…）。
+TWINS = (
+    (event('subscribe', EventKey=''), event('unsubscribe', EventKey='')),
+    (event('enter_agent', EventKey=''), event('enter_agent', EventKey='', FromUserName='b')),
+    (event('LOCATION', Latitude='23.1'), event('LOCATION', Latitude='23.2')),
+    (event('batch_job_result', BatchJob={'JobId': '1'}), event('batch_job_result', BatchJob={'JobId': '2'})),
+    (event('batch_job_result', BatchJob={'JobId': '1', 'JobType': 'sync_user'}),
+     event('batch_job_result', BatchJob={'JobId': '1', 'JobType': 'replace_user'})),
+    (event('batch_job_result', JobId='1', ErrCode=0), event('batch_job_result', JobId='1', ErrCode=1)),
+    (contact('create_user', UserID='a'), contact('create_user', UserID='b')),
+    (contact('update_user', UserID='a', Department='1'), contact('update_user', UserID='a', Department='1,2')),
+    (contact('update_user', UserID='a', NewUserID='b'), contact('delete_user', UserID='a')),
+    (contact('create_party', Id='3'), contact('create_party', Id='4')),
+    (contact('update_party', Id='3', ParentId='1'), contact('update_party', Id='3', ParentId='2')),
+    (contact('update_party', Id='3', Name='甲'), contact('update_party', Id='3', Name='乙')),
+    (contact('update_tag', TagId='1', AddUserItems='a'), contact('update_tag', TagId='1', AddUserItems='b')),
+    (contact('update_tag', TagId='1', AddUserItems='a'), contact('update_tag', TagId='1', DelUserItems='a')),
+    (contact('update_tag', TagId='2', DelPartyItems='1'), contact('update_tag', TagId='2', DelPartyItems='2')),
+    (click('click'), click('click', EventKey='l')),
+    (click('view', EventKey='https://e.x/1'), click('view', EventKey='https://e.x/2')),
+    (click('scancode_push', ScanCodeInfo={'ScanType': 'qrcode', 'ScanResult': '1'}),
+     click('scancode_push', ScanCodeInfo={'ScanType': 'qrcode', 'ScanResult': '2'})),
+    (picture('pic_sysphoto', 'a'), picture('pic_sysphoto', 'b')),
+    (picture('pic_weixin', 'a', 'b'), picture('pic_weixin', 'b', 'a')),
+    (click('location_select', SendLocationInfo={'Label': '甲'}),
+     click('location_select', SendLocationInfo={'Label': '乙'})),
+    (chosen('a'), chosen('b')),
+    (chosen('a', 'b'), chosen('a')),
+    (click('template_card_menu_event'), click('template_card_menu_event', TaskId='u')),
+    (approval('open_approval_change', OpenSpStatus='1'), approval('open_approval_change', OpenSpStatus='2')),
+    (approval('open_approval_change', approverstep='0'), approval('open_approval_change', approverstep='1')),
+    (approval('sys_approval_change', StatuChangeEvent='2'), approval('sys_approval_change', StatuChangeEvent='10')),
+    (approval('sys_approval_change', SpRecord=[{'SpStatus': '1'}, {'SpStatus': '1'}]),
+     approval('sys_approval_change', SpRecord=[{'SpStatus': '2'}, {'SpStatus': '1'}])),
+    (approval('sys_approval_change', Comments={'CommentContent': '好'}),
+     approval('sys_approval_change', Comments={'CommentContent': '不好'})),
+    (event('inactive_alert', EffectTime='1700000000'), event('inactive_alert', EffectTime='1700000001')),
+    (event('upload_media_job_finish', JobId='1'), event('upload_media_job_finish', JobId='2')),
+    (event('kf_msg_or_event', Token='1', FromUserName=None), event('kf_msg_or_event', Token='2', FromUserName=None)),
+    (event('kf_account_auth_change', AuthAddOpenKfId=['a', 'b']),
+     event('kf_account_auth_change', AuthAddOpenKfId=['a', 'c'])),
+    (chat(UpdateDetail='change_notice'), chat(UpdateDetail='add_member')),
+    (chat(UpdateDetail='add_member', MemChangeCnt='1'), chat(UpdateDetail='add_member', MemChangeCnt='2')),
+    (event('change_external_contact', UserID='a', ExternalUserID='e', ChangeType='edit_external_contact'),
+     event('change_external_contact', UserID='a', ExternalUserID='e', ChangeType='del_external_contact')),
+    (event('change_chain', ChainId='1', CorpIds={'CorpId': ['a', 'b']}),
+     event('change_chain', ChainId='1', CorpIds={'CorpId': ['a', 'c']})),
+    (event('living_status_change', LivingId='1', Status=0), event('living_status_change', LivingId='1', Status=1)),
+    (event('meeting_change', ChangeType='quit_waiting_room', MeetingId='m', OperatedUser={'UserId': 'a'}),
+     event('meeting_change', ChangeType='quit_waiting_room', MeetingId='m', OperatedUser={'UserId': 'b'})),
+    ({'MsgType': None, 'MsgId': None, 'FromUserName': None, 'SuiteId': 's', 'InfoType': 'suite_ticket'},
+     {'MsgType': None, 'MsgId': None, 'FromUserName': None, 'SuiteId': 's', 'InfoType': 'create_auth'}))
+
+
+class DispatcherTests(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = make_server(lambda msg: msg)
+        cls.address = cls.server.start('127.0.0.1', 0)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.stop()
+
+    def doors(self, method, target, body=b'', headers=None):
+        """同一个请求走三扇门,三个回答必须一样 → (状态, 正文)。"""
+        answers = [ask_socket(self.address, method, target, body, headers),
+                   ask_wsgi(self.server, method, target, body, headers)]
+        if not headers:
+            status, sent, answer = self.server.handle(method, target, body)
+            answers.append((status, {k.lower(): v.lower() for k, v in sent}, answer))
+        for _, sent, answer in answers:
+            sent.pop('connection', None)
+            self.assertEqual(sent['content-length'], str(len(answer)))
+            self.assertEqual(sent['x-content-type-options'], 'nosniff')
+        self.assertEqual(len(set((a[0], a[1]['content-type']) for a in answers)), 1, answers)
+        return answers[0][0], [a[2] for a in answers]
+
+    def test_the_same_answer_through_three_doors(self):
+        encrypt = CRYPT.seal('1616140317555161061')
+        q = signed(encrypt)
+        good = urllib.parse.urlencode(dict(q, echostr=encrypt.decode()))
+        wrong = urllib.parse.urlencode(dict(q, msg_signature='0' * 40, echostr=encrypt.decode()))
+        post, target, body = delivery(message(Content='x'))
+        stale = delivery(message(Content='x'), timestamp=int(time.time()) - 400)
+        table = [
+            ('GET', '/weixin', b'', None, 200), ('GET', '/any/prefix/weixin/', b'', None, 200),
+            ('HEAD', '/weixin', b'', None, 200), ('GET', '/', b'', None, 404),
+            ('GET', '/xweixin', b'', None, 404), ('GET', '/weixin/..', b'', None, 404),
+            ('DELETE', '/weixin', b'', None, 405), ('GET', '/weixin?' + good, b'', None, 200),
+            ('HEAD', '/weixin?' + good, b'', None, 200), ('GET', '/weixin?' + wrong, b'', None, 403),
+            ('GET', '/weixin?a=1', b'', None, 403), ('GET', '/weixin?nonce=%FF', b'', None, 403),
+            ('GET', '/weixin?%s&nonce=1372623149' % good, b'', None, 403),
+            ('GET', '/weixin?' + '&a=1' * 20, b'', None, 403),
+            ('POST', '/weixin', b'', None, 400), ('POST', '/weixin', body, None, 403),
+            ('POST', target, b'<xml></xml>', None, 400), ('POST', target, body[:-80], None, 400),
+            ('POST', target.replace('nonce=1', 'nonce=2'), body, None, 403),
+            stale[:1] + stale[1:2] + stale[2:] + (None, 403),
+            ('POST', target, b'x' * ((1 << 20) + 1), None, 413),
+            ('POST', target, body, {'Content-Length': None}, 411),
+            ('POST', target, body, {'Content-Length': '-1'}, 400),
+            ('POST', target, body, {'Content-Length': '1_0'}, 400),
+            ('POST', target, body, {'Content-Length': '+10'}, 400),
+            ('POST', target, body, {'Content-Length': '9999999999'}, 400),
+            ('POST', target, body, {'Content-Length': '99999999'}, 413),
+            ('POST', target, body, {'Content-Encoding': 'gzip'}, 400),
+            ('POST', target, body, {'Content-Length': None, 'Transfer-Encoding': 'chunked'}, 411),
+            ('POST', target, body, {'Transfer-Encoding': 'chunked'}, 400)]
+        with self.assertLogs('easywechat', 'WARNING'):
+            for method, where, data, headers, status in table:
+                got, bodies = self.doors(method, where, data, headers)
+                self.assertEqual(got, status, (method, where[:60], headers))
+                if status != 200:
+                    self.assertEqual(set(bodies), {b''})
+        self.assertEqual(self.doors('GET', '/weixin?' + good)[1], [b'1616140317555161061'] * 3)
+
+    def test_a_message_is_answered_alike_through_three_doors(self):
+        status, bodies = self.doors(*delivery(message(Content='你好')))
+        self.assertEqual(status, 200)
+        for body in bodies:
+            reply = opened(body)
+            self.assertEqual((reply['Content'], reply['ToUserName'], reply['FromUserName']),
+                             ('你好', 'li.lei', SETTINGS['corpid']))
+        self.assertEqual(opened(bodies[0]), opened(bodies[2]))
+
+    def test_a_json_envelope_is_accepted(self):
+        encrypt = CRYPT.seal(message(Content='json'))
+        target = '/weixin?' + urllib.parse.urlencode(signed(encrypt))
+        body = json.dumps({'tousername': 'ww', 'encrypt': encrypt.decode()}).encode()
+        self.assertEqual(opened(self.doors('POST', target, body)[1][0])['Content'], 'json')
+
+    def test_echo_of_what_the_user_may_type(self):
+        for text in ('007', ' x ', ']]>', '<b>', '&amp;', '😀', '<!DOCTYPE html>', '\u2028'):
+            body = self.server.handle(*delivery(message(Content=text)))[2]
+            self.assertEqual(opened(body)['Content'], text)
+
+    def test_media_are_echoed(self):
+        for kind, wrapper in (('image', 'Image'), ('voice', 'Voice'), ('video', 'Video')):
+            reply = opened(self.server.handle(*delivery(message(MsgType=kind, **CASES[kind])))[2])
+            self.assertEqual((reply['MsgType'], reply[wrapper]), (kind, {'MediaId': 'M'}))
+
+    def test_the_most_specific_callback_wins(self):
+        server, seen = make_server(), []
+
+        def named(name):
+            return lambda msg, *groups: seen.append((name,) + groups)
+        for kind in '*', 'text', 'event', 'event:click':
+            server.register_callback(kind, named(kind))
+        server.register_callback('text', named('first'), pattern=r'温度 (\w+)( \d+)?')
+        server.register_callback('text', pattern=re.compile('温度.*'))(named('second'))
+        for fields in ({'Content': '温度 厨房'}, {'Content': '温度?'}, {'Content': '别的'},
+                       {'MsgType': 'event', 'Event': 'click', 'MsgId': None},
+                       {'MsgType': 'event', 'Event': 'view', 'MsgId': None}, {'MsgType': 'link'}):
+            self.assertEqual(server.handle(*delivery(message(**fields)))[0], 200)
+        self.assertEqual(seen, [('first', '厨房', None), ('second',), ('text',), ('event:click',),
+                                ('event',), ('*',)])
+
+    def test_registration_refuses_what_cannot_be(self):
+        server = make_server()
+        self.assertRaises(TypeError, server.register_callback, 'text', object())
+        for kind in ('', 'te xt', 'event:', 7, None, 'text:x', '中', print):
+            self.assertRaises(ValueError, server.register_callback, kind, print)
+            self.assertRaises(ValueError, server.register_callback, kind)
+        self.assertRaises(ValueError, server.register_callback, 'image', print, 'x')
+        for kind, close in ('txt', 'text'), ('event:CLICK_', 'type'), ('event:location', 'location_'):
+            with self.assertLogs('easywechat', 'WARNING') as logs:
+                server.register_callback(kind, print)
+            self.assertIn(close, logs.output[0])
+
+    def test_bound_methods_work_and_keep_state(self):
+        class Counter:
+            n = 0
+
+            def reply(self, msg):
+                self.n += 1
+                msg.clear()                     # 回调可以随便改它的 dict
+                return str(self.n)
+        server = make_server(Counter().reply)
+        for n in '12':
+            reply = opened(server.handle(*delivery(message(Content='x')))[2])
+            self.assertEqual((reply['Content'], reply['ToUserName']), (n, 'li.lei'))
+
+    def test_a_callback_that_fails_is_logged_and_answered_empty(self):
+        def bad(msg):
+            raise ValueError('坏了\x1b[31m\nforged line ' + msg['Content'])
+
+        def leave(msg):
+            sys.exit('x')
+        for callback in bad, leave, lambda msg: 7, lambda msg: {'MsgType': 'image', 'Image': 1.5}:
+            server = make_server(callback)
+            with self.assertLogs('easywechat', 'ERROR') as logs:
+                self.assertEqual(server.handle(*delivery(message(Content='x')))[::2], (200, b''))
+            self.assertIn(callback.__qualname__, logs.output[0])
+            self.assertNotIn('\x1b', logs.output[0])
+            self.assertNotIn('\nforged', logs.output[0])
+        server = make_server(bad)
+        server.debug = True
+        with self.assertLogs('easywechat', 'ERROR'):
+            reply = opened(server.handle(*delivery(message(Content='x')))[2])
+        self.assertTrue(reply['Content'].startswith('ValueError: 坏了'))
+
+    def test_nobody_registered_is_an_empty_200(self):
+        self.assertEqual(make_server().handle(*delivery(message()))[::2], (200, b''))
+
+    def test_events_are_told_apart_by_their_key(self):
+        seen = []
+        server = make_server(seen.append)
+        event = dict(MsgType='event', MsgId=None, FromUserName='sys', Event='change_contact')
+        events = [dict(event, ChangeType='create_user', UserID='a'),
+                  dict(event, ChangeType='create_user', UserID='b'),
+                  dict(event, ChangeType='delete_user', UserID='a'),
+                  dict(event, Event='batch_job_result', BatchJob={'JobId': '1'}),
+                  dict(event, Event='batch_job_result', BatchJob={'JobId': '2'}),
+                  dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '2']}),
+                  dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '3']}),
+                  dict(event, CreateTime=1700000001)]
+        for fields in events * 3:
+            self.assertEqual(server.handle(*delivery(message(**fields)))[0], 200)
+        self.assertEqual(len(seen), len(events))
+
+    def test_two_events_of_one_second_are_two_however_little_differs(self):
+        seen = []
+        server = make_server(seen.append)
+        for twins in TWINS:
+            texts = [message(CreateTime=1700000000 + len(seen), **fields) for fields in twins]
+            with self.subTest(twins=twins):
+                before = len(seen)
+                for xml in texts * 3:
+                    self.assertEqual(server.handle(*delivery(xml))[::2], (200, b''))
+                self.assertEqual(len(seen) - before, 2)
+        self.assertEqual(len(TWINS), 40)
+
+    def test_a_message_is_one_of_its_sender_and_its_app(self):
+        runs, store = [], MemoryStore()
+
+        def callback(msg):
+            runs.append(msg)
+            return '给 %s 的 %d' % (msg['FromUserName'], len(runs))
+        server = make_server(callback, store=store)
+        answers = [opened(server.handle(*delivery(message(MsgId='7', FromUserName=user)))[2])
+                   for user in ('lisi', 'wangwu', 'lisi')]
+        self.assertEqual([(a['ToUserName'], a['Content']) for a in answers], [
+            ('lisi', '给 lisi 的 1'), ('wangwu', '给 wangwu 的 2'), ('lisi', '给 lisi 的 1')])
+        others = [dict(SETTINGS), dict(SETTINGS, agentid='1000003'), dict(SETTINGS, token='AnotherToken')]
+        for fields in {'MsgId': '8'}, {'MsgId': None, 'MsgType': 'event', 'Event': 'click'}:
+            del runs[:]
+            xml = message(**fields)
+            for settings in others * 2:
+                crypt = WXBizMsgCrypt(settings['token'], settings['encoding_aes_key'], settings['corpid'])
+                with swapped(sys.modules[__name__], 'CRYPT', crypt):
+                    request = delivery(xml)
+                server = WeChatServer('test', store=store, **settings)
+                server.register_callback('*', callback)
+                self.assertEqual(server.handle(*request)[0], 200)
+            self.assertEqual(len(runs), 3, fields)
+
+    def test_what_wecom_documents_is_not_too_large(self):
+        # 审批抄送给 1,100 个人；文档的上限是多少没有写。
+        seen = []
+        server = make_server(lambda msg: seen.append(msg) or 'ok')
+        people = [{'UserId': 'someone.with.a.long.name.%04d' % n} for n in range(1100)]
+        xml = message(MsgType='event', MsgId=None, Event='sys_approval_change', ApprovalInfo={'Notifyer': people})
+        self.assertGreater(len(xml), 58000)
+        self.assertEqual(opened(server.handle(*delivery(xml))[2])['Content'], 'ok')
+        self.assertEqual(seen[0]['ApprovalInfo']['Notifyer'], people)
+        for count, status in (19998, 200), (20000, 403):
+            text = '<xml><MsgType>text</MsgType>%s</xml>' % ('<A/>' * count)
+            self.assertEqual(server.handle(*delivery(text))[0], status)
+
+    def test_recut_and_replayed_requests_run_nothing_twice(self):
+        seen = []
+        server = make_server(lambda msg: seen.append(msg['MsgId']))
+        verified = 0
+        for n in range(200):
+            nonce = str(random.randint(10 ** 8, 10 ** 9))
+            encrypt = CRYPT.seal(message(Content='x' * n))
+            q = signed(encrypt, nonce)
+            body = b'<xml><Encrypt>' + encrypt + b'</Encrypt></xml>'
+            again = [dict(q), dict(q),
+                     dict(q, timestamp=q['timestamp'][:9], nonce=q['timestamp'][9:] + nonce),
+                     dict(q, timestamp=q['timestamp'] + nonce[:1], nonce=nonce[1:])]
+            for query in [q] + again:
+                status = server.handle('POST', '/weixin?' + urllib.parse.urlencode(query), body)[0]
+                verified += status == 200
+            cut = b'<xml><Encrypt>' + encrypt[64:] + b'</Encrypt></xml>'
+            query = dict(q, nonce=nonce + encrypt[:64].decode())
+            self.assertEqual(server.handle('POST', '/weixin?' + urllib.parse.urlencode(query), cut)[0],
+                             403)
+        self.assertEqual(len(seen), 200)
+        self.assertEqual(len(set(seen)), 200)
+        self.assertEqual(verified, 600)
+
+    def test_a_slow_callback_is_joined_by_the_next_delivery(self):
+        class Impatient(WeChatServer):
+            answer_within = hold_within = 0.05
+        go, runs = threading.Event(), []
+
+        def slow(msg):
+            runs.append(msg)
+            go.wait(10)
+            return '好了'
+        server = make_server(slow, Impatient)
+        address = server.start('127.0.0.1', 0)
+        xml = message(Content='x')
+        self.assertEqual(ask_socket(address, *delivery(xml))[0], 0)     # 断开:企业微信会再来
+        self.assertEqual(ask_wsgi(server, *delivery(xml))[0], 503)
+        go.set()
+        server.hold_within = 10
+        self.assertEqual(opened(ask_socket(address, *delivery(xml))[2])['Content'], '好了')
+        self.assertEqual(len(runs), 1)
+        server.stop()
+
+    def test_an_answer_that_nobody_waits_for_is_in_the_log(self):
+        class Impatient(WeChatServer):
+            answer_within = hold_within = 0.01
+        server = make_server(lambda msg: time.sleep(0.2) or '晚了', Impatient)
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertEqual(server.handle(*delivery(message()))[0], 503)
+            server.stop()
+            server.finish(time.monotonic() + 5)
+        self.assertIn('no delivery waited', logs.output[0])
+
+    def test_when_all_callbacks_are_busy_nothing_is_lost(self):
+        class Small(WeChatServer):
+            max_callbacks, answer_within, hold_within = 1, 0.05, 0.05
+        go = threading.Event()
+        server = make_server(lambda msg: go.wait(10) and 'ok', Small)
+        first, second = message(Content='1'), message(Content='2')
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(server.handle(*delivery(first))[0], 503)
+            self.assertEqual(server.handle(*delivery(second))[0], 503)
+        go.set()
+        server.hold_within = 10
+        for xml in first, second:
+            self.assertEqual(opened(server.handle(*delivery(xml))[2])['Content'], 'ok')
+
+    def test_an_unset_clock_is_believed_once_with_a_warning(self):
+        server = make_server(lambda msg: 'x')
+        server._now = lambda: 0
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for _ in range(3):
+                self.assertEqual(server.handle(*delivery(message()))[0], 200)
+        self.assertEqual(len(logs.output), 1)
+
+    def test_refusals_say_why_ten_times_a_minute(self):
+        server = make_server()
+        other = WeChatServer('o', **dict(SETTINGS, corpid='wwother0123456789'))
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for _ in range(50):
+                server.handle('GET', '/nosuch\x1b', client='203.0.113.9')
+            other.handle(*delivery(message()))
+            now = time.monotonic()
+            server._refusals._clock = lambda: now + 61
+            server.handle('GET', '/nosuch', client='198.51.100.7')
+        text = '\n'.join(logs.output)
+        self.assertEqual(text.count('203.0.113.9 with'), 10)
+        self.assertIn('40 more from 203.0.113.9', text)
+        self.assertIn('got wwte...ab, corpid here is wwot...89', text)
+        self.assertNotIn('\x1b', text)
 
 
 # ---- 服务器 Server ----------------------------------------------------------------------------
@@ -2183,7 +2821,8 @@ class ServerTests(unittest.TestCase):
         self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
 
     def test_run_works_in_any_thread(self):
-        server = make_server(lambda msg: msg)
+        server, numbers = make_server(lambda msg: msg), (signal.SIGTERM, signal.SIGINT)
+        before = [signal.getsignal(number) for number in numbers]
         with contextlib.redirect_stderr(io.StringIO()) as err:
             thread = threading.Thread(target=server.run, args=('127.0.0.1', 0, False),
                                       kwargs={'threaded': True})
@@ -2194,6 +2833,7 @@ class ServerTests(unittest.TestCase):
                 time.sleep(0.001)
             port = int(re.search(r'127\.0\.0\.1:(\d+)', err.getvalue()).group(1))
             self.assertEqual(ask_socket(('127.0.0.1', port), 'GET', '/weixin')[0], 200)
+            self.assertEqual([signal.getsignal(number) for number in numbers], before)      # 信号只归主线程
             server.stop()
             thread.join(5)
         self.assertFalse(thread.is_alive())
@@ -2260,6 +2900,80 @@ class ServerTests(unittest.TestCase):
             self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
         self.assertEqual((server._http.socket.faults, len(logs.output)), ([], 2))
 
+    def test_limits_set_before_it_starts_are_obeyed(self):
+        running, most = [], []
+
+        def callback(msg):
+            running.append(msg['Content'])
+            most.append(len(running))
+            time.sleep(0.4 if msg['Content'] == 'slow' else 0.1)
+            running.remove(msg['Content'])
+            return msg['Content']
+        for door in 'socket', 'handle':
+            server = make_server(callback)
+            server.max_callbacks, server.answer_within, server.hold_within, server.lease = 1, 0.9, 1.2, 0.3
+            address = server.start('127.0.0.1', 0)
+            self.addCleanup(server.stop)
+            answers = []
+
+            def ask(text, server=server, address=address, answers=answers, door=door):
+                request = delivery(message(Content=text))
+                answer = ask_socket(address, *request) if door == 'socket' else server.handle(*request)
+                answers.append(opened(answer[2])['Content'])
+            threads = [threading.Thread(target=ask, args=(text,)) for text in 'abc']
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual((sorted(answers), max(most)), (['a', 'b', 'c'], 1), door)
+        begin = time.monotonic()
+        server.hold_within = 0.1
+        self.assertEqual(server.handle(*delivery(message(Content='slow')))[0], 503)
+        self.assertLess(time.monotonic() - begin, 0.35)
+
+    def test_an_answer_that_is_not_read_delays_no_other(self):
+        # 看时间的线程来答的：正文几 MB，内核收不下，对方又不读。
+        def respond(self, method, target, body, client, send, *more):
+            def large(status, headers, body):
+                body = b'x' * (8 << 20)
+                send(status, [('Content-Length', str(len(body)))], body)
+            return WeChatServer.respond(self, method, target, body, client, large, *more)
+        self.answered_together(lambda server: setattr(server, 'respond', respond.__get__(server)), b'', 8 << 20)
+
+    def test_a_byte_behind_the_body_delays_nobody(self):
+        self.answered_together(lambda server: None, b'\n', 0)
+
+    def answered_together(self, prepare, behind, size):
+        """慢的回调，看时间的线程来答：第一个不读，也不断开；别的都按时得到 ``size`` 字节的正文。"""
+        go, took = threading.Event(), []
+        server = make_server(lambda msg: go.wait(5) and None, type('S', (Hasty,), {'hold_within': 3}), secret='s')
+        server.client.trusted = True
+        prepare(server)
+        address = server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+
+        def read(sock):
+            data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
+            took.append((len(data.partition(b'\r\n\r\n')[2]), time.monotonic() - begin))
+        held = []
+        for _ in range(5):
+            held.append(socket.create_connection(address, 3))
+            self.addCleanup(held[-1].close)
+        begin = time.monotonic()
+        for sock in held:
+            method, target, body = delivery(message(Content='x'))
+            head = 'POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % (target, len(body))
+            sock.sendall(head.encode() + body + behind)
+            time.sleep(0.02)
+        threads = [threading.Thread(target=read, args=(sock,), daemon=True) for sock in held[1:]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(4)
+        go.set()
+        self.assertEqual([length for length, _ in took], [size] * 4)
+        self.assertTrue(0.4 < min(t for _, t in took) and max(t for _, t in took) < 1, took)
+
     def test_a_second_stop_leaves_the_next_server_alone(self):
         server = make_server()
         server.start('127.0.0.1', 0)
@@ -2304,6 +3018,190 @@ class ServerTests(unittest.TestCase):
                 time.sleep(0.01)
         self.assertLessEqual(threading.active_count(), before + 1)          # 看时间的那条
         self.assertEqual(threading.stack_size(), 0)
+
+
+    @unittest.skipUnless(os.path.isdir('/proc/self/task'), '只有 Linux 数得出来')
+    def test_at_rest_nothing_wakes_and_sigterm_ends_it_at_once(self):
+        code = ("import json, sys, easywechat; easywechat._Seats.idle = 0.1\n"
+                "server = easywechat.WeChatServer('x', **json.loads(sys.argv[1]))\n"
+                "server.register_callback('*', lambda msg: msg)\n"
+                "server.run('127.0.0.1', 0)\n")
+        process = subprocess.Popen([sys.executable, '-c', code, json.dumps(SETTINGS)], cwd=HERE, stderr=subprocess.PIPE,
+                                   env=dict(os.environ, PYTHONIOENCODING='utf-8'))
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        address = '127.0.0.1', int(re.search(rb':([0-9]+)/', process.stderr.readline()).group(1))
+
+        def switches():
+            """每条线程让出过几次 CPU。"""
+            counts = {}
+            for task in os.listdir('/proc/%d/task' % process.pid):
+                with contextlib.suppress(OSError), open('/proc/%d/task/%s/status' % (process.pid, task)) as f:
+                    counts[task] = re.findall(r'ctxt_switches:\s*(\d+)', f.read())
+            return counts
+        for text in 'abc':
+            self.assertEqual(opened(ask_socket(address, *delivery(message(Content=text)))[2])['Content'], text)
+        deadline = time.monotonic() + 5
+        while len(switches()) > 2 and time.monotonic() < deadline:      # 看时间的、空闲的线程，过一会儿结束
+            time.sleep(0.05)
+        before = switches()
+        time.sleep(2)
+        self.assertEqual(switches(), before)
+        self.assertEqual(opened(ask_socket(address, *delivery(message(Content='d')))[2])['Content'], 'd')
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(5), 0)
+        self.assertLess(time.monotonic() - begin, 0.5)
+
+
+@unittest.skipUnless(hasattr(os, 'fork'), '没有 fork')
+class ForkTests(HastyCase):
+    """fork 出来的进程里没有别的线程：它们拿着的锁、数着的数、答着的连接，都与它无关。"""
+
+    def setUp(self):
+        super().setUp()
+        quiet = warnings.catch_warnings()           # 3.12 起：这个进程有几条线程
+        quiet.__enter__()
+        self.addCleanup(quiet.__exit__, None, None, None)
+        warnings.simplefilter('ignore')
+
+    def fork(self, job):
+        """在新的进程里 ``job()``：返回真的，退出码是 0；卡住了，十秒后被 SIGALRM 结束 → 进程号。"""
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            signal.alarm(10)
+            code = 0 if job() else 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def end(self, pid):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def test_a_child_works_whatever_the_threads_of_its_parent_did(self):
+        end, go = threading.Event(), threading.Event()
+        self.addCleanup(end.set)
+        self.addCleanup(go.set)
+        files, memory = FileStore(os.path.join(self.folder, 'files')), MemoryStore()
+
+        def callback(msg):
+            return msg['Content'] if msg['Content'] != 'slow' else go.wait(20) and None
+        server, url = self.server(callback, files)
+        other, status, codes = make_server(store=files), [], []
+        server.client.get_token()
+        self.wecom.deliveries = 1
+
+        def traffic(n):
+            count = 0
+            while not end.is_set():
+                count += 1
+                if n:
+                    query, body = self.wecom.request(self.wecom.message(Content=str(n)))
+                    status.append(server.handle('POST', '/weixin?' + query, body)[0])
+                    memory.set('%d of %d' % (count, n), b'x')
+                else:
+                    other.start('127.0.0.1', 0)     # 每次都开新的线程
+                    other.stop()
+
+        def child(query, body, content):
+            status, _, answer = server.handle('POST', '/weixin?' + query, body)
+            memory.set(content, b'1')
+            files.set(content, b'2')
+            server.client.send(content, to='lisi')
+            begin = time.monotonic()
+            server.finish(begin + 1)                # 正在跑的是父进程的，不等它
+            return ((status, self.wecom.opened(answer)['Content'], memory.get(content), files.get(content))
+                    == (200, content, b'1', b'2') and time.monotonic() - begin < 0.5)
+
+        def forks(n):
+            for i in range(5):
+                content = 'child %d of %d' % (i, n)
+                query, body = self.wecom.request(self.wecom.message(Content=content))
+                codes.append(os.waitpid(self.fork(lambda q=query, b=body, c=content: child(q, b, c)), 0)[1])
+        slow = self.at_once(lambda content: self.wecom.deliver(url, Content=content), ['slow'])
+        busy, forking = self.at_once(traffic, range(3)), self.at_once(forks, range(4))
+        for thread in forking:
+            thread.join(60)
+        end.set()
+        go.set()
+        for thread in busy + slow:
+            thread.join(10)
+        self.assertEqual(codes, [0] * 20)
+        self.assertEqual(set(status), {200})
+        self.assertEqual(sorted(text for _, text in self.wecom.inbox['lisi']), [
+            'child %d of %d' % (i, n) for i in range(5) for n in range(4)])
+
+    def test_a_child_keeps_no_connection_open(self):
+        go, begun, children = threading.Event(), threading.Event(), []
+        self.addCleanup(go.set)
+
+        def callback(msg):
+            if msg['Content'] == 'waits':
+                begun.set()
+                go.wait(10)
+            else:
+                children.append(self.fork(lambda: time.sleep(9)))
+                self.addCleanup(self.end, children[-1])
+            return msg['Content']
+        parts, answers = urllib.parse.urlsplit(self.server(callback, secret='')[1]), []
+
+        def ask(text):
+            query, body = self.wecom.request(self.wecom.message(Content=text))
+            answer = ask_socket((parts.hostname, parts.port), 'POST', '/weixin?' + query, body)     # 读到断开为止
+            answers.append((answer[0], self.wecom.opened(answer[2])['Content']))
+        waiting = self.at_once(ask, ['waits'])
+        begun.wait(5)
+        begin = time.monotonic()
+        ask('forks')
+        go.set()
+        waiting[0].join(5)
+        self.assertEqual(answers, [(200, 'forks'), (200, 'waits')])
+        self.assertLess(time.monotonic() - begin, 1)
+        self.assertEqual(os.waitpid(children[0], os.WNOHANG), (0, 0))       # 它还活着
+
+    def test_a_child_keeps_no_lock(self):
+        folder = os.path.join(self.folder, 'locks')
+        store = FileStore(folder)
+
+        def free():
+            begin = time.monotonic()
+            with FileStore(folder).lock('a', 0.4):
+                return time.monotonic() - begin < 0.3
+        with store.lock('a'):
+            child = self.fork(lambda: time.sleep(9))
+            self.addCleanup(self.end, child)
+            self.assertNotEqual(os.waitpid(self.fork(free), 0)[1], 0)
+        self.assertEqual(os.waitpid(self.fork(free), 0)[1], 0)
+        self.assertTrue(free())
+        self.assertEqual(os.waitpid(child, os.WNOHANG), (0, 0))
+
+    def test_a_child_may_stop_and_start_the_server_and_its_parent_goes_on(self):
+        go, begun = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        server, url = self.server(lambda msg: begun.set() or go.wait(20) and None if 'Content' in msg else 'x')
+        slow = self.at_once(lambda text: self.wecom.deliver(url, Content=text), ['slow'])
+        begun.wait(5)
+
+        def job():
+            begin = time.monotonic()
+            server.stop()
+            address = server.start('127.0.0.1', 0)
+            status = ask_socket(address, 'GET', '/weixin')[0]
+            server.stop()
+            return status == 200 and time.monotonic() - begin < 2
+        for _ in range(3):
+            self.assertEqual(self.wecom.deliver(url)['Content'], 'x')
+            self.assertEqual(os.waitpid(self.fork(job), 0)[1], 0)
+        self.assertEqual(self.wecom.deliver(url)['Content'], 'x')
+        go.set()
+        slow[0].join(5)
 
 
 # ---- 命令行 Command line ----------------------------------------------------------------------
@@ -2414,8 +3312,6 @@ class CommandTests(unittest.TestCase):
             self.assertEqual(run_cli('--init', '--config', path)[0], 2)
             self.assertEqual(get_config('demo', path), config)
 
-
-# ---- 文件对自己的许诺 -------------------------------------------------------------------------
 
 class SendCommandTests(ClientCase):
 
@@ -3972,6 +4868,8 @@ class ExampleTests(ExampleCase):
             self.assertIn(b'\\u', process.communicate(timeout=20)[0])
             self.assertEqual(process.returncode, 0)
 
+
+# ---- 文件对自己的许诺 -------------------------------------------------------------------------
 
 class PromiseTests(unittest.TestCase):
 

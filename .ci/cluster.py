@@ -8,6 +8,7 @@ Needs gunicorn and redis beside sys.executable, nginx and redis-server in PATH.
 import collections
 import concurrent.futures
 import contextlib
+import http.client
 import os
 import shutil
 import signal
@@ -234,6 +235,41 @@ def breaking(folder, what, count=400):
         return bool(unanswered)
 
 
+def frozen(folder):
+    """Two processes over one FileStore, each message to both; one is stopped for 4 s while it runs some of them, then
+    the folder is removed. No message may run twice, whoever is asked second answers when the first goes on."""
+    cluster = Cluster(folder, secret=False)
+    try:
+        ports = cluster.own(), cluster.own()
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            def ask(port, message):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    return cluster.wecom.opened(cluster.wecom.ask(url(port), message)[1]).get('Content')
+
+            def both(n):
+                message = cluster.wecom.message(MsgId=n + 1, Seconds='0.3')
+                first, second = ports if n % 2 else ports[::-1]
+                early = pool.submit(ask, first, message)
+                time.sleep(0.1)
+                return 'answer %d' % (n + 1) in (ask(second, message), early.result())
+            answered = 0
+            for batch in range(3):
+                jobs = [pool.submit(both, batch * 30 + n) for n in range(30)]
+                if batch == 1:          # in the middle of them
+                    time.sleep(0.2)
+                    os.kill(cluster.processes[0].pid, signal.SIGSTOP)
+                    time.sleep(4)
+                    os.kill(cluster.processes[0].pid, signal.SIGCONT)
+                answered += sum(job.result() for job in jobs)
+                shutil.rmtree(cluster.path('store'))
+        runs = collections.Counter(cluster.runs())
+        print('a process stopped for 4 s, the folder removed: %d messages, %d answered, %d runs, %d twice' % (
+            90, answered, sum(runs.values()), sum(n > 1 for n in runs.values())))
+        return max(runs.values()) > 1 or answered < 90
+    finally:
+        cluster.stop()
+
+
 def main():
     count = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +277,8 @@ def main():
         failed += twice(os.path.join(folder, 'twice'), count)
         failed += breaking(os.path.join(folder, 'kill'), 'gunicorn')
         failed += breaking(os.path.join(folder, 'redis'), 'Redis')
-    print('cluster: %d passed, %d failed' % (9 - failed, failed))
+        failed += frozen(os.path.join(folder, 'frozen'))
+    print('cluster: %d passed, %d failed' % (10 - failed, failed))
     return 1 if failed else 0
 
 
