@@ -349,7 +349,6 @@ class _RefusalLog:
         _fresh(self, _lock=threading.Lock)
 
     def write(self, client, error):
-        """记一次拒绝。"""
         with self._lock:
             count = {}
             if self._clock() - self._since >= 60:       # 一分钟过去了：说没写出来的数目，重新计数
@@ -529,11 +528,9 @@ _BASE64 = b'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 def _aes():
     """AES 模块:pip 的包叫 Crypto,Debian 的叫 Cryptodome;古老的 PyCrypto 也叫 Crypto,不要它。"""
     for package in 'Crypto', 'Cryptodome':
-        try:
+        with contextlib.suppress(ImportError, AttributeError, OSError):     # OSError：别的机器上编译的
             if importlib.import_module(package).version_info >= (3, 4):
                 return importlib.import_module(package + '.Cipher.AES')
-        except (ImportError, AttributeError, OSError):     # OSError:别的机器上编译的
-            continue
     raise ImportError(_AES_INSTALL)
 
 
@@ -621,9 +618,9 @@ class WXBizMsgCrypt:
     def __init__(self, sToken, sEncodingAESKey, sCorpId):
         if not re.fullmatch('[A-Za-z0-9+/]{43}', sEncodingAESKey):
             others = len(re.findall('[^A-Za-z0-9+/]', sEncodingAESKey))
-            got = '%d%s' % (len(sEncodingAESKey) - others, ' and %d others' % others * bool(others))
-            raise FormatException(ierror.WXBizMsgCrypt_IllegalAesKey, _ERRORS[ierror.WXBizMsgCrypt_IllegalAesKey][1]
-                                  + ', got ' + got)
+            raise FormatException(
+                ierror.WXBizMsgCrypt_IllegalAesKey, 'EncodingAESKey must be 43 characters of A-Z a-z 0-9, got %d%s'
+                % (len(sEncodingAESKey) - others, ' and %d others' % others * bool(others)))
         key, aes = binascii.a2b_base64(sEncodingAESKey + '='), _aes()
         self._token, self._receive_id = sToken.encode('utf-8'), sCorpId.encode('utf-8')
         # CBC 的 IV 只影响第一块,而第一块正是没有人看的 random(16):所以每个方向一个对象,一条接一条用下去。
@@ -736,10 +733,8 @@ class WXBizMsgCrypt:
 # config.ini:每个应用一节,[system] 放其余的;文件里没写的由环境变量 EASYWECHAT_<大写的键> 补上,
 # 关键字参数优先于两者。首尾的空白和引号去掉;'%' 不是特殊字符。
 
-_APP_KEYS = ('corpid', 'secret', 'appid', 'agentid', 'token', 'encoding_aes_key', 'touser',
-             'robot', 'api_base', 'ca_file')
+_APP_KEYS = tuple('corpid secret appid agentid token encoding_aes_key touser robot api_base ca_file'.split())
 _SYSTEM_KEYS = 'route_name', 'log_path', 'log_name'
-
 _BLANKS = ' \t\r\n\u00a0\u200b\u3000\ufeff'
 
 #: --init 写出的文件;config.ini.example 就是它,空着两个密钥。
@@ -787,23 +782,20 @@ def _config_paths(ini_name):
         return [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])]
     script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
     folders = os.path.dirname(script), os.getcwd(), os.path.dirname(__file__)
-    return list(collections.OrderedDict.fromkeys(
-        os.path.join(os.path.abspath(folder), 'config.ini') for folder in folders))
-
-
-def _check_mode(path):
-    """里面有密钥的文件:别人能改就不读,别人能读就提醒。"""
-    mode = os.stat(path).st_mode if os.name == 'posix' else 0
-    if mode & 0o002:
-        raise ConfigError('%s can be changed by anybody, not read: chmod 600 it' % path)
-    if mode & 0o004:
-        logger.warning('%s can be read by anybody: chmod 600 it', path)
+    return list(dict.fromkeys(os.path.join(os.path.abspath(folder), 'config.ini') for folder in folders))
 
 
 def _read_ini(path):
-    """ini 文件 → `configparser.ConfigParser`。UTF-8(可有 BOM),否则当作 GB18030。"""
+    """ini 文件 → `configparser.ConfigParser`。UTF-8（可有 BOM），否则当作 GB18030。
+
+    里面有密钥：别人能改就不读，别人能读就提醒。
+    """
     try:
-        _check_mode(path)
+        mode = os.stat(path).st_mode if os.name == 'posix' else 0
+        if mode & 0o002:
+            raise ConfigError('%s can be changed by anybody, not read: chmod 600 it' % path)
+        if mode & 0o004:
+            logger.warning('%s can be read by anybody: chmod 600 it', path)
         with open(path, 'rb') as f:
             data = f.read(1 << 20)
     except OSError as e:
@@ -996,7 +988,6 @@ class _Promise:
         self._gate.release()
 
     def done(self):
-        """有没有结果了。"""
         return not self._gate.locked()
 
     def result(self, within):
@@ -1082,7 +1073,6 @@ class MemoryStore:
 
 
 def _cache_folders():
-    """放 token 的目录,依次试。"""
     home = os.path.expanduser('~')
     cache = os.environ.get('XDG_CACHE_HOME') or (home != '~' and os.path.join(home, '.cache'))
     if cache:
@@ -1157,7 +1147,6 @@ class FileStore:
         raise failure
 
     def _path(self, name, form='%s'):
-        """``name`` 的文件。"""
         _check_fork()
         self._folder = folder = self._folder or self._choose()
         return os.path.join(folder, form % hashlib.sha1(name.encode('utf-8')).hexdigest())
@@ -1191,7 +1180,6 @@ class FileStore:
             return name
 
     def _alive(self, owner):
-        """锁着主人文件 ``owner`` 的进程还在不在。"""
         if any(name == owner for _, name in list(self._owners.values())):
             return True
         with contextlib.suppress(ImportError, OSError):
@@ -1389,7 +1377,6 @@ class _Steady:
 
 
 def _steady(store, limits):
-    """``store``，坏了也不要紧的。"""
     return store if isinstance(store, (MemoryStore, _Steady)) else _Steady(store, limits)
 
 
@@ -1446,7 +1433,6 @@ class _Message(dict):
     own = False
 
     def body(self):
-        """这种消息自己的那部分。"""
         kind = self['msgtype']
         return self.get(_REPLIES[kind][1] if kind in _REPLIES else kind)
 
@@ -1457,7 +1443,6 @@ class _Message(dict):
         return path if isinstance(path, os.PathLike) else None
 
     def with_body(self, **fields):
-        """同样的消息，它自己的那部分改了几个字段。"""
         new = _Message(self, **{_REPLIES.get(self['msgtype'], (0, self['msgtype']))[1]: dict(self.body(), **fields)})
         new.own = self.own
         return new
@@ -1632,7 +1617,7 @@ class _Keys:
 
 _API_BASE = 'https://qyapi.weixin.qq.com'
 
-_TLS_ADVICE = (
+_NETWORK_ADVICE = (
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
     ('unable to get (local )?issuer|self.signed', '没有 CA 证书:opkg install ca-bundle,或 apt / apk '
      'install ca-certificates;中转用自己的证书时,在 config.ini 里写 ca_file'),
@@ -1640,7 +1625,8 @@ _TLS_ADVICE = (
     ('CERTIFICATE_VERIFY_FAILED', '证书验证不了:时钟不对 (NTP),没有 CA 证书 (ca-bundle、ca-certificates),api_base '
      '不是这个域名,或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
-    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
+    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'),
+    ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl:opkg install python3-openssl'))
 
 #: 发请求的线程;被放弃的请求(比如 DNS 不答)还占着,直到它自己结束。
 _REQUESTS = _Threads(64)
@@ -1737,11 +1723,10 @@ class _Upload:
         self._path, self._progress = path, progress
         self._size = os.path.getsize(path)
         boundary = 'EasyWeChat' + binascii.hexlify(os.urandom(16)).decode()
-        name = _UNPRINTABLE.sub('_', _decoded(name).replace('"', '%22').replace('\r', '%0D')
-                                .replace('\n', '%0A')).replace('\\', '_')
-        self._head = ('--%s\r\nContent-Disposition: form-data; name="media"; filename="%s"; '
-                      'filelength=%d\r\nContent-Type: application/octet-stream\r\n\r\n'
-                      % (boundary, name, self._size)).encode('utf-8')
+        escapes = str.maketrans({'"': '%22', '\r': '%0D', '\n': '%0A', '\\': '_'})
+        name = _UNPRINTABLE.sub('_', _decoded(name).translate(escapes))
+        self._head = ('--%s\r\nContent-Disposition: form-data; name="media"; filename="%s"; filelength=%d\r\n'
+                      'Content-Type: application/octet-stream\r\n\r\n' % (boundary, name, self._size)).encode('utf-8')
         self._tail = ('\r\n--%s--\r\n' % boundary).encode()
         self.headers = {'Content-Type': 'multipart/form-data; boundary=' + boundary,
             'Content-Length': str(len(self._head) + self._size + len(self._tail))}
@@ -1830,20 +1815,13 @@ def _put(part, folder, name):
 # 调用
 
 class _Attempt:
-    """一个 HTTP 请求:走到了哪一步,怎样打断它。``connected`` 以前失败的,肯定没有到。"""
+    """一个 HTTP 请求：走到了哪一步，怎样打断它。还没有 ``socket`` 就失败的，肯定没有到。"""
 
     def __init__(self, call, within):
         self._call, self._within = call, within
         self._lock = threading.Lock()
-        self._socket = None
         self._aborted = False
-        self.connected = False
-
-    def connection(self, name, *args, **kwargs):
-        """http.client 里叫 ``name`` 的连接;没有 ssl 的 Python 没有 HTTPSConnection。"""
-        connection = _connection(getattr(http.client, name))(*args, **kwargs)
-        connection.attempt = self
-        return connection
+        self.socket = None
 
     def connected_by(self, sock):
         """连上了;等的人已经走了,就不许再发出去。"""
@@ -1851,7 +1829,7 @@ class _Attempt:
         with self._lock:
             if self._aborted:
                 raise OSError('too late')
-            self._socket, self.connected = sock, True
+            self.socket = sock
 
     def _open(self):
         from urllib.request import Request
@@ -1871,9 +1849,9 @@ class _Attempt:
 
     def _hang_up(self):
         """断开；fork 出来的进程里的那一份也断开。"""
-        if self._socket:
+        if self.socket:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def _exchange(self):
         try:
@@ -1899,13 +1877,11 @@ class _Call:
     def __init__(self, caller, path, query, body=None, read=_read_json, within=None):
         self.caller, self.path, self.read = caller, path, read
         self.url = '%s/cgi-bin/%s?%s' % (caller.api_base, path, urllib.parse.urlencode(query))
-        self.body, self.headers = body, {}
         self.redirects = 3 * (read is not _read_json)
-        self._harmless = body is None or isinstance(body, _Upload)      # 再来一次也没关系
         self._within = caller.call_within if within is None else within
-        if isinstance(body, _Upload):
-            self.headers = body.headers
-        elif body is not None:
+        self._harmless = body is None or isinstance(body, _Upload)      # 再来一次也没关系
+        self.body, self.headers = body, getattr(body, 'headers', {})
+        if not self._harmless:
             self.body = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
             self.headers = {'Content-Type': 'application/json; charset=utf-8'}
 
@@ -1921,13 +1897,11 @@ class _Call:
                                 advice, (status == 200 or status >= 500) and not self._harmless)
         reason = getattr(error, 'reason', None) or error
         text = _show(_redact('%s: %s' % (type(reason).__name__, reason)), 400)
-        advice = next((a for form, a in _TLS_ADVICE if re.search(form, text)), '')
-        if isinstance(error, (ImportError, AttributeError)):
-            advice = '这个 Python 没有 ssl:opkg install python3-openssl'
+        advice = next((a for form, a in _NETWORK_ADVICE if re.search(form, text)), '')
+        text = '%s (%s)' % (host, text)
         if connected:
-            return NetworkError(504, 'no complete answer from %s (%s)' % (host, text), self.path,
-                                advice, not self._harmless)
-        return NetworkError(503, 'cannot reach %s (%s)' % (host, text), self.path,
+            return NetworkError(504, 'no complete answer from ' + text, self.path, advice, not self._harmless)
+        return NetworkError(503, 'cannot reach ' + text, self.path,
                             advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
 
     def _try(self, within):
@@ -1939,7 +1913,7 @@ class _Call:
             failure = e.args[0]
         except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError,
                 RuntimeError, _NotWeCom) as e:      # RuntimeError: can't start new thread
-            failure = self._failure(e, attempt.connected)
+            failure = self._failure(e, attempt.socket)
         else:
             if not answer.get('errcode'):
                 return answer
@@ -1980,6 +1954,7 @@ class _Pace:
 
     def wait(self, receivers, limit, clock):
         """轮到的时候返回一个格子:发到了,把 ``[0]`` 改成那时的时刻。同一个收件人的先来先走。"""
+        _check_fork()
         slot = [clock()]
         with self._lock:
             now = slot[0]
@@ -2169,6 +2144,7 @@ class WeChatClient(_Caller):
 
     def _token(self, stale, within):
         """`get_token`，最多等 ``within`` 秒；这个进程里同时只有一个去要，别人等它的结果，或同一个错误。"""
+        _check_fork()
         token = self._cached_token(stale)
         if token is None:
             with self._lock:
@@ -2572,7 +2548,6 @@ class Once:
             run.due = run.begin         # 有空就轮到它
 
     def _work(self, run):
-        """跑回调，答复，存下。"""
         run.stage = _RUNNING
         try:
             self._replies.make(run)
@@ -2609,7 +2584,6 @@ class Once:
                 del self._runs[run.key]
 
     def _finish(self, run):
-        """完了：存下，从名单里去掉。"""
         try:
             self._write(run)
         finally:
@@ -2736,7 +2710,6 @@ class _Outbox:
         _fresh(self, lock=threading.Lock, _queues=dict, _busy=set)
 
     def join(self, parcel):
-        """``parcel`` 排进队里。"""
         with self.lock:
             self._queues.setdefault(parcel.user, []).append(parcel)
 
@@ -2780,7 +2753,6 @@ class _Outbox:
             del parcel.items[0]
 
     def left(self):
-        """还没完的 (list)。"""
         with self.lock:
             return [parcel for queue in self._queues.values() for parcel in queue
                     if parcel.run.stage < _PUSHING or parcel.held or parcel.items]
@@ -2800,7 +2772,6 @@ class Replies:
         _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int)
 
     def expect(self, run):
-        """认领到了。"""
         run.parcel = _Parcel(run)
         self._outbox.join(run.parcel)
 
@@ -2992,7 +2963,6 @@ def _body_length(fields, limit):
 
 
 def _answer(status, kind, body=b'', *more):
-    """完整的回答。"""
     return status, [('Content-Type', 'text/%s; charset=utf-8' % kind), ('Content-Length', str(len(body))),
                     ('X-Content-Type-Options', 'nosniff')] + list(more), body
 
@@ -3076,6 +3046,7 @@ class Dispatcher:
 
     def finish(self, deadline):
         """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
+        _check_fork()
         while (self._once._runs or self._replies.left()) and time.monotonic() < deadline:
             time.sleep(0.02)
         for parcel in self._replies.left():
@@ -3172,7 +3143,6 @@ class Dispatcher:
         return answers[0]
 
     def __call__(self, environ, start_response):
-        """WSGI (PEP 3333)。"""
         client = environ.get('REMOTE_ADDR', '')
         method = environ['REQUEST_METHOD']
         path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
@@ -3286,7 +3256,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return data[:end + 2], data[end + 4:]
 
     def _read_request(self, app):
-        """``(方法, 目标, 正文)``。"""
         begin = time.monotonic()
         head, rest = self._read_head(begin + app.head_within)
         method, target, fields = _parse_head(head)
@@ -3426,7 +3395,6 @@ class _HTTPServer(http.server.HTTPServer):
                 self._evict(len(self._reading) - 1)
 
     def done_reading(self, request):
-        """请求读完了:这个连接不再占读的名额。"""
         with self._lock:
             self._reading.pop(request, None)
 
@@ -3501,6 +3469,7 @@ class WeChatServer(Dispatcher):
         ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。
         地址用不了抛 `OSError`,已经在服务抛 `RuntimeError`。
         """
+        _check_fork()
         if self._http and self._http.process == os.getpid():
             raise RuntimeError('already started')
         _log_to_file(self.settings)
