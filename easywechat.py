@@ -1618,6 +1618,7 @@ class _Keys:
 _API_BASE = 'https://qyapi.weixin.qq.com'
 
 _NETWORK_ADVICE = (
+    ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl:opkg install python3-openssl'),
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
     ('unable to get (local )?issuer|self.signed', '没有 CA 证书:opkg install ca-bundle,或 apt / apk '
      'install ca-certificates;中转用自己的证书时,在 config.ini 里写 ca_file'),
@@ -1625,48 +1626,59 @@ _NETWORK_ADVICE = (
     ('CERTIFICATE_VERIFY_FAILED', '证书验证不了:时钟不对 (NTP),没有 CA 证书 (ca-bundle、ca-certificates),api_base '
      '不是这个域名,或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
-    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'),
-    ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl:opkg install python3-openssl'))
+    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
 
-#: 发请求的线程;被放弃的请求(比如 DNS 不答)还占着,直到它自己结束。
-_REQUESTS = _Threads(64)
+_REQUESTS = _Threads(64)        # 被放弃的请求（比如 DNS 不答）还占着一条，直到它自己结束
 
 
 def _normal_base(text):
     """api_base 的各种写法 → ``https://host[:port][/prefix]``。"""
-    base = text if '://' in text else 'https://' + text
-    base = re.sub('(/cgi-bin)?/*$', '', base)
-    port = re.search(r':([0-9]+)(/|$)', base.partition('//')[2])
-    form = r'https?://([A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?'
-    if (port and int(port.group(1)) > 65535 or not re.fullmatch(form, base) or re.search('[?#@]', base)):
+    base = re.sub('(/cgi-bin)?/*$', '', text if '://' in text else 'https://' + text)
+    form = r'https?://([A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?(/[!-~]*)?'
+    match = re.fullmatch(form, base)
+    if not match or int(match.group('port') or 0) > 65535 or re.search('[?#@]', base):
         raise ConfigError('api_base must look like https://vps.example.com[:port][/path]')
     return base
 
 
-@functools.lru_cache(maxsize=None)
-def _connection(base):
-    """http.client 的一种连接,连上了告诉它的 `_Attempt`。"""
-    class Connection(base):
-        attempt = None
+def _connection(name, attempt, *args, **kwargs):
+    """http.client 里叫 ``name`` 的连接，连上了告诉 ``attempt``；没有 ssl 的 Python 没有 HTTPSConnection。"""
+    connection = getattr(http.client, name)(*args, **kwargs)
 
-        def connect(self):
-            base.connect(self)              # 包括代理的 CONNECT 和 TLS 握手
-            self.attempt.connected_by(self.sock)
-    return Connection
+    def connect():
+        del connection.connect          # 又是类的那个；不留下循环引用
+        connection.connect()            # 包括代理的 CONNECT 和 TLS 握手
+        attempt.connected_by(connection.sock)
+    connection.connect = connect
+    return connection
 
 
-def _make_opener(tls):
+def _tls(ca_file):
+    """总是验证证书的 `ssl.SSLContext`。"""
+    import ssl
+    context = ssl.create_default_context()
+    try:
+        if ca_file:
+            context.load_verify_locations(ca_file)
+    except OSError as e:
+        raise ConfigError('cannot use ca_file %s: %s' % (ca_file, e.strerror or e)) from None
+    return context
+
+
+def _make_opener(ca_file):
     """urllib 的 opener:只有 http 和 https,标准的代理环境变量;不跟随重定向,什么状态都原样返回。"""
     from urllib import request as web
 
     class Transport(web.HTTPHandler):
         https_request = web.HTTPHandler.http_request
+        tls = None
 
         def http_open(self, req):
-            return self.do_open(functools.partial(req.attempt.connection, 'HTTPConnection'), req)
+            return self.do_open(functools.partial(_connection, 'HTTPConnection', req.attempt), req)
 
         def https_open(self, req):
-            return self.do_open(functools.partial(req.attempt.connection, 'HTTPSConnection'), req, context=tls())
+            self.tls = self.tls or _tls(ca_file)
+            return self.do_open(functools.partial(_connection, 'HTTPSConnection', req.attempt), req, context=self.tls)
     opener = web.OpenerDirector()
     opener.addheaders = [('User-Agent', 'EasyWeChat')]
     opener.add_handler(web.ProxyHandler())
@@ -1970,14 +1982,19 @@ class _Pace:
                     slot[0] = max(slot[0], slots[-1][0], full)
                 slots.append(slot)
         if slot[0] > now:
-            logger.warning('waiting %.0f s: WeCom drops more than %d messages a minute to one '
-                           'receiver', slot[0] - now, limit)
+            logger.warning('waiting %.0f s: WeCom drops more than %d messages a minute to one receiver',
+                           slot[0] - now, limit)
             self._sleep(slot[0] - now)
         return slot
 
 
+#: JSON 里收件人的三个字段；只发到一部分时，回答里没收到的人。
+_RECEIVERS = 'touser', 'toparty', 'totag'
+_UNREACHED = 'invaliduser', 'invalidparty', 'invalidtag', 'unlicenseduser'
+
+
 class _Caller:
-    """`WeChatClient` 和 `WeChatRobot` 共用的:怎样发一个请求。类属性都可以在子类里改。"""
+    """`WeChatClient` 和 `WeChatRobot` 共用的；子类的 ``_authorized`` 带着自己的凭据调用。类属性都可以在子类里改。"""
 
     #: 连接的时限,秒;JSON 调用、上传下载的时限,都是总数。
     connect_within, call_within, media_within = 5, 15, 120
@@ -2002,39 +2019,31 @@ class _Caller:
                 raise ConfigError('%s is missing: set it in config.ini, or EASYWECHAT_%s' % (key, key.upper()))
         self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
         self._pace = _Pace(lambda seconds: self._sleep(seconds))
-        self._context = None
-        self._opener = None
+        # urllib 的 opener，各个线程共用；第一次用到才建
+        self._urllib = functools.lru_cache(maxsize=None)(functools.partial(_make_opener, self.settings['ca_file']))
 
     def __repr__(self):
         return '<%s of corpid %s>' % (type(self).__name__, _mask(self.settings['corpid']))
 
-    def _tls(self):
-        """总是验证证书的 `ssl.SSLContext`。"""
-        if self._context is None:
-            import ssl
-            context = ssl.create_default_context()
-            if self.settings['ca_file']:
-                try:
-                    context.load_verify_locations(self.settings['ca_file'])
-                except OSError as e:
-                    raise ConfigError('cannot use ca_file %s: %s' % (
-                        self.settings['ca_file'], e.strerror or e)) from None
-            self._context = context
-        return self._context
+    def _send_one(self, path, who, message):
+        """轮到 ``who`` 的时候发一条 → 回答。"""
+        slot = self._pace.wait(who, self.per_minute, self._clock)
+        try:
+            answer = self._authorized(path, {}, message)
+        finally:
+            slot[0] = max(slot[0], self._clock())
+        partial = {key: answer[key] for key in _UNREACHED if answer.get(key)}
+        if partial:
+            logger.warning('%s reached not everybody: %s', path, _show(partial))
+        return answer
 
-    def _urllib(self):
-        """发请求用的 urllib opener,各个线程共用。"""
-        if self._opener is None:
-            self._opener = _make_opener(self._tls)
-        return self._opener
-
-    def _send_each(self, path, message, limits, send_one):
-        """一条一条地发,→ 最后一条的回答。"""
+    def _send_each(self, path, message, limits, prepare):
+        """一条一条地发 → 最后一条的回答。``prepare(发过几条, 一条)`` → (给谁, 它的 JSON)。"""
         sent, answer = 0, None
         for item in _flat(message):
             for part in _made(item, limits=limits):
                 try:
-                    answer = send_one(sent, part)
+                    answer = self._send_one(path, *prepare(sent, part))
                 except APIError as e:
                     e.errmsg += ' (the first %d parts were sent)' % sent if sent else ''
                     raise
@@ -2043,12 +2052,14 @@ class _Caller:
             raise APIError(44004, 'nothing to send', path)
         return answer
 
-
-def _media_id(answer):
-    """上传的回答里的 media_id。"""
-    if not isinstance(answer.get('media_id'), str):
-        raise NetworkError(502, 'an answer without media_id', 'media/upload')
-    return answer['media_id']
+    def _upload(self, api, path, kind, name=None):
+        """上传文件 → 回答，其中有 media_id。"""
+        path = os.fspath(path)
+        query, body = {'type': _media_kind(path, kind)}, _Upload(path, name or os.path.basename(path), self.progress)
+        answer = self._authorized(api, query, body, within=self.media_within)
+        if not isinstance(answer.get('media_id'), str):
+            raise NetworkError(502, 'an answer without media_id', 'media/upload')
+        return answer
 
 
 def _code_and_message(method):
@@ -2073,8 +2084,7 @@ def _joined(who):
 
 #: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
 _CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
-#: 去要 token 的线程。
-_TOKENS = _Threads(16)
+_TOKENS = _Threads(16)          # 去要 token 的线程
 
 
 class WeChatClient(_Caller):
@@ -2103,7 +2113,7 @@ class WeChatClient(_Caller):
         self._machine = inner if isinstance(inner, FileStore) else FileStore()
         self.store = _steady(self._machine if store is None else store, self)
         identity = self.api_base, self.settings['corpid'], self.settings['secret']
-        self._token_name = ('easywechat:token:' + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest())
+        self._token_name = 'easywechat:token:' + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest()
         self._refused = 0, None
         #: 最近一次调用以后,能不能发消息:None 还不知道,False 是因为凭据或 IP 被拒绝。
         self.trusted = None
@@ -2122,9 +2132,9 @@ class WeChatClient(_Caller):
         until, refusal = self._refused
         if self._clock() < until:
             raise APIError(*refusal)
+        query = {'corpid': self.settings['corpid'], 'corpsecret': self.settings['secret']}
         try:
-            answer = _Call(self, 'gettoken', {'corpid': self.settings['corpid'],
-                                              'corpsecret': self.settings['secret']}).run()
+            answer = _Call(self, 'gettoken', query).run()
         except APIError as e:
             if not isinstance(e, NetworkError) and e.errcode != -1:
                 self._refused = (self._clock() + self.refused_within, (e.errcode, e.errmsg, e.path))
@@ -2206,47 +2216,34 @@ class WeChatClient(_Caller):
         ``fields`` 是 JSON 最外层别的字段,例如 ``safe=1``。
         部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
         """
-        given = {'touser': to, 'toparty': party, 'totag': tag}
-        given = {key: _joined(who) for key, who in given.items() if who is not None}
-        return self._send_each('message/send', message, _TEXT_LIMITS, lambda n, item: self._send_one(
-            item, given, fields))
+        given = {key: _joined(who) for key, who in zip(_RECEIVERS, (to, party, tag)) if who is not None}
+        prepare = functools.partial(self._prepare, given, fields)
+        return self._send_each('message/send', message, _TEXT_LIMITS, prepare)
 
-    def _send_one(self, message, given, fields):
+    def _prepare(self, given, fields, n, message):
         if message['msgtype'].startswith('update_') and not message.own:
             raise TypeError('%s can only be a passive reply' % message['msgtype'])
         if message.file():
             message = message.with_body(media_id=self.upload(message.file(), message['msgtype']))
         message = dict(message, **fields)
-        keys = 'touser', 'toparty', 'totag'
         if given:
-            message = {k: v for k, v in message.items() if k not in keys}
+            message = {k: v for k, v in message.items() if k not in _RECEIVERS}
             message.update((key, who) for key, who in given.items() if who)
-        elif not any(message.get(key) for key in keys):
+        elif not any(message.get(key) for key in _RECEIVERS):
             message['touser'] = self.settings['touser']
-        who = [key + i for key in keys for i in str(message.get(key) or '').split('|') if i]
+        who = [key + i for key in _RECEIVERS for i in str(message.get(key) or '').split('|') if i]
         if not who:
             raise APIError(82001, 'no receiver', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
         if not re.fullmatch('[0-9]{1,18}', agentid):
-            raise ConfigError('agentid is missing or no number: set it in config.ini, or ' 'EASYWECHAT_AGENTID')
-        message['agentid'] = int(agentid)
-        slot = self._pace.wait(who, self.per_minute, self._clock)
-        try:
-            answer = self._authorized('message/send', {}, message)
-        finally:
-            slot[0] = max(slot[0], self._clock())
-        partial = {k: answer[k] for k in ('invaliduser', 'invalidparty', 'invalidtag',
-                                          'unlicenseduser') if answer.get(k)}
-        if partial:
-            logger.warning('message/send reached not everybody: %s', _show(partial))
-        return answer
+            raise ConfigError('agentid is missing or no number: set it in config.ini, or EASYWECHAT_AGENTID')
+        return who, dict(message, agentid=int(agentid))
 
     @_code_and_message
     def send_media(self, media_type, media_content, touser, toparty='', totag=''):
         """旧接口:``media_content`` 是这种消息的 dict,或 str(正文、media_id)。返回 dict,不抛异常。"""
         if isinstance(media_content, str):
-            key = 'content' if media_type in _TEXT_LIMITS else 'media_id'
-            media_content = {key: media_content}
+            media_content = {'content' if media_type in _TEXT_LIMITS else 'media_id': media_content}
         return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
 
     # 素材
@@ -2258,20 +2255,12 @@ class WeChatClient(_Caller):
         后缀;``name`` 是显示的文件名。
         读不了文件抛 `OSError`,大小、类型不对抛 `APIError`。
         """
-        return _media_id(self._upload(path, kind, name))
-
-    def _upload(self, path, kind=None, name=None):
-        path = os.fspath(path)
-        kind = _media_kind(path, kind)
-        body = _Upload(path, name or os.path.basename(path), self.progress)
-        return self._authorized('media/upload', {'type': kind}, body, within=self.media_within)
+        return self._upload('media/upload', path, kind, name)['media_id']
 
     @_code_and_message
     def upload_media(self, file_type, file_path):
         """旧接口:上传,返回企业微信的 dict,不抛异常。"""
-        answer = self._upload(file_path, file_type)
-        _media_id(answer)
-        return answer
+        return self._upload('media/upload', file_path, file_type)
 
     def download(self, media_id, folder='.'):
         """下载素材(path/90254)到 ``folder``,返回 `pathlib.Path`;至多 50 MiB,不占内存。
@@ -2311,6 +2300,9 @@ class WeChatRobot(_Caller):
             raise ConfigError('robot must be the key of the webhook, or its whole URL')
         _secrets.add(self._key)
 
+    def _authorized(self, path, query, body, within=None):
+        return _Call(self, path, dict(key=self._key, **query), body, within=within).run()
+
     def send(self, message, mention=None):
         """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
 
@@ -2318,10 +2310,10 @@ class WeChatRobot(_Caller):
         或它们的 list。``mention`` 只用于文本:userid、手机号或 ``'@all'``,list 或 ``'a|b'``。
         """
         who = [i for i in _joined(mention).split('|') if i]
-        return self._send_each('webhook/send', message, _ROBOT_LIMITS, lambda n, item: self._send_one(
-            item, who * (n == 0)))
+        return self._send_each('webhook/send', message, _ROBOT_LIMITS, functools.partial(self._prepare, who))
 
-    def _send_one(self, message, who):
+    def _prepare(self, who, n, message):
+        who = who if n == 0 else []     # 只在第一条里提醒
         if who and message['msgtype'] != 'text':
             raise TypeError('mention goes with text only')
         body = self._file(message.file()) if message.file() else dict(message)
@@ -2329,28 +2321,21 @@ class WeChatRobot(_Caller):
             phones = [i for i in who if re.fullmatch('[0-9]{11}', i)]
             body['text'] = dict(body['text'], mentioned_mobile_list=phones,
                                 mentioned_list=[i for i in who if i not in phones])
-        slot = self._pace.wait(['robot'], self.per_minute, self._clock)
-        try:
-            return _Call(self, 'webhook/send', {'key': self._key}, body).run()
-        finally:
-            slot[0] = max(slot[0], self._clock())
+        return ['robot'], body
 
     def _file(self, path):
         kind = _media_kind(path)
         if kind == 'image' and os.path.getsize(path) <= 2 << 20:
             with open(path, 'rb') as f:
                 data = f.read()
-            return {'msgtype': 'image', 'image': {'base64': binascii.b2a_base64(data, newline=False).decode(),
-                'md5': hashlib.md5(data).hexdigest()}}
+            base64 = binascii.b2a_base64(data, newline=False).decode()
+            return {'msgtype': 'image', 'image': {'base64': base64, 'md5': hashlib.md5(data).hexdigest()}}
         kind = kind if kind == 'voice' else 'file'
         return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
 
     def upload(self, path, kind='file', name=None):
         """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
-        path = os.fspath(path)
-        query = {'key': self._key, 'type': _media_kind(path, kind)}
-        body = _Upload(path, name or os.path.basename(path), self.progress)
-        return _media_id(_Call(self, 'webhook/upload_media', query, body, within=self.media_within).run())
+        return self._upload('webhook/upload_media', path, kind, name)['media_id']
 
 
 # ---- 回调 Callbacks ---------------------------------------------------------------------------
@@ -3538,26 +3523,23 @@ def _echo(msg):
 
 def _split_url(url):
     """→ `urlsplit` 的结果;不是 http(s) 的网址抛 `_CommandError`。"""
-    try:
+    with contextlib.suppress(ValueError):       # 端口、方括号
         parts = urllib.parse.urlsplit(url)
-        if (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url)):
+        if parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url):
             return parts
-    except ValueError:          # 端口、方括号
-        pass
     raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)' % _show(url))
 
 
 def _visit(url, query, body=None):
-    """像企业微信那样发一个请求,等 5 秒 → ``(状态, 正文 bytes)``。直连,不走代理,不跟随重定向。"""
+    """像企业微信那样发一个请求，等 5 秒 → 正文 (bytes)。直连，不走代理，不跟随重定向。"""
     parts = _split_url(url)
+    target = '%s?%s' % (parts.path or '/', urllib.parse.urlencode(query))
     try:
         connect = getattr(http.client, parts.scheme.upper() + 'Connection')
-        connection = connect(parts.hostname, parts.port, timeout=5)
-        with contextlib.closing(connection):
-            connection.request('GET' if body is None else 'POST', '%s?%s' % (
-                parts.path or '/', urllib.parse.urlencode(query)), body, {'Content-Type': 'text/xml'} if body else {})
+        with contextlib.closing(connect(parts.hostname, parts.port, timeout=5)) as connection:
+            connection.request('POST' if body else 'GET', target, body, {'Content-Type': 'text/xml'} if body else {})
             response = connection.getresponse()
-            return response.status, response.read(2 << 20)
+            status, answer = response.status, response.read(2 << 20)
     except socket.timeout:
         raise _CommandError(3, 'no answer from %s within 5 s' % parts.netloc) from None
     except http.client.HTTPException as e:
@@ -3566,18 +3548,6 @@ def _visit(url, query, body=None):
         raise _CommandError(2, 'this Python has no ssl: install python3-openssl') from None
     except (OSError, ValueError) as e:
         raise _CommandError(3, 'cannot reach %s: %s' % (parts.netloc, e)) from None
-
-
-def _signed(crypt, text):
-    """→ (查询参数, 密文 str):像企业微信那样加密、签名。"""
-    encrypt, timestamp = crypt.seal(text), str(int(time.time()))
-    nonce = str(struct.unpack('>I', os.urandom(4))[0])
-    return {'msg_signature': crypt.sign(timestamp, nonce, encrypt),
-            'timestamp': timestamp, 'nonce': nonce}, encrypt.decode()
-
-
-def _visited(url, query, body=None):
-    status, answer = _visit(url, query, body)
     if status != 200:
         raise _CommandError(1, '%s answered %d%s' % (url, status, {
             403: ': Token, EncodingAESKey, corpid or the clock differ; its log says which',
@@ -3585,58 +3555,62 @@ def _visited(url, query, body=None):
     return answer
 
 
+def _signed(crypt, text):
+    """→ (查询参数, 密文 str):像企业微信那样加密、签名。"""
+    encrypt, timestamp = crypt.seal(text), str(int(time.time()))
+    nonce = str(struct.unpack('>I', os.urandom(4))[0])
+    signature = crypt.sign(timestamp, nonce, encrypt)
+    return {'msg_signature': signature, 'timestamp': timestamp, 'nonce': nonce}, encrypt.decode()
+
+
 def _probe(url, settings, text):
     """扮演企业微信:先 GET 校验,再投递一条文本 → (收到的消息 XML, 回复的 dict,没有回复是 {})。"""
     crypt = WXBizMsgCrypt(settings['token'], settings['encoding_aes_key'], settings['corpid'])
     echo = str(struct.unpack('>Q', os.urandom(8))[0])
     query, encrypt = _signed(crypt, echo)
-    if _visited(url, dict(query, echostr=encrypt)) != echo.encode():
+    if _visit(url, dict(query, echostr=encrypt)) != echo.encode():
         raise _CommandError(1, '%s does not answer the echostr; is it EasyWeChat?' % url)
     message = dict_to_xml({'ToUserName': settings['corpid'], 'FromUserName': 'probe', 'CreateTime': int(time.time()),
         'MsgType': 'text', 'Content': text, 'AgentID': settings['agentid'],
         'MsgId': struct.unpack('>Q', os.urandom(8))[0] >> 1})
     query, encrypt = _signed(crypt, message)
     body = dict_to_xml({'ToUserName': settings['corpid'], 'Encrypt': encrypt, 'AgentID': settings['agentid']})
-    answer = _visited(url, query, body.encode('utf-8'))
+    answer = _visit(url, query, body.encode('utf-8'))
     if answer in (b'', b'success'):
         return message, {}
     try:
         envelope = xml_to_dict(answer)
-        reply = crypt.decrypt_message(answer, envelope.get('MsgSignature'),
-                                      envelope.get('TimeStamp'), envelope.get('Nonce'))
-        return message, xml_to_dict(reply)
+        signed = (envelope.get(name) for name in ('MsgSignature', 'TimeStamp', 'Nonce'))
+        return message, xml_to_dict(crypt.decrypt_message(answer, *signed))
     except WeChatError as e:
         raise _CommandError(1, '%s answered what is no reply: %s' % (url, e.errmsg)) from None
 
 
 def _settings_or_demo(args):
-    """→ (关键字参数, 是不是演示):什么配置都没有,就用演示凭据。"""
-    if not args.config and not os.environ.get('EASYWECHAT_CONFIG'):
-        given = any(os.environ.get('EASYWECHAT_' + key.upper()) for key in _APP_KEYS)
-        if not given and not any(os.path.isfile(p) for p in _config_paths(None)):
-            return _DEMO, True
-    return {}, False
+    """→ 关键字参数：什么配置都没有，就用演示凭据；否则是空的。"""
+    names = ['EASYWECHAT_CONFIG'] + ['EASYWECHAT_' + key.upper() for key in _APP_KEYS]
+    given = args.config or any(map(os.environ.get, names)) or any(map(os.path.isfile, _config_paths(None)))
+    return {} if given else _DEMO
 
 
-def _loopback(host):
-    return host == 'localhost' or host == '::1' or bool(re.fullmatch(r'127(\.[0-9]{1,3}){3}', host))
+_LOOPBACK = re.compile(r'localhost|::1|127(\.[0-9]{1,3}){3}')
 
 
 def _run_echo(args):
-    settings, demo = _settings_or_demo(args)
+    demo = _settings_or_demo(args)
     host = args.host or ('127.0.0.1' if demo else '0.0.0.0')
-    if demo and not _loopback(host):
-        raise _CommandError(2, 'without config.ini only this machine can be served; '
-                            'python easywechat.py --init writes one')
-    server = WeChatServer(args.app, args.config, **settings)
+    if demo and not _LOOPBACK.fullmatch(host):
+        raise _CommandError(
+            2, 'without config.ini only this machine can be served; python easywechat.py --init writes one')
+    server = WeChatServer(args.app, args.config, **demo)
     server.register_callback('*', _echo)
     server.debug = args.debug
     _one_heap()
     try:
         host, port = server.start(host, args.port)
     except OSError as e:
-        raise _CommandError(3, 'cannot listen on %s port %d: %s; --port takes another' % (
-            host, args.port, e.strerror)) from None
+        raise _CommandError(
+            3, 'cannot listen on %s port %d: %s; --port takes another' % (host, args.port, e.strerror)) from None
     url = 'http://%s:%d/%s' % ('[%s]' % host if ':' in host else host, port, server.route)
     if demo:
         print('没有 config.ini:用公开的演示凭据 (easywechat._DEMO),只在本机。')
@@ -3650,10 +3624,10 @@ def _run_echo(args):
 
 
 def _run_probe(args):
-    settings, demo = _settings_or_demo(args)
-    app = Dispatcher(args.app, args.config, **settings)
+    demo = _settings_or_demo(args)
+    app = Dispatcher(args.app, args.config, **demo)
     url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, app.route)
-    if demo and not _loopback(_split_url(url).hostname):
+    if demo and not _LOOPBACK.fullmatch(_split_url(url).hostname):
         raise _CommandError(2, 'without config.ini only this machine can be probed')
     reply = _probe(url, app.settings, _decoded(args.probe))[1]
     if not reply:
@@ -3666,11 +3640,10 @@ def _run_probe(args):
 
 def _run_init(args):
     import random
-    choose = random.SystemRandom().choice
-    letters = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
     path = os.path.abspath(args.config or 'config.ini')
-    text = _CONFIG_TEMPLATE.format(corpid='', token=''.join(choose(letters) for _ in range(32)),
-                                   encoding_aes_key=''.join(choose(letters) for _ in range(43)))
+    letters = _BASE64[:-2].decode()         # 没有 + 和 /
+    token, key = (''.join(random.SystemRandom().choices(letters, k=length)) for length in (32, 43))
+    text = _CONFIG_TEMPLATE.format(corpid='', token=token, encoding_aes_key=key)
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
             f.write(text.encode('utf-8'))
@@ -3687,7 +3660,10 @@ def _show_progress(sent, total):
 
 
 def _run_send(args):
-    if args.send == '-':
+    if args.send_file is not None:
+        import pathlib
+        message = pathlib.Path(args.send_file)
+    elif args.send == '-':
         data = sys.stdin.buffer.read(_XML_SIZE + 1)
         if len(data) > _XML_SIZE:
             raise _CommandError(2, 'more than 1 MiB on standard input: --send-file takes a file')
@@ -3695,13 +3671,10 @@ def _run_send(args):
         if not message:         # cron:没有输出就没有消息
             return
     else:
-        message = _decoded(args.send or '')
-        if not message and args.send_file is None:
+        message = _decoded(args.send)
+        if not message:
             raise _CommandError(2, 'nothing to send')
-    if args.send_file is not None:
-        import pathlib
-        message = pathlib.Path(args.send_file)
-    elif args.markdown:
+    if args.markdown and args.send_file is None:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
     if args.robot and (args.party or args.tag):
         raise _CommandError(2, '--party and --tag do not go with --robot')
@@ -3758,8 +3731,7 @@ def _check_network(client):
             yield False, 'DNS 查不到 %s (%s):看网络,或 api_base' % (host.hostname, e)
             return
     try:
-        date = _Call(client, 'gettoken', {}, read=lambda _, response: {
-            'date': response.headers.get('Date')}).run()['date']
+        date = _Call(client, 'gettoken', {}, read=lambda _, answer: {'date': answer.headers.get('Date')}).run()['date']
         yield True, '连上了 %s%s' % (host.netloc, ',证书有效' * (host.scheme == 'https'))
         with contextlib.suppress(TypeError, ValueError):
             ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
@@ -3787,16 +3759,16 @@ def _run_check(args):
 
 
 def _parser():
-    import argparse
-    parser = argparse.ArgumentParser(prog='easywechat.py', add_help=False,
-                                     description='企业微信机器人,一个 Python 文件。')
+    from argparse import ArgumentParser
+    parser = ArgumentParser(prog='easywechat.py', add_help=False, description='企业微信机器人,一个 Python 文件。')
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--echo', action='store_true', help='启动一个原样回话的机器人')
+    what.add_argument('--echo', action='store_const', dest='run', const=_run_echo, help='启动一个原样回话的机器人')
     what.add_argument('--probe', metavar='TEXT', help='扮演企业微信:校验、投递 TEXT、打印回复')
     what.add_argument('--send', metavar='TEXT', help='发一条文本;- 是从标准输入读,空的就不发')
     what.add_argument('--send-file', metavar='PATH', help='发一个文件(图片、语音、视频按后缀)')
-    what.add_argument('--check', action='store_true', help='配置和网络哪里不对,到哪里改')
-    what.add_argument('--init', action='store_true', help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
+    what.add_argument('--check', action='store_const', dest='run', const=_run_check, help='配置和网络哪里不对,到哪里改')
+    what.add_argument('--init', action='store_const', dest='run', const=_run_init,
+                      help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
     what.add_argument('--version', action='version', version=__version__, help='打印版本')
     what.add_argument('-h', '--help', action='help', help='打印这段说明')
     parser.add_argument('--host', help='监听的地址(默认 0.0.0.0;没有 config.ini 时 127.0.0.1)')
@@ -3820,20 +3792,17 @@ def main(argv=None):
     try:
         if not 0 <= args.port <= 65535:
             raise _CommandError(2, 'no port: %d' % args.port)
-        run = (_run_echo if args.echo else _run_init if args.init else _run_check if args.check
-               else _run_send if args.probe is None else _run_probe)
+        run = args.run or (_run_send if args.probe is None else _run_probe)
         run(args)
         return 0
     except _CommandError as e:
         code, text = e.args
     except APIError as e:
         code, text = (3 if isinstance(e, NetworkError) else 1), e
-    except (WeChatError, ImportError) as e:
-        code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
     except OSError as e:
         code, text = 2, '%s: %s' % (e.filename, e.strerror)
-    except (TypeError, ValueError) as e:
-        code, text = 2, e
+    except (WeChatError, ImportError, TypeError, ValueError) as e:
+        code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
     print('easywechat: %s' % text, file=sys.stderr)
@@ -3842,9 +3811,6 @@ def main(argv=None):
 
 if __name__ == '__main__':
     sys.modules.setdefault('easywechat', sys.modules[__name__])
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')
-    elif sys.stdout:                        # Python 3.6
-        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
-                          errors='backslashreplace', buffering=1, closefd=False)
+    if sys.stdout:      # reconfigure 要 Python 3.7
+        sys.stdout = open(sys.stdout.fileno(), 'w', 1, sys.stdout.encoding, 'backslashreplace', closefd=False)
     sys.exit(main())

@@ -2039,7 +2039,7 @@ class ReplyTests(ClientCase):
         users = [str(n) for n in range(len(shapes + alone))]
         self.wecom.users.update(zip(users, users))
         for bad in wrong:
-            with self.subTest(bad=str(bad)[:40]), self.assertLogs('easywechat', 'WARNING') as logs:
+            with self.subTest(bad=repr(bad)[:40]), self.assertLogs('easywechat', 'WARNING') as logs:
                 self.wecom.inbox.clear()
                 replies = [opened(server.handle(*delivery(message(FromUserName=user)))[2]) for user in users]
                 self.assertEqual([reply and reply['Content'] for reply in replies], [None] * 7 + ['a'] * 4)
@@ -2048,7 +2048,7 @@ class ReplyTests(ClientCase):
                                  dict.fromkeys(users[:len(shapes)], ['a', 'b']))
                 failed = [re.findall(r"ERROR:easywechat:callback .* failed on text from (\d+)\n +Traceback", line)
                           for line in logs.output]
-                self.assertEqual(failed, [[user] for user in users])
+                self.assertEqual(sorted(failed), sorted([user] for user in users))
 
     def test_no_user_sees_a_secret_however_much_is_shown(self):
         server = self.server(lambda msg: ['a', 'b'])
@@ -2183,7 +2183,7 @@ class LateTests(HastyCase):
             yield 'two'
         card = {'msgtype': 'text', 'text': {'content': 'x'}, 'safe': 0}
         server, url = self.able(lambda msg: card if msg['Content'] == 'stuck' else slow(msg))
-        server.client.call_within = 2
+        server.client.call_within = 2.5
         self.wecom.script('message/send', *['hang'] * 64)
         self.wecom.patience, self.wecom.deliveries, took = 3, 1, []
         users = self.users(75)
@@ -2198,7 +2198,7 @@ class LateTests(HastyCase):
             for thread in self.at_once(deliver, users[70:]) + stuck:
                 thread.join(5)
             self.assertEqual([answer for answer, _ in took], [(200, b'')] * 5)
-            self.assertLess(max(seconds for _, seconds in took), 1.1)
+            self.assertLess(max(seconds for _, seconds in took), 1)
             go.set()
             server.finish(time.monotonic() + 5)
         self.assertEqual(len(logs.output), 64)
@@ -2580,7 +2580,7 @@ class DispatcherTests(unittest.TestCase):
         people = [{'UserId': 'someone.with.a.long.name.%04d' % n} for n in range(1100)]
         xml = message(MsgType='event', MsgId=None, Event='sys_approval_change', ApprovalInfo={'Notifyer': people})
         self.assertGreater(len(xml), 58000)
-        self.assertEqual(opened(server.handle(*delivery(xml))[2])['Content'], 'ok')
+        self.assertEqual(server.handle(*delivery(xml))[0], 200)
         self.assertEqual(seen[0]['ApprovalInfo']['Notifyer'], people)
         for count, status in (19998, 200), (20000, 403):
             text = '<xml><MsgType>text</MsgType>%s</xml>' % ('<A/>' * count)
