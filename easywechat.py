@@ -100,10 +100,9 @@ if hasattr(os, 'register_at_fork'):
 
 __version__ = '0.1.0'
 
-__all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt',
-           'MemoryStore', 'FileStore', 'xml_to_dict', 'dict_to_xml', 'get_config', 'get_section',
-           'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
-           'NetworkError']
+__all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt', 'MemoryStore', 'FileStore',
+           'xml_to_dict', 'dict_to_xml', 'get_config', 'get_section', 'ierror', 'WeChatError', 'CryptoError',
+           'FormatException', 'ConfigError', 'APIError', 'NetworkError']
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -112,18 +111,15 @@ __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMs
 
 class ierror:
     """官方 WXBizMsgCrypt 的返回码(开发者文档 path/90968「加解密方案说明」)。"""
-
     WXBizMsgCrypt_OK = 0
     WXBizMsgCrypt_ValidateSignature_Error = -40001
     WXBizMsgCrypt_ParseXml_Error = -40002
     WXBizMsgCrypt_ComputeSignature_Error = -40003
     WXBizMsgCrypt_IllegalAesKey = -40004
     WXBizMsgCrypt_ValidateCorpid_Error = -40005
-    WXBizMsgCrypt_EncryptAES_Error = -40006
-    WXBizMsgCrypt_DecryptAES_Error = -40007
+    WXBizMsgCrypt_EncryptAES_Error, WXBizMsgCrypt_DecryptAES_Error = -40006, -40007
     WXBizMsgCrypt_IllegalBuffer = -40008
-    WXBizMsgCrypt_EncodeBase64_Error = -40009
-    WXBizMsgCrypt_DecodeBase64_Error = -40010
+    WXBizMsgCrypt_EncodeBase64_Error, WXBizMsgCrypt_DecodeBase64_Error = -40009, -40010
     WXBizMsgCrypt_GenReturnXml_Error = -40011
 
 
@@ -140,15 +136,10 @@ _ERRORS = {
     -40009: (500, 'cannot encode base64'),
     -40010: (403, 'not base64: a proxy cut the query or the body, or turned + into something else'),
     -40011: (500, 'cannot write XML'),
-    400: (400, 'not HTTP as RFC 9112 writes it'),
-    404: (404, 'wrong path'),
-    405: (405, 'only GET, HEAD and POST are served'),
-    411: (411, 'POST needs a Content-Length'),
-    413: (413, 'body too large'),
-    414: (414, 'request line too long'),
-    431: (431, 'too many or too long header fields'),
-    500: (500, 'internal error'),
-    503: (503, 'no answer in time'),
+    400: (400, 'not HTTP as RFC 9112 writes it'), 404: (404, 'wrong path'),
+    405: (405, 'only GET, HEAD and POST are served'), 411: (411, 'POST needs a Content-Length'),
+    413: (413, 'body too large'), 414: (414, 'request line too long'),
+    431: (431, 'too many or too long header fields'), 500: (500, 'internal error'), 503: (503, 'no answer in time'),
 }
 
 
@@ -181,7 +172,6 @@ class FormatException(WeChatError):
 
 class ConfigError(WeChatError):
     """配置缺了什么或写错了;``errcode`` 是命令行的退出码 2。"""
-
     def __init__(self, errmsg):
         super().__init__(2, errmsg)
 
@@ -193,9 +183,9 @@ class ConfigError(WeChatError):
 _CATALOGUE = (
     ((-1,), '企业微信系统繁忙', '已经试过几次;过一会儿再发'),
     ((40001,), 'Secret 不对', '到「应用管理 → 自建 → 应用」重新查看 Secret;要和 corpid 是同一个企业,应用没有停用'),
-    ((40003,), 'UserID 不对', '用「通讯录 → 成员」里的「账号」,不是姓名'),
+    ((40003, 46004, 60111), 'UserID 不对，没有这个成员', '用「通讯录 → 成员」里的「账号」，不是姓名'),
     ((40004, 40005), '媒体类型或文件类型不对', '图片 JPG、PNG,语音 AMR,视频 MP4,别的当作 file 发'),
-    ((40006, 40009, 40011), '文件大小不对', '大于 5 字节;图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
+    ((40006, 40009, 40011, 45001), '文件大小不对', '大于 5 字节;图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
     ((40007,), 'media_id 不对或过期', '三天有效,只在上传它的企业里能用:再上传一次'),
     ((40008,), 'msgtype 不对', '类型见 README 的「主动模式」;markdown_v2 只有群机器人能发'),
     ((40013,), '企业ID 不对', '「我的企业 → 企业信息」最下面,ww 开头,18 个字符'),
@@ -223,14 +213,12 @@ _CATALOGUE = (
     ((43009,), '企业没有认证', '「我的企业 → 企业信息」里认证'),
     ((43012,), '应用没有回调 URL', '按钮、投票的卡片要先「设置API接收」'),
     ((44001, 44004), '文件或正文是空的', '文件要大于 5 个字节,正文至少一个字'),
-    ((45001,), '文件太大', '图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
     ((45002,), '正文太长', 'text 和 markdown 2048 字节以内(群机器人的 markdown 4096)'),
     ((45007, 45008, 45032), '语音、图文或作者超长', '语音 60 秒,图文 8 条,作者 64 字节以内'),
     ((45009, 45033), '发得太多、太快', '按分钟的限制等 60 秒,按小时的等一小时,按天的等到次日零点;群机器人每分钟 20 条'),
     ((45024, 45029), '超过账号数,或回答太大', '缩小范围,分几次'),
     ((45031,), 'Secret 不够安全', '「应用管理 → 自建 → 应用」里重置 Secret'),
     ((46003,), '还没有菜单', '先用 menu/create 建'),
-    ((46004, 60111), '没有这个成员', '用「通讯录 → 成员」里的「账号」'),
     ((48001, 48002, 48004, 48005), '没有权限用这个 API', '看这个 API 的「权限说明」:应用的类型、可见范围'),
     ((48006,), '应用太久没用,权限收回了', '管理员到「应用管理 → 自建 → 应用」重新启用'),
     ((48009,), '通讯录同步不让新 IP 读', '改用自建应用的 Secret'),
@@ -337,9 +325,7 @@ def _mask(text):
 
 class _RefusalLog:
     """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
-
-    #: 每个地址每分钟几行;最多记多少个地址,再多的合在一起。
-    lines, addresses = 10, 1000
+    lines, addresses = 10, 1000  #: 每个地址每分钟几行;最多记多少个地址,再多的合在一起。
 
     _clock = staticmethod(time.monotonic)
 
@@ -369,8 +355,7 @@ class _RefusalLog:
 # 读:根去掉;没有子元素的是 str(从不转换,007 还是 007),有的是 dict,同名的兄弟是 list。
 # 写:反过来。文字进 CDATA,list 写成同名的兄弟。XML 1.0 不许的字符,两个方向都去掉。
 
-#: 一个文档最多多少字符、多少层、多少个元素。
-_XML_SIZE, _XML_DEPTH, _XML_ELEMENTS = 1 << 20, 16, 20000
+_XML_SIZE, _XML_DEPTH, _XML_ELEMENTS = 1 << 20, 16, 20000  #: 一个文档最多多少字符、多少层、多少个元素。
 
 _NOT_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')
 # DTD 只可能出现在根元素以前,所以只要以根元素开头(至多先有一个声明),就没有实体可展开。
@@ -385,7 +370,6 @@ def _xml_chars(text):
 
 class _DictBuilder:
     """`ET.XMLParser` 的 target:一边解析一边生成 dict,超过限制就停。"""
-
     def __init__(self):
         self._open = [{}]       # 整个文档、外层到内层的元素，各是它的 dict；没有子元素的是空的
         self._text, self._count = [], 0
@@ -579,7 +563,6 @@ _RELEASED = 1795392000      # 2026-11-23：比这还早的时钟是没有校过�
 
 class _Freshness:
     """签名的时间与本机差得太多的请求，多半是重放的。"""
-
     warned = False
 
     def check(self, timestamp, now, most):
@@ -771,7 +754,6 @@ log_name = easywechat.log
 
 class _Settings(dict):
     """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来。"""
-
     def __repr__(self):
         return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
 
@@ -786,10 +768,7 @@ def _config_paths(ini_name):
 
 
 def _read_ini(path):
-    """ini 文件 → `configparser.ConfigParser`。UTF-8（可有 BOM），否则当作 GB18030。
-
-    里面有密钥：别人能改就不读，别人能读就提醒。
-    """
+    """ini 文件（UTF-8，可有 BOM，否则 GB18030）→ `ConfigParser`。里面有密钥：别人能改就不读，能读就提醒。"""
     try:
         mode = os.stat(path).st_mode if os.name == 'posix' else 0
         if mode & 0o002:
@@ -880,9 +859,7 @@ def get_section(name, ini_name=None):
 
 class _Seats:
     """空闲的线程，各处共用：有空闲的就用最近用过的那条，没有才开新的。"""
-
-    #: 空闲这么多秒的线程结束。
-    idle = 2
+    idle = 2  #: 空闲这么多秒的线程结束。
 
     def __init__(self):
         # _free：座位 [叫醒它的锁, 它的活]，后进先出；_starting：threading.stack_size 是整个进程的
@@ -936,7 +913,6 @@ _SEATS = _Seats()
 
 class _Threads:
     """一种活，最多 ``limit`` 件同时做。"""
-
     def __init__(self, limit):
         self._limit = limit
         _fresh(self, _busy=int, _changed=threading.Condition)
@@ -967,11 +943,7 @@ class _Threads:
 
 
 class _Promise:
-    """别的线程上的一次 ``job()``；几个人可以等同一个，各有各的时限。
-
-    套接字自己的时限每收到一个字节就重新计时，DNS 和别人的存储根本没有时限：所以谁也不在自己的线程上等它们。
-    """
-
+    """别的线程上的一次 ``job()``；几个人可以等同一个，各有各的时限：DNS 没有时限，套接字的每个字节都重新计时。"""
     def __init__(self, threads, job, wait):
         self._value = self._error = None
         self._gate = threading.Lock()       # 开着就是有了结果
@@ -1013,9 +985,7 @@ def _within(threads, seconds, job):
 
 class MemoryStore:
     """进程内的存储,按条数和字节数封顶,最旧的先出去。任何线程都可以用。"""
-
-    #: 最多多少条;名字和值一共最多多少字节。
-    max_entries, max_bytes = 10000, 4 << 20
+    max_entries, max_bytes = 10000, 4 << 20  #: 最多多少条;名字和值一共最多多少字节。
 
     _clock = staticmethod(time.monotonic)
 
@@ -1082,12 +1052,8 @@ def _cache_folders():
     yield os.path.join(tempfile.gettempdir(), 'easywechat-' + user)
 
 
-#: 这些文件系统的锁不一定管得到别的机器：用租期。
-_REMOTE = re.compile('nfs|cifs|smb|9p|fuse|afs|ceph|gluster|lustre|coda|davfs')
-
-
 def _on_remote(folder):
-    """``folder`` 是不是在网络盘上；看不出来当作不是。"""
+    """``folder`` 是不是在网络盘上，那里的锁不一定管得到别的机器；看不出来当作不是。"""
     longest = kind = ''
     with contextlib.suppress(OSError, ValueError), open('/proc/self/mounts', encoding='utf-8', errors='replace') as f:
         for line in f:
@@ -1095,7 +1061,7 @@ def _on_remote(folder):
             where = where.replace('\\040', ' ').rstrip('/') + '/'
             if (folder + '/').startswith(where) and len(where) >= len(longest):
                 longest, kind = where, this
-    return bool(_REMOTE.match(kind))
+    return bool(re.match('nfs|cifs|smb|9p|fuse|afs|ceph|gluster|lustre|coda|davfs', kind))
 
 
 def _lock_file(path, flags=0):
@@ -1319,8 +1285,7 @@ class _Steady:
     坏了就用内存，说一次；过几秒让一个人去试，好了再用。没有 claim、hold 的，照 `MemoryStore` 的做法。
     """
 
-    #: 坏了以后多少秒再试。
-    retry_after = 5
+    retry_after = 5  #: 坏了以后多少秒再试。
 
     def __init__(self, store, limits):
         self.store, self._limits = store, limits
@@ -1429,7 +1394,6 @@ def _split_text(text, limit=2048):
 
 class _Message(dict):
     """内部的形式：官方的 JSON。``own``：是写消息的人自己写的官方 JSON，能主动发送就主动发送。"""
-
     own = False
 
     def body(self):
@@ -1531,11 +1495,6 @@ def _passive(message, user, corp, now):
     return dict_to_xml(reply).encode('utf-8')
 
 
-def _foreign(value):
-    """`json.dumps` 不会写的：只有还没上传的文件可以。"""
-    _need(isinstance(value, os.PathLike), 'a message takes no %s' % type(value).__name__)
-
-
 def _message_of(item, default):
     """一条 → `_Message`，检查过了：官方 JSON 和被动回复，都写一遍试试。"""
     if isinstance(item, str):
@@ -1548,7 +1507,8 @@ def _message_of(item, default):
     if 'msgtype' in item:
         message.own = True
         _need(isinstance(item['msgtype'], str), 'msgtype must be a str')
-        json.dumps(item, allow_nan=False, default=_foreign)
+        json.dumps(item, allow_nan=False, default=lambda value: _need(      # 不是 JSON 的，只有还没上传的文件可以
+            isinstance(value, os.PathLike), 'a message takes no %s' % type(value).__name__))
     if message['msgtype'] != 'text':
         _passive(message, '', '', 0)
     return message
@@ -1591,7 +1551,6 @@ def _read_message(text):
 
 class _Keys:
     """消息在存储里的名字：同一条消息的每次投递都一样，别的消息、别的应用不一样。"""
-
     def __init__(self, settings):
         self._app = ''.join(settings[k] + '\0' for k in ('corpid', 'agentid', 'token'))
         self._seconds = {}              # (谁, 何时, 什么) → 那个事件的名字
@@ -1616,7 +1575,6 @@ class _Keys:
 # 回答 {"errcode": 0, "errmsg": "ok", …}（path/90313）。
 
 _API_BASE = 'https://qyapi.weixin.qq.com'
-
 _NETWORK_ADVICE = (
     ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl:opkg install python3-openssl'),
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
@@ -1627,6 +1585,8 @@ _NETWORK_ADVICE = (
      '不是这个域名,或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
     ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
+_STATUS_ADVICE = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
+                  413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}
 
 _REQUESTS = _Threads(64)        # 被放弃的请求（比如 DNS 不答）还占着一条，直到它自己结束
 
@@ -1686,8 +1646,6 @@ def _make_opener(ca_file):
     return opener
 
 
-# 读回答
-
 def _blocks(response, limit):
     """正文,一块一块的;超过 ``limit`` 字节,或比 Content-Length 短,抛 `OSError`。"""
     length, got = response.headers.get('Content-Length'), 0
@@ -1700,18 +1658,18 @@ def _blocks(response, limit):
         raise OSError('answer cut after %d of %s bytes' % (got, length))
 
 
-class _NotWeCom(Exception):
-    """回答的不是企业微信:``args`` 是 (HTTP 状态, 说明)。"""
-
-
-def _read_json(caller, response):
-    """企业微信的回答 (dict)。"""
-    data = b''.join(_blocks(response, caller.max_answer))
+def _read_json(call, response):
+    """企业微信的回答 (dict)；回答的不是企业微信，抛 `NetworkError` (502)。"""
+    data = b''.join(_blocks(response, call.caller.max_answer))
     with contextlib.suppress(ValueError, RecursionError):
         answer = _load_json(data)
         if response.status == 200 and isinstance(answer.get('errcode', 0), int):
             return answer
-    raise _NotWeCom(response.status, _show(response.headers.get('Content-Type')))
+    status, kind = response.status, _show(response.headers.get('Content-Type'))
+    raise NetworkError(
+        502, _redact('%s answered %d %s, not JSON of WeCom' % (call.host, status, kind)), call.path,
+        _STATUS_ADVICE.get(status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % call.path),
+        (status == 200 or status >= 500) and not call.harmless)
 
 
 class _Local(Exception):
@@ -1726,11 +1684,8 @@ def _local():
         raise _Local(e) from None
 
 
-# 上传、下载的文件
-
 class _Upload:
     """``multipart/form-data`` 里的一个文件,边读边发;每次迭代都从头。"""
-
     def __init__(self, path, name, progress):
         self._path, self._progress = path, progress
         self._size = os.path.getsize(path)
@@ -1740,8 +1695,8 @@ class _Upload:
         self._head = ('--%s\r\nContent-Disposition: form-data; name="media"; filename="%s"; filelength=%d\r\n'
                       'Content-Type: application/octet-stream\r\n\r\n' % (boundary, name, self._size)).encode('utf-8')
         self._tail = ('\r\n--%s--\r\n' % boundary).encode()
-        self.headers = {'Content-Type': 'multipart/form-data; boundary=' + boundary,
-            'Content-Length': str(len(self._head) + self._size + len(self._tail))}
+        length = len(self._head) + self._size + len(self._tail)
+        self.headers = {'Content-Type': 'multipart/form-data; boundary=' + boundary, 'Content-Length': str(length)}
 
     def __iter__(self):
         sent = 0
@@ -1791,21 +1746,20 @@ def _safe_name(headers, default):
     with contextlib.suppress(UnicodeError):     # http.client 把 UTF-8 读成了 latin-1
         name = name.encode('latin-1').decode('utf-8')
     name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).strip(' ').lstrip('.')
-    name = re.sub('[<>:"|?*]', '_', name)
-    stem, suffix = os.path.splitext(name)
+    stem, suffix = os.path.splitext(re.sub('[<>:"|?*]', '_', name))
     if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
         stem = '_' + stem
-    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
-    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
-    return os.fsdecode(((stem or 'file') + suffix).encode('utf-8'))     # LANG=C 时也是 UTF-8
+    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore').encode('utf-8')
+    stem = stem.encode('utf-8')[:110 - len(suffix)].decode('utf-8', 'ignore') or 'file'
+    return os.fsdecode(stem.encode('utf-8') + suffix)       # LANG=C 时也是 UTF-8
 
 
-def _save(f, default, caller, response):
+def _save(f, default, call, response):
     """把下载的文件写进 ``f`` → ``{'name': 文件名}``;没有 Content-Disposition 的是 JSON 的错误。"""
     if response.status != 200 or not response.headers.get('Content-Disposition'):
-        return _read_json(caller, response)
+        return _read_json(call, response)
     f.seek(0)
-    for block in _blocks(response, caller.max_download):
+    for block in _blocks(response, call.caller.max_download):
         with _local():
             f.write(block)
     f.truncate()
@@ -1824,15 +1778,11 @@ def _put(part, folder, name):
     raise FileExistsError(errno.EEXIST, 'too many files of this name', name)
 
 
-# 调用
-
 class _Attempt:
     """一个 HTTP 请求：走到了哪一步，怎样打断它。还没有 ``socket`` 就失败的，肯定没有到。"""
-
     def __init__(self, call, within):
         self._call, self._within = call, within
-        self._lock = threading.Lock()
-        self._aborted = False
+        self._lock, self._aborted = threading.Lock(), False
         self.socket = None
 
     def connected_by(self, sock):
@@ -1868,7 +1818,7 @@ class _Attempt:
     def _exchange(self):
         try:
             with contextlib.closing(self._open()) as response:
-                return self._call.read(self._call.caller, response)
+                return self._call.read(self._call, response)
         finally:
             self._hang_up()
 
@@ -1884,35 +1834,27 @@ class _Attempt:
 
 
 class _Call:
-    """一次调用。``within`` 秒是总数，连同重试；``read(caller, response)`` 读回答。"""
-
+    """一次调用。``within`` 秒是总数，连同重试；``read(call, response)`` 读回答。"""
     def __init__(self, caller, path, query, body=None, read=_read_json, within=None):
         self.caller, self.path, self.read = caller, path, read
         self.url = '%s/cgi-bin/%s?%s' % (caller.api_base, path, urllib.parse.urlencode(query))
+        self.host = urllib.parse.urlsplit(caller.api_base).netloc
         self.redirects = 3 * (read is not _read_json)
         self._within = caller.call_within if within is None else within
-        self._harmless = body is None or isinstance(body, _Upload)      # 再来一次也没关系
+        self.harmless = body is None or isinstance(body, _Upload)       # 再来一次也没关系
         self.body, self.headers = body, getattr(body, 'headers', {})
-        if not self._harmless:
+        if not self.harmless:
             self.body = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
             self.headers = {'Content-Type': 'application/json; charset=utf-8'}
 
     def _failure(self, error, connected):
-        """urllib 的各种异常 → `NetworkError`,其中没有网址。"""
-        host = urllib.parse.urlsplit(self.caller.api_base).netloc
-        if isinstance(error, _NotWeCom):
-            status, kind = error.args
-            advice = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
-                      413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}.get(
-                          status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % self.path)
-            return NetworkError(502, _redact('%s answered %d %s, not JSON of WeCom' % (host, status, kind)), self.path,
-                                advice, (status == 200 or status >= 500) and not self._harmless)
+        """urllib 的各种异常，或开不出线程 (RuntimeError) → `NetworkError`，其中没有网址。"""
         reason = getattr(error, 'reason', None) or error
         text = _show(_redact('%s: %s' % (type(reason).__name__, reason)), 400)
         advice = next((a for form, a in _NETWORK_ADVICE if re.search(form, text)), '')
-        text = '%s (%s)' % (host, text)
+        text = '%s (%s)' % (self.host, text)
         if connected:
-            return NetworkError(504, 'no complete answer from ' + text, self.path, advice, not self._harmless)
+            return NetworkError(504, 'no complete answer from ' + text, self.path, advice, not self.harmless)
         return NetworkError(503, 'cannot reach ' + text, self.path,
                             advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
 
@@ -1923,8 +1865,7 @@ class _Call:
             answer = attempt.run()
         except _Local as e:
             failure = e.args[0]
-        except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError,
-                RuntimeError, _NotWeCom) as e:      # RuntimeError: can't start new thread
+        except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError, RuntimeError) as e:
             failure = self._failure(e, attempt.socket)
         else:
             if not answer.get('errcode'):
@@ -1958,7 +1899,6 @@ class _Call:
 
 class _Pace:
     """每个收件人每分钟最多 ``limit`` 条:再多的等。"""
-
     def __init__(self, sleep):
         self._slots = collections.OrderedDict()     # 收件人 → 一分钟以来的 [时刻],最近用过的收件人在后
         self._sleep = sleep
@@ -1988,26 +1928,18 @@ class _Pace:
         return slot
 
 
-#: JSON 里收件人的三个字段；只发到一部分时，回答里没收到的人。
-_RECEIVERS = 'touser', 'toparty', 'totag'
-_UNREACHED = 'invaliduser', 'invalidparty', 'invalidtag', 'unlicenseduser'
+_RECEIVERS = 'touser', 'toparty', 'totag'       #: JSON 里收件人的三个字段。
+_UNREACHED = 'invaliduser', 'invalidparty', 'invalidtag', 'unlicenseduser'      #: 回答里没收到的人。
 
 
 class _Caller:
     """`WeChatClient` 和 `WeChatRobot` 共用的；子类的 ``_authorized`` 带着自己的凭据调用。类属性都可以在子类里改。"""
-
-    #: 连接的时限,秒;JSON 调用、上传下载的时限,都是总数。
-    connect_within, call_within, media_within = 5, 15, 120
-    #: 连不上、企业微信繁忙 (-1) 时一共试几次;第 n 次以后停 ``pause * 2 ** (n - 1)`` 秒。
-    tries, pause = 3, 1
-    #: JSON 回答、下载的文件最多多少字节。
-    max_answer, max_download = 2 << 20, 50 << 20
-    #: 每分钟最多给一个收件人发几条:再多的,企业微信不报错就丢掉。
-    per_minute = 30
-    #: 上传时每发一块调用一次:``progress(sent, total)``,字节。
-    progress = None
-    #: 连不上时一直试到这么多秒,例如断网时的警报;0 是只试 ``tries`` 次。
-    retry_within = 0
+    connect_within, call_within, media_within = 5, 15, 120  #: 连接的时限,秒;JSON 调用、上传下载的时限,都是总数。
+    tries, pause = 3, 1  #: 连不上、企业微信繁忙 (-1) 时一共试几次;第 n 次以后停 ``pause * 2 ** (n - 1)`` 秒。
+    max_answer, max_download = 2 << 20, 50 << 20  #: JSON 回答、下载的文件最多多少字节。
+    per_minute = 30  #: 每分钟最多给一个收件人发几条:再多的,企业微信不报错就丢掉。
+    progress = None  #: 上传时每发一块调用一次:``progress(sent, total)``,字节。
+    retry_within = 0  #: 连不上时一直试到这么多秒,例如断网时的警报;0 是只试 ``tries`` 次。
 
     _clock = staticmethod(time.monotonic)
     _sleep = staticmethod(time.sleep)
@@ -2063,12 +1995,12 @@ class _Caller:
 
 
 def _code_and_message(method):
-    """旧接口的约定:返回企业微信的 dict,网络或参数不对时 errcode 是 -1;不抛异常。"""
+    """旧接口的约定：返回企业微信的 dict，网络或参数不对时 errcode 是 -1；不抛异常。"""
     @functools.wraps(method)
     def answer(*args, **kwargs):
         try:
             return method(*args, **kwargs)
-        except (NetworkError, ConfigError) as e:
+        except (NetworkError, ConfigError, FormatException) as e:
             return {'errcode': -1, 'errmsg': str(e)}
         except APIError as e:
             return {'errcode': e.errcode, 'errmsg': e.errmsg}
@@ -2100,12 +2032,9 @@ class WeChatClient(_Caller):
     被拒绝抛 `APIError`,没有回答抛 `NetworkError`,它是前者的一种;缺了配置抛 `ConfigError`。
     """
 
-    #: access_token 提前多少秒换新的。
-    token_margin = 300
-    #: Secret 被拒绝以后,多少秒之内不再问:问多了,企业微信会封 IP 一小时。
-    refused_within = 60
-    #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
-    store_within = 1
+    token_margin = 300  #: access_token 提前多少秒换新的。
+    refused_within = 60  #: Secret 被拒绝以后,多少秒之内不再问:问多了,企业微信会封 IP 一小时。
+    store_within = 1  #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
 
     def __init__(self, appname='demo', ini_name=None, store=None, **settings):
         super().__init__(appname, ini_name, ('corpid', 'secret'), settings)
@@ -2119,8 +2048,6 @@ class WeChatClient(_Caller):
         self.trusted = None
         # _flights：正在要的 token，{已经不能用的那个: `_Promise`}
         _fresh(self, _lock=threading.Lock, _flights=dict)
-
-    # token
 
     def _cached_token(self, stale):
         value = self.store.get(self._token_name)
@@ -2137,7 +2064,7 @@ class WeChatClient(_Caller):
             answer = _Call(self, 'gettoken', query).run()
         except APIError as e:
             if not isinstance(e, NetworkError) and e.errcode != -1:
-                self._refused = (self._clock() + self.refused_within, (e.errcode, e.errmsg, e.path))
+                self._refused = self._clock() + self.refused_within, (e.errcode, e.errmsg, e.path)
                 self.trusted = False
             raise
         token, seconds = answer.get('access_token'), answer.get('expires_in')
@@ -2197,15 +2124,12 @@ class WeChatClient(_Caller):
     def call(self, path, body=None, **query):
         """企业微信的任何 API → 它的回答 (dict)。
 
-        ``path`` 是 /cgi-bin/ 后面的,例如 'user/get';``body`` (dict) 给了就是 POST,否则 GET;其余的
-        参数进查询串。access_token 不用管。
+        ``path`` 是 /cgi-bin/ 后面的，例如 'user/get'；``body`` (dict) 给了就是 POST，否则 GET；其余的参数进查询串。
         """
         path = re.sub('^/?(cgi-bin/)?', '', path)
         if not re.fullmatch('[A-Za-z0-9_./-]+', path):
             raise ValueError('not the path of an API: %s' % _show(path))
         return self._authorized(path, query, body)
-
-    # 发消息
 
     def send(self, message, to=None, party=None, tag=None, **fields):
         """发一条或几条消息,依次;返回企业微信对最后一条的回答 (dict,有 msgid)。
@@ -2217,8 +2141,7 @@ class WeChatClient(_Caller):
         部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
         """
         given = {key: _joined(who) for key, who in zip(_RECEIVERS, (to, party, tag)) if who is not None}
-        prepare = functools.partial(self._prepare, given, fields)
-        return self._send_each('message/send', message, _TEXT_LIMITS, prepare)
+        return self._send_each('message/send', message, _TEXT_LIMITS, functools.partial(self._prepare, given, fields))
 
     def _prepare(self, given, fields, n, message):
         if message['msgtype'].startswith('update_') and not message.own:
@@ -2246,14 +2169,11 @@ class WeChatClient(_Caller):
             media_content = {'content' if media_type in _TEXT_LIMITS else 'media_id': media_content}
         return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
 
-    # 素材
-
     def upload(self, path, kind=None, name=None):
         """上传临时素材(path/90253)→ media_id (str),三天有效。边读边发,不占内存。
 
-        ``kind`` 是 image(10 MB,JPG、PNG)、voice(2 MB,AMR)、video(10 MB,MP4)、file(20 MB),默认按
-        后缀;``name`` 是显示的文件名。
-        读不了文件抛 `OSError`,大小、类型不对抛 `APIError`。
+        ``kind`` 是 image（10 MB，JPG、PNG）、voice（2 MB，AMR）、video（10 MB，MP4）、file（20 MB），默认按后缀；
+        ``name`` 是显示的文件名。读不了文件抛 `OSError`，大小、类型不对抛 `APIError`。
         """
         return self._upload('media/upload', path, kind, name)['media_id']
 
@@ -2358,7 +2278,6 @@ _TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
 
 class Callbacks:
     """登记的函数；最具体的优先。"""
-
     def __init__(self):
         self._functions, self._patterns = {}, []
 
@@ -2410,13 +2329,11 @@ class Callbacks:
 
 #: 一次运行走到了哪一步：认领、排队，或等别的进程；回调在跑；回调完了，还有要送的；完了。
 _WAITING, _RUNNING, _PUSHING, _ENDED = range(4)
-#: 企业微信一共投递三次：第三次该答的时候，离第一次是一次的多少倍 (14.5 s / 4.5 s)。
-_THREE = 29 / 9
+_THREE = 29 / 9  #: 企业微信一共投递三次：第三次该答的时候，离第一次是一次的多少倍 (14.5 s / 4.5 s)。
 
 
 class _Run:
     """一条消息的一次运行，和在等它的各次投递。"""
-
     __slots__ = ('key', 'message', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel', 'leased', 'due',
                  'record', 'deliveries', '_lock')
 
@@ -2469,9 +2386,7 @@ class _Run:
 
 class Once:
     """每条消息一次运行。``limits`` 有 store 和各种时限：它是 `Dispatcher`。"""
-
-    #: 同一条消息最多几次投递一起等。
-    deliveries = 3
+    deliveries = 3  #: 同一条消息最多几次投递一起等。
 
     def __init__(self, replies, limits):
         self._replies, self._limits = replies, limits
@@ -2579,8 +2494,6 @@ class Once:
         run.expire(float('inf'), True)
         self._finish(run) if run.leased else self._forget(run)
 
-    # 看时间
-
     def look(self):
         """情况变了：马上看一遍。"""
         self._wake.set()
@@ -2660,7 +2573,6 @@ class Once:
 
 class _Parcel:
     """一次运行给出的东西，和给谁。"""
-
     __slots__ = 'run', 'kind', 'user', 'corp', 'id', 'code', 'xml', 'held', 'items', 'way'
 
     def __init__(self, run):
@@ -2684,9 +2596,7 @@ class _Parcel:
 
 class _Outbox:
     """主动发送的队列：给一个用户的，按他的消息来的先后；各个用户互不等待。"""
-
-    #: 先来的消息没有结果，后来的最多等它多少秒：有的回调再也不返回。
-    patience = 60
+    patience = 60  #: 先来的消息没有结果，后来的最多等它多少秒：有的回调再也不返回。
 
     def __init__(self, send):
         self._send = send               # send(parcel, 一条)
@@ -2744,9 +2654,7 @@ class _Outbox:
 
 class Replies:
     """`Once` 的 replies，一个应用的。``owner`` 是它的 `Dispatcher`。"""
-
-    #: 一次运行最多多少条没有送出的；再多，回调就等。
-    most = 100
+    most = 100  #: 一次运行最多多少条没有送出的；再多，回调就等。
 
     def __init__(self, owner, callbacks):
         self._owner, self._callbacks = owner, callbacks
@@ -2782,8 +2690,6 @@ class Replies:
             self._settle(parcel, True, last)
         else:
             self._can_send()
-
-    # 能不能主动发送
 
     def _can_send(self):
         """True、False；正在问是 None。不知道就在后台问，不行过一会儿再问。"""
@@ -2851,8 +2757,6 @@ class Replies:
                        'secret, agentid and a trusted IP', _show(parcel.user), len(messages), _show(parcel.id))
         return False
 
-    # 定怎样送
-
     def _way(self, parcel, up, last):
         """有的东西怎样送；None 是再等等，或没有什么要送。"""
         held, over = parcel.held, parcel.run.stage >= _PUSHING
@@ -2903,8 +2807,6 @@ class Replies:
             with self._outbox.lock:
                 parcel.items.extend(rest)
             self._outbox.kick(parcel.user)
-
-    # 主动发送
 
     def _push(self, parcel, message):
         """发给那个用户。还在等的投递，发到了得到空的；肯定没有发到，就还来得及做被动回复。"""
@@ -2959,20 +2861,14 @@ class Dispatcher:
     本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。类属性都可以在子类里改，或在开始服务以前改。
     """
 
-    #: 请求正文的上限,字节。
-    max_body = 1 << 20
-    #: 请求里的时间与本机最多差多少秒;0 是不检查。
-    max_skew = 300
+    max_body = 1 << 20  #: 请求正文的上限,字节。
+    max_skew = 300  #: 请求里的时间与本机最多差多少秒;0 是不检查。
     #: 一次投递等回调的秒数:企业微信等 5 秒。到时还没有结果,能主动发送的应用回空的 200,有了结果再发。
     answer_within = 4.5
-    #: 不能主动发送的应用等到这时:企业微信断开、再投递,接着等。它断开而不是我们,隔着代理也一样。
-    hold_within = 6
-    #: 认领的租期，秒：活着的进程一直续，死了的到期由下一次投递接手。`FileStore` 不靠它，靠锁。
-    lease = 3
-    #: 同时最多跑多少个回调;再多的等前面的,等不到的由企业微信重新投递。
-    max_callbacks = 32
-    #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
-    store_within = WeChatClient.store_within
+    hold_within = 6  #: 不能主动发送的应用等到这时:企业微信断开、再投递,接着等。它断开而不是我们,隔着代理也一样。
+    lease = 3  #: 认领的租期，秒：活着的进程一直续，死了的到期由下一次投递接手。`FileStore` 不靠它，靠锁。
+    max_callbacks = 32  #: 同时最多跑多少个回调;再多的等前面的,等不到的由企业微信重新投递。
+    store_within = WeChatClient.store_within  #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
 
     _now = staticmethod(time.time)
 
@@ -3185,7 +3081,6 @@ def _parse_head(head):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     """一个连接。`BaseHTTPRequestHandler` 逐行读、分几次写；这里都在套接字上做。"""
-
     def setup(self):
         self.request.setblocking(False)     # 先读、先写，不行再等：多半不必等，省去两次 poll
 
@@ -3298,7 +3193,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 class _HTTPServer(http.server.HTTPServer):
     """`HTTPServer` 加上：不查 DNS、留着的线程、连接的上限。造出来就在服务；开不出线程抛 `RuntimeError`。"""
-
     request_queue_size = 1024               # 默认的 5 让一千个连接排 24 秒
     allow_reuse_address = os.name == 'posix'
     allow_reuse_port = False
@@ -3435,16 +3329,11 @@ class WeChatServer(Dispatcher):
     没有 TLS:那是反向代理的事。
     """
 
-    #: 同时最多多少个还在读的连接(描述符上限的四分之一以内);满了就关最旧的。
-    max_connections = 64
-    #: 所有还没读完的正文,加起来最多多少字节。
-    max_reading = 8 << 20
-    #: 请求行、整个头部的上限,字节。
-    max_line, max_head = 8 << 10, 16 << 10
-    #: 读完头部、读完请求、写完回答的时限,秒;都是总数。
-    head_within, request_within, write_within = 5, 10, 5
-    #: 停下时等正在回答的,最多多少秒。
-    stop_within = 5
+    max_connections = 64  #: 同时最多多少个还在读的连接(描述符上限的四分之一以内);满了就关最旧的。
+    max_reading = 8 << 20  #: 所有还没读完的正文,加起来最多多少字节。
+    max_line, max_head = 8 << 10, 16 << 10  #: 请求行、整个头部的上限,字节。
+    head_within, request_within, write_within = 5, 10, 5  #: 读完头部、读完请求、写完回答的时限,秒;都是总数。
+    stop_within = 5  #: 停下时等正在回答的,最多多少秒。
 
     _http = None
 
@@ -3655,10 +3544,6 @@ def _run_init(args):
     print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台。', file=sys.stderr)
 
 
-def _show_progress(sent, total):
-    print('\r%d%%' % (100 * sent // total), end='\n' if sent >= total else '', file=sys.stderr, flush=True)
-
-
 def _run_send(args):
     if args.send_file is not None:
         import pathlib
@@ -3681,11 +3566,9 @@ def _run_send(args):
     sender = WeChatRobot(None, args.app, args.config) if args.robot else WeChatClient(args.app, args.config)
     sender.retry_within = args.retry
     if sys.stderr.isatty():
-        sender.progress = _show_progress
-    if args.robot:
-        sender.send(message, args.to)
-    else:
-        sender.send(message, args.to, args.party, args.tag)
+        sender.progress = lambda sent, total: print('\r%d%%' % (100 * sent // total), file=sys.stderr, flush=True,
+                                                    end='\n' if sent >= total else '')
+    sender.send(message, args.to, *([] if args.robot else [args.party, args.tag]))
 
 
 #: 键 → (该是什么样,一句话,在后台的哪一页)。

@@ -1719,7 +1719,7 @@ class OnceTests(HastyCase):
         query, body = self.wecom.request(self.wecom.message(Content='0'))
         begin = time.monotonic()
         self.assertEqual(self.wecom.deliver(url, Content='later')['Content'], 'later')
-        self.assertLess(time.monotonic() - begin, 0.3)
+        self.assertLess(time.monotonic() - begin, 0.39)
 
     def test_a_turn_comes_back_whatever_fails(self):
         class Broken(MemoryStore):
@@ -1885,7 +1885,7 @@ class WorkerTests(HastyCase):
         reply = self.wecom.deliver(url, messages['fork'])
         self.assertEqual(reply['Content'], 'fork of %d' % other.pid)
         self.assertEqual(self.ran('fork'), [stopped.pid, other.pid])
-        self.assertLess(time.monotonic() - begin, 0.4)
+        self.assertLess(time.monotonic() - begin, 0.7)
 
     def test_a_folder_that_is_removed_makes_no_second_run(self):
         urls = [url for _, url in self.workers(2)]
@@ -2215,7 +2215,7 @@ class LateTests(HastyCase):
                 yield str(n)
         server, url = self.able(endless)
         server.client.call_within, server.client.per_minute = 1.0, 10000
-        self.wecom.per_member, self.wecom.deliveries = 10000, 1
+        self.wecom.per_member, self.wecom.deliveries, self.wecom.patience = 10000, 1, 2
         self.wecom.script('message/send', 'hang')
         with self.assertLogs('easywechat', 'ERROR') as logs:
             self.assertEqual(self.wecom.deliver(url), {})
@@ -2900,7 +2900,7 @@ class ServerTests(unittest.TestCase):
         def callback(msg):
             running.append(msg['Content'])
             most.append(len(running))
-            time.sleep(0.4 if msg['Content'] == 'slow' else 0.1)
+            time.sleep(0.6 if msg['Content'] == 'slow' else 0.1)
             running.remove(msg['Content'])
             return msg['Content']
         for door in 'socket', 'handle':
@@ -2923,7 +2923,7 @@ class ServerTests(unittest.TestCase):
         begin = time.monotonic()
         server.hold_within = 0.1
         self.assertEqual(server.handle(*delivery(message(Content='slow')))[0], 503)
-        self.assertLess(time.monotonic() - begin, 0.35)
+        self.assertLess(time.monotonic() - begin, 0.55)
 
     def test_an_answer_that_is_not_read_delays_no_other(self):
         # 看时间的线程来答的：正文几 MB，内核收不下，对方又不读。
@@ -2966,7 +2966,7 @@ class ServerTests(unittest.TestCase):
             thread.join(4)
         go.set()
         self.assertEqual([length for length, _ in took], [size] * 4)
-        self.assertTrue(0.4 < min(t for _, t in took) and max(t for _, t in took) < 1, took)
+        self.assertTrue(0.4 < min(t for _, t in took) and max(t for _, t in took) < 1.2, took)
 
     def test_a_second_stop_leaves_the_next_server_alone(self):
         server = make_server()
@@ -3058,6 +3058,7 @@ class ForkTests(HastyCase):
         quiet.__enter__()
         self.addCleanup(quiet.__exit__, None, None, None)
         warnings.simplefilter('ignore')
+        self.wecom.patience = 3
 
     def fork(self, job):
         """在新的进程里 ``job()``：返回真的，退出码是 0；卡住了，十秒后被 SIGALRM 结束 → 进程号。"""
