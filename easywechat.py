@@ -1412,9 +1412,14 @@ class _Message(dict):
         return new
 
 
+def _is_several(result):
+    """是几条 (list、tuple、生成器)，不是一条。"""
+    return isinstance(result, (list, tuple)) or hasattr(result, '__next__')
+
+
 def _flat(result):
-    """回调的返回值或 send() 的参数 → 一条一条 (生成器)：展开 list、tuple、生成器，去掉 None。"""
-    if isinstance(result, (list, tuple)) or hasattr(result, '__next__'):
+    """send() 的参数 → 一条一条 (生成器)，去掉 None。"""
+    if _is_several(result):
         for item in result:
             yield from _flat(item)
     elif result is not None:
@@ -2318,6 +2323,7 @@ class Callbacks:
         for name in names + [kind, '*']:
             if name in self._functions:
                 return self._functions[name], ()
+        logger.debug('no callback for %s', _show(kind))
         return None, ()
 
 
@@ -2341,8 +2347,7 @@ class _Run:
         self.key, self.message = key, message
         self.begin = self.newest = time.monotonic()     # 第一次、最近一次投递
         self.stage, self.reply = _WAITING, None     # 答复：bytes，b'' 是没有；None 是还没有定
-        self.count = 1                  # 来过几次投递
-        self.parcel = None              # replies 放它的东西的地方
+        self.count, self.parcel = 1, None           # 来过几次投递；replies 放它的东西的地方
         self.leased = self.due = None   # 认领到了：上次续的时刻；没有轮到跑：什么时候再看
         self.record = threading.Lock()  # 写它在存储里的记录时拿着：存储可能很慢
         self.deliveries = [(self.begin, answer)]    # 在等的，先来的在前
@@ -2673,10 +2678,7 @@ class Replies:
         parcel = run.parcel
         func, args = self._callbacks.find(run.message)
         try:
-            result = func(run.message, *args) if func else logger.debug('no callback for %s', _show(parcel.kind))
-            for item in (result,) if isinstance(result, (str, dict)) else _flat(result):
-                if not self._take(parcel, func, item):
-                    break
+            self._take(parcel, func, func(run.message, *args) if func else None)
         except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
             self._failed(parcel, func, e)
         run.stage = _PUSHING
@@ -2725,8 +2727,10 @@ class Replies:
             self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
 
     def _take(self, parcel, func, item):
-        """又一条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
+        """又一条，或几条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
         try:
+            if item is None or _is_several(item):
+                return all(self._take(parcel, func, one) for one in item or ())
             for message in _made(item, parcel.kind):
                 kind = message['msgtype']
                 if kind in _MEDIA and kind in _REPLIES and parcel.xml and not (parcel.held or parcel.way) \
@@ -2751,8 +2755,7 @@ class Replies:
             time.sleep(0.05)
         return True
 
-    @staticmethod
-    def _lose(parcel, messages):
+    def _lose(self, parcel, messages):
         logger.warning('not sent to %s, %d of the answers to message %s: only one passive reply is possible without '
                        'secret, agentid and a trusted IP', _show(parcel.user), len(messages), _show(parcel.id))
         return False
@@ -2894,9 +2897,7 @@ class Dispatcher:
         self._callbacks = Callbacks()
         self._replies = Replies(self, self._callbacks)
         self._once = Once(self._replies, self)
-        self._refusals = _RefusalLog()
-        self._freshness = _Freshness()
-        self._keys = _Keys(self.settings)
+        self._refusals, self._freshness, self._keys = _RefusalLog(), _Freshness(), _Keys(self.settings)
 
     def __repr__(self):
         return '<%s %s, corpid %s>' % (type(self).__name__, self.appname, _mask(self.settings['corpid']))

@@ -2050,6 +2050,21 @@ class ReplyTests(ClientCase):
                           for line in logs.output]
                 self.assertEqual(sorted(failed), sorted([user] for user in users))
 
+    def test_what_fails_inside_a_list_takes_nobody_along(self):
+        def fails():
+            yield 'x'
+            raise ValueError('坏了')
+        endless = []
+        endless.append(endless)             # 自己在自己里面
+        for wrong, seen in ((fails, ['a', 'x', 'b']), (lambda: endless, ['a', 'b']),
+                            (lambda: [[7], fails()], ['a', 'x', 'b'])):
+            self.wecom.messages.clear()
+            server = self.server(lambda msg, wrong=wrong: ['a', wrong(), (None, ['b'])])
+            server.client.trusted = True
+            with self.assertLogs('easywechat', 'ERROR'):
+                self.assertIsNone(self.ask(server))
+            self.assertEqual(self.sent(), seen)
+
     def test_no_user_sees_a_secret_however_much_is_shown(self):
         server = self.server(lambda msg: ['a', 'b'])
         self.ask(server)                    # 发过，有了 token
