@@ -243,7 +243,6 @@ _CATALOGUE = (
 
 
 def _advice(errcode, errmsg):
-    """怎么办 (str)；目录里没有的是空的。"""
     for codes, cause, advice in _CATALOGUE:
         if errcode in codes:
             ip = re.search('from ip: ?([0-9a-fA-F.:]+)', errmsg)
@@ -759,7 +758,6 @@ class _Settings(dict):
 
 
 def _config_paths(ini_name):
-    """依次要找的配置文件。"""
     if ini_name or os.environ.get('EASYWECHAT_CONFIG'):
         return [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])]
     script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
@@ -795,7 +793,6 @@ def _read_ini(path):
 
 
 def _clean(value):
-    """去掉首尾的空白(包括全角的和看不见的)和一对引号。"""
     value = value.strip(_BLANKS)
     if len(value) > 1 and value[0] == value[-1] and value[0] in '\'"':
         value = value[1:-1].strip(_BLANKS)
@@ -1619,7 +1616,6 @@ def _connection(name, attempt, *args, **kwargs):
 
 
 def _tls(ca_file):
-    """总是验证证书的 `ssl.SSLContext`。"""
     import ssl
     context = ssl.create_default_context()
     try:
@@ -1864,7 +1860,6 @@ class _Call:
                             advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
 
     def _try(self, within):
-        """试一次 → 回答 (dict)；拒绝、没有回答抛 `APIError`。"""
         attempt = _Attempt(self, within)
         try:
             answer = attempt.run()
@@ -1963,7 +1958,6 @@ class _Caller:
         return '<%s of corpid %s>' % (type(self).__name__, _mask(self.settings['corpid']))
 
     def _send_one(self, path, who, message):
-        """轮到 ``who`` 的时候发一条 → 回答。"""
         slot = self._pace.wait(who, self.per_minute, self._clock)
         try:
             answer = self._authorized(path, {}, message)
@@ -1990,7 +1984,6 @@ class _Caller:
         return answer
 
     def _upload(self, api, path, kind, name=None):
-        """上传文件 → 回答，其中有 media_id。"""
         path = os.fspath(path)
         query, body = {'type': _media_kind(path, kind)}, _Upload(path, name or os.path.basename(path), self.progress)
         answer = self._authorized(api, query, body, within=self.media_within)
@@ -2015,7 +2008,6 @@ def _code_and_message(method):
 
 
 def _joined(who):
-    """收件人:list,或 ``'a|b'``,→ ``'a|b'``。"""
     return '|'.join(map(str, who)) if isinstance(who, (list, tuple, set)) else str(who or '')
 
 
@@ -2500,7 +2492,6 @@ class Once:
         self._finish(run) if run.leased else self._forget(run)
 
     def look(self):
-        """情况变了：马上看一遍。"""
         self._wake.set()
 
     def _watch(self):
@@ -3202,7 +3193,8 @@ class _HTTPServer(http.server.HTTPServer):
         self.dispatcher = dispatcher
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._lock = threading.RLock()
-        self.process, self._closed, self.ended = os.getpid(), False, threading.Event()
+        self.process, self.closed = os.getpid(), False
+        self.alarm = None                   # 等着的人的套接字：不再服务了，写一个字节
         self._reading = collections.OrderedDict()       # 还在读的套接字，旧的在前 → 读了多少字节正文
         self._most = dispatcher.max_connections
         with contextlib.suppress(ImportError):          # Windows
@@ -3225,7 +3217,7 @@ class _HTTPServer(http.server.HTTPServer):
 
     def _accept(self):
         """一条线程接连接，交给别的线程去读、答、关。它不许停。"""
-        while not self._closed:
+        while not self.closed:
             try:
                 request, client_address = self.socket.accept()
                 with self._lock:
@@ -3236,7 +3228,7 @@ class _HTTPServer(http.server.HTTPServer):
             except (socket.timeout, ConnectionError):       # ConnectionError：对方又走了
                 continue
             except Exception as e:          # 也有 MemoryError
-                if self._closed:
+                if self.closed:
                     return
                 if not isinstance(e, OSError):
                     logger.error('internal error in the server%s', _traceback())
@@ -3284,7 +3276,7 @@ class _HTTPServer(http.server.HTTPServer):
             for sock in [self.socket] + list(self._reading):
                 sock.close()
             return True
-        self._closed = True
+        self.closed = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)      # Linux 上叫得醒 accept
         self._acceptor.join(0.1)
@@ -3295,7 +3287,8 @@ class _HTTPServer(http.server.HTTPServer):
             self._acceptor.join(2)          # 它停了才关:描述符的号会被别人再用
         self.server_close()
         self._evict(0)
-        self.ended.set()
+        with contextlib.suppress(AttributeError, OSError):
+            self.alarm.send(b'.')
         return self.threads.wait(deadline)
 
 
@@ -3373,22 +3366,30 @@ class WeChatServer(Dispatcher):
 
     def _wait(self):
         """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
-        before = {}
+        server, before, fd = self._http, {}, None
+        rest, alarm = socket.socketpair()   # 睡下以前一刹那到的信号叫不醒谁：所以每个信号都在 alarm 里写一个字节
+        alarm.setblocking(False)
         try:
-            if threading.current_thread() is threading.main_thread():
+            if server:
+                server.alarm = alarm
+            if server and threading.current_thread() is threading.main_thread():
+                fd = signal.set_wakeup_fd(alarm.fileno())
                 for number in signal.SIGTERM, signal.SIGINT:
                     before[number] = signal.signal(number, signal.default_int_handler)
-            server = self._http             # Windows 上，一直等着就收不到 Ctrl-C
-            while server and not server.ended.wait(1 if os.name == 'nt' else None):
-                continue
+            while server and not server.closed:
+                rest.recv(64)
         except KeyboardInterrupt:
             pass
         finally:
             for number in before:           # 再来一个也不打断:停下本来就有时限
                 signal.signal(number, signal.SIG_IGN)
+            if fd is not None:
+                signal.set_wakeup_fd(fd)
             self.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            rest.close()
+            alarm.close()
 
 
 # ---- 命令行 Command line ----------------------------------------------------------------------
@@ -3412,7 +3413,6 @@ def _echo(msg):
 
 
 def _split_url(url):
-    """→ `urlsplit` 的结果;不是 http(s) 的网址抛 `_CommandError`。"""
     with contextlib.suppress(ValueError):       # 端口、方括号
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url):

@@ -676,7 +676,7 @@ class StoreTests(unittest.TestCase):
             for thread in threads:
                 thread.start()
             deadline = time.monotonic() + 2
-            while len(done) < 19 and time.monotonic() < deadline:
+            while (len(done) < 19 or not redis.calls) and time.monotonic() < deadline:
                 time.sleep(0.005)
             self.assertEqual((redis.calls, done), (1, [None] * 19))
             redis.go_on.set()
@@ -1791,6 +1791,7 @@ class OnceTests(HastyCase):
 
 
 #: 一个机器人，一个进程：参数是放 FileStore 的目录、记下每次运行的文件、别的设置。
+#: 拿着 GIL 的时候，别的线程一次也轮不到。
 WORKER = r"""
 import json, os, signal, sys, time
 import easywechat
@@ -1798,7 +1799,7 @@ import easywechat
 class Worker(easywechat.WeChatServer):
     answer_within, hold_within, lease = 0.45, 0.6, 0.3
 
-def hold_the_gil(seconds):              # 别的线程一次也轮不到
+def hold_the_gil(seconds):
     sys.setswitchinterval(1000)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -3027,6 +3028,31 @@ class ServerTests(unittest.TestCase):
                 time.sleep(0.01)
         self.assertLessEqual(threading.active_count(), before + 1)          # 看时间的那条
         self.assertEqual(threading.stack_size(), 0)
+
+    @unittest.skipUnless(hasattr(signal, 'pthread_kill'), 'POSIX 的信号')
+    def test_a_sigterm_is_not_lost_however_early_it_comes(self):
+        # 主线程正要睡下的时候来的：处理函数还没有轮到跑，睡下了就没有人叫醒它。
+        server, lost = make_server(), []
+
+        def terminate(n):
+            while signal.getsignal(signal.SIGTERM) is not signal.default_int_handler:
+                time.sleep(0)
+            then = time.perf_counter() + n * 2e-6
+            while time.perf_counter() < then:
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not ended.wait(2):
+                lost.append(n)
+                server.stop()
+        with contextlib.redirect_stderr(io.StringIO()):
+            for n in range(100):
+                ended = threading.Event()
+                thread = threading.Thread(target=terminate, args=(n,))
+                thread.start()
+                server.run('127.0.0.1', 0)
+                ended.set()
+                thread.join()
+                self.assertEqual(lost, [], 'SIGTERM')
 
     @unittest.skipUnless(os.path.isdir('/proc/self/task'), '只有 Linux 数得出来')
     def test_at_rest_nothing_wakes_and_sigterm_ends_it_at_once(self):
