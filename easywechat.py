@@ -3376,8 +3376,8 @@ class WeChatServer(Dispatcher):
                 fd = signal.set_wakeup_fd(alarm.fileno())
                 for number in signal.SIGTERM, signal.SIGINT:
                     before[number] = signal.signal(number, signal.default_int_handler)
-            while server and not server.closed:
-                rest.recv(64)
+            while server and not server.closed and not before.keys() & set(rest.recv(64)):
+                pass                        # 抛在一个 __del__ 里的异常没有了，它的字节还在
         except KeyboardInterrupt:
             pass
         finally:

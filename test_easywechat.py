@@ -3033,6 +3033,8 @@ class ServerTests(unittest.TestCase):
     def test_a_sigterm_is_not_lost_however_early_it_comes(self):
         # 主线程正要睡下的时候来的：处理函数还没有轮到跑，睡下了就没有人叫醒它。
         server, lost = make_server(), []
+        for number in signal.SIGTERM, signal.SIGINT:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
 
         def terminate(n):
             while signal.getsignal(signal.SIGTERM) is not signal.default_int_handler:
@@ -3049,10 +3051,67 @@ class ServerTests(unittest.TestCase):
                 ended = threading.Event()
                 thread = threading.Thread(target=terminate, args=(n,))
                 thread.start()
-                server.run('127.0.0.1', 0)
+                try:
+                    server.run('127.0.0.1', 0)
+                except KeyboardInterrupt:
+                    lost.append(n)
                 ended.set()
                 thread.join()
-                self.assertEqual(lost, [], 'SIGTERM')
+                self.assertEqual(lost, [])
+
+    @unittest.skipUnless(hasattr(signal, 'pthread_kill'), 'POSIX 的信号')
+    def test_a_sigterm_whose_exception_is_swallowed_still_ends_it(self):
+        # 处理函数抛的异常落在一个 __del__ 里（垃圾回收不挑时候），就没有了。
+        server, struck = make_server(), []
+        for number in signal.SIGTERM, signal.SIGINT:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+
+        class Finalized:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(1000):
+                    pass
+
+        def profile(*args):
+            if not struck and signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+                struck.append(1)
+                Finalized()
+        timer, begin = threading.Timer(3, server.stop), time.monotonic()
+        timer.start()
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            sys.setprofile(profile)
+            try:
+                server.run('127.0.0.1', 0)
+            finally:
+                sys.setprofile(None)
+        timer.cancel()
+        self.assertIn('KeyboardInterrupt', err.getvalue())
+        self.assertLess(time.monotonic() - begin, 2)
+
+    @unittest.skipUnless(hasattr(signal, 'SIGUSR1'), 'POSIX 的信号')
+    def test_the_signals_of_others_do_not_end_it(self):
+        server, seen, got = make_server(), [], []
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        signal.signal(signal.SIGUSR1, lambda *args: seen.append(1))
+
+        def talk():
+            deadline = time.monotonic() + 5
+            while signal.getsignal(signal.SIGTERM) is not signal.default_int_handler and time.monotonic() < deadline:
+                time.sleep(0.001)
+            for n in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                while len(seen) <= n and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                address = '127.0.0.1', int(re.search('1:([0-9]+)/', err.getvalue()).group(1))
+                got.append(ask_socket(address, 'GET', '/weixin')[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+        thread = threading.Thread(target=talk)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            thread.start()
+            server.run('127.0.0.1', 0)
+        thread.join()
+        self.assertEqual(got, [200] * 3)
 
     @unittest.skipUnless(os.path.isdir('/proc/self/task'), '只有 Linux 数得出来')
     def test_at_rest_nothing_wakes_and_sigterm_ends_it_at_once(self):
