@@ -101,8 +101,9 @@ if hasattr(os, 'register_at_fork'):
 __version__ = '0.1.0'
 
 __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt', 'MemoryStore', 'FileStore',
-           'xml_to_dict', 'dict_to_xml', 'get_config', 'get_section', 'ierror', 'WeChatError', 'CryptoError',
-           'FormatException', 'ConfigError', 'APIError', 'NetworkError']
+           'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config', 'get_section', 'state_folder', 'plain_text',
+           'fetch', 'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
+           'NetworkError']
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ class APIError(WeChatError):
         self.hint = _advice(errcode, self.errmsg) if hint is None else hint
 
     def __str__(self):
-        text = '%s: %s (%d)' % (self.path, self.errmsg, self.errcode)
+        text = '%s%s (%d)' % (self.path and self.path + ': ', self.errmsg, self.errcode)
         return text + ' — ' + self.hint if self.hint else text
 
 
@@ -279,29 +280,37 @@ class NetworkError(APIError):
 
 
 # ---- 日志 Log ---------------------------------------------------------------------------------
-# 外来的文字进日志、进错误以前：截短、转义 (_show)，抹掉密钥 (_redact)。拒绝请求的日志有上限。
+# 外来的文字进日志、进错误，只有一扇门 (_show)：抹掉密钥，截短，转义。拒绝请求的日志有上限。
 
-_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]')
-
-
-def _show(value, limit=200):
-    """外来的文字进日志以前:截短,控制字符写成转义,伪造不了日志行,也动不了终端。"""
-    text = str(value)
-    if limit and len(text) > limit:
-        text = text[:limit] + '...'
-    return _UNPRINTABLE.sub(lambda m: '\\u%04x' % ord(m.group()), text)
-
-
-_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+')
+#: 控制字符、行分隔符、代理项，和 Unicode 的 Default_Ignorable：零宽的、从右到左的、看不见的。
+_UNPRINTABLE = re.compile(
+    '[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f'
+    '\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]')
+#: 网址里的：查询参数，用户名和密码。
+_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+|(//)[^/\s@]+(?=@)')
+#: 密钥的字与字之间可能有的：换行、空白、看不见的，也可能已经写成转义。
+_GAP = r'(?:[^!-~]|\\{1,4}(?:[abfnrtv0]|x[0-9a-f]{2}|u[0-9a-f]{4}))'
 #: 用过的密钥，一直记着；用过的 access_token，最近的一百个。都从错误和日志里抹掉。
 _secrets, _tokens = set(), collections.deque(maxlen=100)
 
 
 def _redact(text):
-    """去掉网址里的密钥，和每一个用过的密钥。"""
+    """去掉网址里的密钥，和每一个用过的密钥，即使中间换了行。"""
+    bare = re.sub(_GAP + '+', '', text)
     for secret in sorted(_secrets.union(_tokens), key=len, reverse=True):
-        text = text.replace(secret, '***')
-    return _SECRET.sub(r'\1***', text)
+        if secret in bare:
+            text = re.sub((_GAP + '*').join(map(re.escape, secret)), '***', text)
+    return _SECRET.sub(r'\1\2***', text)
+
+
+def _escape(text):
+    return _UNPRINTABLE.sub(lambda m: ('\\u%04x' if m.group() <= '\uffff' else '\\U%08x') % ord(m.group()), text)
+
+
+def _show(value, limit=200):
+    """外来的文字进日志以前：没有密钥，截短，控制字符写成转义，伪造不了日志行，也动不了终端。"""
+    text = _redact(str(value)[:limit + 2000])
+    return _escape(text if len(text) <= limit else text[:limit] + '...')
 
 
 def _decoded(text):
@@ -314,7 +323,7 @@ def _decoded(text):
 def _traceback():
     """当前异常的 traceback,每行缩进、转义:里面可能有用户发来的字。"""
     import traceback
-    return ''.join('\n    ' + _show(line, None) for line in _redact(traceback.format_exc()).splitlines())
+    return ''.join('\n    ' + _escape(line) for line in _redact(traceback.format_exc()).splitlines())
 
 
 def _mask(text):
@@ -323,30 +332,34 @@ def _mask(text):
 
 
 class _RefusalLog:
-    """拒绝的日志:每个地址每分钟最多 10 行,其余的只计数,一分钟后说总数。"""
-    lines, addresses = 10, 1000  #: 每个地址每分钟几行;最多记多少个地址,再多的合在一起。
+    """拒绝的日志：每个地址、所有地址，一分钟最多几行，其余的只计数，一分钟后说总数。"""
+    lines, total, addresses = 10, 100, 1000  #: 一个地址、一共每分钟几行；最多记多少个地址，再多的合在一起。
 
     _clock = staticmethod(time.monotonic)
 
     def __init__(self):
         self._since = self._clock()
-        self._count = {}
+        self._count, self._written = collections.Counter(), 0       # 地址 → 几次；写了几行
         _fresh(self, _lock=threading.Lock)
 
     def write(self, client, error):
         with self._lock:
-            count = {}
+            count, left = {}, 0
             if self._clock() - self._since >= 60:       # 一分钟过去了：说没写出来的数目，重新计数
-                count, self._count, self._since = self._count, {}, self._clock()
+                count, left = self._count, sum(self._count.values()) - self._written
+                self._count, self._written, self._since = collections.Counter(), 0, self._clock()
             if client not in self._count and len(self._count) >= self.addresses:
                 client = 'other addresses'
-            n = self._count[client] = self._count.get(client, 0) + 1
-        for who in count:
-            if count[who] > self.lines:
-                logger.warning('refused %d more from %s', count[who] - self.lines, _show(who))
-        if n <= self.lines:
+            self._count[client] += 1
+            shown = self._count[client] <= self.lines and self._written < self.total
+            self._written += shown
+            last = self._count[client] == self.lines or self._written == self.total
+        if left:
+            logger.warning('refused %d more in a minute, from %d addresses: %s', left, len(count), ', '.join(
+                '%s (%d)' % (_show(who), n) for who, n in count.most_common(5)))
+        if shown:
             logger.warning('refused %s with %d: %s%s', _show(client) or 'a request', error.status,
-                           _show(error.errmsg, 400), ' (more are counted)' * (n == self.lines))
+                           _show(error.errmsg, 400), ' (more are counted)' * last)
 
 
 # ---- XML --------------------------------------------------------------------------------------
@@ -472,11 +485,13 @@ def _number(text):
     return float(text) if text.strip('-0123456789') else int(text)
 
 
-def _load_json(data):
-    """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、超过 64 层、数字太长，抛 `ValueError`。
+def json_to_dict(data):
+    """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、不是对象、超过 64 层、数字超过 40 位，抛 `ValueError`。
 
-    括号先数过：有的 Python 读太深的会崩溃，而不是抛异常。每一步都是线性的。NaN、Infinity 也不是数 (int)。
+    >>> json_to_dict(b'{"errcode": 0}')
+    {'errcode': 0}
     """
+    # 括号先数过：有的 Python 读太深的会崩溃，而不是抛异常。每一步都是线性的。NaN、Infinity 也不是数 (int)。
     depth = 0
     for bracket in re.findall(rb'[][{}]', b''.join(re.sub(rb'(?s)\\.', b'', data).split(b'"')[::2])):
         depth += 1 if bracket in b'[{' else -1
@@ -504,6 +519,7 @@ _AES_INSTALL = """AES is missing. Install it with the line for this system:
 _SIGNATURE = re.compile('[0-9a-f]{40}')
 _TIMESTAMP = re.compile('[1-9][0-9]{9}')
 _NONCE = re.compile('[!-~]{1,63}')
+_ECHO = re.compile('(?![<{])[!-~]{1,64}')       #: 「保存」时要答出去的明文；消息不像这样。
 _BASE64 = b'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 
 
@@ -540,6 +556,13 @@ def _echostr(value):
     return str(value or '').replace(' ', '+').encode('ascii', 'replace')
 
 
+def _echo_text(text):
+    """校验要答出去的明文，检查过了。签名不说是投递还是校验：录下的消息当作 echostr 发来，不能替他解密。"""
+    if not _ECHO.fullmatch(text):
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no echostr inside: a recorded message?')
+    return text
+
+
 def _parse_query(query):
     """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8;别的不看。"""
     found = {}
@@ -561,19 +584,19 @@ _RELEASED = 1795392000      # 2026-11-23：比这还早的时钟是没有校过�
 
 
 class _Freshness:
-    """签名的时间与本机差得太多的请求，多半是重放的。"""
+    """与本机的时钟差得太多的，多半是重放的。"""
     warned = False
 
-    def check(self, timestamp, now, most):
-        """差 ``most`` 秒以上抛 `CryptoError`；0 是不看。时钟没有校过也不看，说一次。"""
+    def check(self, what, moment, now, back, ahead):
+        """早 ``back`` 秒以上、晚 ``ahead`` 秒以上抛 `CryptoError`；``ahead`` 是 0 不看。时钟没有校过也不看，说一次。"""
         if now < _RELEASED:
             if not self.warned:
                 self.warned = True
                 logger.warning('the clock says %s, before this release: not set? check NTP',
                                time.strftime('%Y-%m-%d', time.gmtime(now)))
-        elif most and abs(now - timestamp) > most:
-            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, 'timestamp %d, clock here %d: more than '
-                              '%d s apart, check NTP' % (timestamp, now, most))
+        elif ahead and not -back <= moment - now <= ahead:
+            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, '%s %d, clock here %d: more than %d s '
+                              'apart, check NTP' % (what, moment, now, back if moment < now else ahead))
 
 
 def _code_and_value(method):
@@ -675,10 +698,10 @@ class WXBizMsgCrypt:
         return binascii.b2a_base64(data, newline=False)
 
     def verify_url(self, msg_signature, timestamp, nonce, echostr):
-        """「保存」时的 GET 校验 (path/90930):返回要原样答出去的明文 (str)。"""
+        """「保存」时的 GET 校验 (path/90930)：返回要原样答出去的明文 (str)，1 到 64 个可见的 ASCII 字符。"""
         encrypt = _echostr(echostr)
         self.verify(msg_signature, timestamp, nonce, encrypt)
-        return self.open(encrypt)
+        return _echo_text(self.open(encrypt))
 
     def decrypt_message(self, body, msg_signature, timestamp, nonce):
         """收到的信封 (str 或 bytes,XML 或 JSON) → 明文 (str)。"""
@@ -757,12 +780,31 @@ class _Settings(dict):
         return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
 
 
-def _config_paths(ini_name):
+def _only_ours(path):
+    """文件和它的目录都是自己的或 root 的，别人改不了。"""
+    if os.name != 'posix':
+        return True
+    real = os.path.realpath(path)
+    found = [os.stat(p) for p in (os.path.dirname(path), os.path.dirname(real), real)]
+    return all(f.st_uid in (0, os.geteuid()) and not f.st_mode & 0o022 for f in found)
+
+
+def _find_config(ini_name):
+    """→ (要读的 config.ini 的路径，没有是 None；它只是因为在当前目录里才找到的；试过的路径)。"""
     if ini_name or os.environ.get('EASYWECHAT_CONFIG'):
-        return [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])]
+        path = os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])
+        return path if os.path.isfile(path) else None, False, [path]
     script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
-    folders = os.path.dirname(script), os.getcwd(), os.path.dirname(__file__)
-    return list(dict.fromkeys(os.path.join(os.path.abspath(folder), 'config.ini') for folder in folders))
+    ours = [os.path.abspath(os.path.dirname(f)) for f in (script, __file__)]
+    folders = list(dict.fromkeys([ours[0], os.getcwd(), ours[1]]))
+    paths = [os.path.join(folder, 'config.ini') for folder in folders]
+    for folder, path in zip(folders, paths):
+        if os.path.isfile(path):
+            if folder in ours or _only_ours(path):
+                return path, folder not in ours, paths
+            logger.warning('%s is not read: others can change it or its folder, and we only happen to be in it; '
+                           'chmod go-w both, or name it in EASYWECHAT_CONFIG', path)
+    return None, False, paths
 
 
 def _read_ini(path):
@@ -817,8 +859,8 @@ def _sources(appname, path, settings):
 def get_config(appname, ini_name=None, **settings):
     """应用 ``appname`` 的设置,一个 dict;没写的键是 ``''``,``agentid`` 与 ``appid`` 相同。
 
-    依次找 ``ini_name``,否则环境变量 ``EASYWECHAT_CONFIG``,否则脚本的目录、当前目录、本文件的目录里的
-    config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的,None 是没给。
+    依次找 ``ini_name``，否则环境变量 ``EASYWECHAT_CONFIG``，否则脚本的目录、当前目录（只有自己或 root 能改的才算）、
+    本文件的目录里的 config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的,None 是没给。
     找不到、读不懂、没有这一节,抛 `ConfigError`,其中有试过的每个路径。``appname`` 是上一次的结果,就照用。
     """
     if isinstance(appname, _Settings):
@@ -826,8 +868,7 @@ def get_config(appname, ini_name=None, **settings):
     unknown = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)
     if unknown:
         raise TypeError('no such setting: %s' % ', '.join(sorted(unknown)))
-    paths = _config_paths(ini_name)
-    path = next((p for p in paths if os.path.isfile(p)), None)
+    path, here, paths = _find_config(ini_name)
     given = {k: str(v) for k, v in settings.items() if v is not None}
     values = _Settings.fromkeys(_APP_KEYS + _SYSTEM_KEYS, '')
     values.sources = {}
@@ -837,6 +878,11 @@ def get_config(appname, ini_name=None, **settings):
                 values[key], values.sources[key] = _clean(value), source
     if not path and (ini_name or not any(values[k] for k in _APP_KEYS)):
         raise ConfigError('no configuration found; tried: %s' % ', '.join(paths))
+    for key in ('api_base', 'ca_file') * here:      # 别人写的 config.ini 里的 api_base，不能得到环境变量里的密钥
+        if values[key] and values.sources[key].startswith(path) and any(
+                values[k] and not values.sources[k].startswith(path) for k in ('secret', 'robot')):
+            raise ConfigError('%s of %s does not go with credentials from elsewhere: set EASYWECHAT_%s, or name the '
+                              'file in EASYWECHAT_CONFIG' % (key, path, key.upper()))
     for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
         if not values[key]:
             values[key], values.sources[key] = values[other], values.sources.get(other)
@@ -846,7 +892,7 @@ def get_config(appname, ini_name=None, **settings):
 
 def get_section(name, ini_name=None):
     """同一个 config.ini 里别的一节,例如自己的程序的阈值 → dict,值是 str;没有文件、没有这一节是 ``{}``。"""
-    path = next((p for p in _config_paths(ini_name) if os.path.isfile(p)), None)
+    path = _find_config(ini_name)[0]
     ini = _read_ini(path) if path else configparser.ConfigParser()
     return {k: _clean(v) for k, v in ini.items(name)} if ini.has_section(name) else {}
 
@@ -962,7 +1008,7 @@ class _Promise:
     def result(self, within):
         """等到 ``within`` 秒为止 → ``job()`` 的结果，或抛它抛的；等不到抛 `socket.timeout`。"""
         if not self._gate.acquire(timeout=max(0, within)):
-            raise socket.timeout('no answer within %g s' % within)
+            raise socket.timeout('no answer within %.3g s' % within)
         self._gate.release()                # 还有别人在等
         if self._error:
             raise copy.copy(self._error) if isinstance(self._error, APIError) else self._error
@@ -980,55 +1026,72 @@ def _within(threads, seconds, job):
 # 认领 (claim)：「这条消息我在处理」。持有它的进程死了，别人才能接手：`FileStore` 靠进程一直锁着的一个
 # 文件，进程停住、算得再久也不松开，死了立刻松开；别的存储靠租期 (lease)，活着的进程一直续 (hold)。
 
+class _Pages(collections.deque):
+    """十六页 {名字: …}，旧的在前，满了丢掉最旧的一页。一个大 dict 隔一阵就要搬一次家，malloc 的碎片会有十几 MB。"""
+    def __init__(self):
+        super().__init__([{}], 16)
+        self._size = 0                  # 最新一页的字节
+
+    def page_of(self, name):
+        """``name`` 在哪一页；没有是 {}。"""
+        for page in reversed(self):
+            if name in page:
+                return page
+        return {}
+
+    def put(self, name, value, size, limits):
+        self[-1][name] = value
+        self._size += size
+        if 16 * len(self[-1]) >= limits.max_entries or 16 * self._size >= limits.max_bytes:
+            self.append({})
+            self._size = 0
+
+
 class MemoryStore:
-    """进程内的存储,按条数和字节数封顶,最旧的先出去。任何线程都可以用。"""
-    max_entries, max_bytes = 10000, 4 << 20  #: 最多多少条;名字和值一共最多多少字节。
+    """进程内的存储，按条数和字节数封顶，最旧的先出去。任何线程都可以用。
+
+    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了 ``b''``；所以跑过的消息总是记得。
+    """
+    max_entries, max_bytes = 10000, 4 << 20  #: 最多多少条；名字和小的值、大的值，各最多多少字节。
 
     _clock = staticmethod(time.monotonic)
 
     def __init__(self):
-        # 十六页 {名字: (到期的时刻, 值)},旧的在前,满了丢掉最旧的一页。一个大 dict 隔一阵就要搬一次家,
-        # 每次在不同的线程里,malloc 的碎片会有十几 MB。
-        self._pages = collections.deque([{}], 16)
-        self._bytes = 0                 # 最新一页的
+        # 名字 → (到期的时刻, 值，None 是在 _large 里)；名字 → 大的值
+        self._pages, self._large = _Pages(), _Pages()
         _fresh(self, _lock=threading.Lock)
 
-    def _page_of(self, name):
-        """``name`` 在哪一页;没有或到期了是 None。"""
-        for page in reversed(self._pages):
-            if name in page:
-                if page[name][0] > self._clock():
-                    return page
-                del page[name]
-        return None
+    def _take(self, name):
+        """取出 ``name`` → (到期的时刻, 值)；没有或到期了是 None。"""
+        found = self._pages.page_of(name).pop(name, None)
+        if found and found[1] is None:
+            found = found[0], self._large.page_of(name).pop(name, b'')
+        return found if found and found[0] > self._clock() else None
 
     def get(self, name):
-        """``name`` (str) 的值 (bytes);没有或到期了是 None。"""
+        """``name`` (str) 的值 (bytes)；没有或到期了是 None。"""
         with self._lock:
-            page = self._page_of(name)
-            return page and page[name][1]
+            ends, value = self._pages.page_of(name).get(name, (0, None))
+            if ends <= self._clock():
+                return None
+            return self._large.page_of(name).get(name, b'') if value is None else value
 
     def set(self, name, value, ex=None, nx=False):
-        """记下 ``value`` (bytes),``ex`` 秒后到期;``nx`` 为真时只在没有的时候记。记了返回 True,否则 None。"""
+        """记下 ``value`` (bytes)，``ex`` 秒后到期；``nx`` 为真时只在没有的时候记。记了返回 True，否则 None。"""
         with self._lock:
-            page = self._page_of(name)
-            if page:
-                if nx:
-                    return None
-                del page[name]
-            page = self._pages[-1]
-            page[name] = self._clock() + ex if ex else float('inf'), value
-            self._bytes += len(name) + len(value)
-            if 16 * len(page) >= self.max_entries or 16 * self._bytes >= self.max_bytes:
-                self._pages.append({})
-                self._bytes = 0
+            if nx and self._pages.page_of(name).get(name, (0, None))[0] > self._clock():
+                return None
+            self._take(name)
+            ends, large = self._clock() + ex if ex else float('inf'), len(value) > 64
+            self._pages.put(name, (ends, None if large else value), len(name) + (0 if large else len(value)), self)
+            if large:
+                self._large.put(name, value, len(value), self)
             return True
 
     def delete(self, name):
-        """删掉 ``name``;返回删了几条 (int)。"""
+        """删掉 ``name``；返回删了几条 (int)。"""
         with self._lock:
-            page = self._page_of(name)
-            return 1 if page and page.pop(name) else 0
+            return int(self._take(name) is not None)
 
     def claim(self, name, lease):
         """认领 ``name``：值是 ``-`` 的一条记录，``lease`` 秒到期；已经有记录返回 None。"""
@@ -1039,14 +1102,41 @@ class MemoryStore:
         self.set(name, b'-', ex=int(-(-lease // 1)))
 
 
-def _cache_folders():
+def _base(variable, default):
     home = os.path.expanduser('~')
-    cache = os.environ.get('XDG_CACHE_HOME') or (home != '~' and os.path.join(home, '.cache'))
-    if cache:
-        yield os.path.join(cache, 'easywechat')
+    return os.environ.get(variable) or (os.path.join(home, default) if home != '~' else os.devnull)
+
+
+def _cache_folders():
     import tempfile
     user = str(os.getuid()) if os.name == 'posix' else os.environ.get('USERNAME', '')
-    yield os.path.join(tempfile.gettempdir(), 'easywechat-' + user)
+    return [os.path.join(_base('XDG_CACHE_HOME', '.cache'), 'easywechat'),
+            os.path.join(tempfile.gettempdir(), 'easywechat-' + user)]
+
+
+def _private(folders):
+    """``folders`` 里第一个只有自己能写的 → 它的路径 (str)，没有就建 (0700)；都不行抛 `OSError`。"""
+    for folder in folders:
+        try:
+            os.makedirs(folder, 0o700, exist_ok=True)
+            found = os.lstat(folder)
+            if os.name == 'posix' and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
+                                       or found.st_uid != os.geteuid()):
+                raise OSError(errno.EPERM, 'not a folder that only we can write', folder)
+            if not os.access(folder, os.W_OK):
+                raise OSError(errno.EACCES, 'not writable', folder)
+            return os.path.realpath(folder)
+        except OSError as e:
+            failure = e
+    raise failure
+
+
+def state_folder():
+    """记事情的目录 (str)：``$XDG_STATE_HOME/easywechat`` 或 ``~/.local/state/easywechat``，没有就建 (0700)。
+
+    ``FileStore(state_folder())`` 是重启以后还在的存储。是别人的、别人能写的、符号链接、写不了，抛 `OSError`。
+    """
+    return _private([os.path.join(_base('XDG_STATE_HOME', '.local/state'), 'easywechat')])
 
 
 def _on_remote(folder):
@@ -1082,11 +1172,12 @@ class FileStore:
     文件名是名字的散列。不是自己的、别人能读的文件当作没有；写不了磁盘抛 `OSError`；目录没了就重新建。
     """
 
-    # 一个文件：一行「写的时刻 到期的时刻 长度」（毫秒），然后是值。认领的第一格是主人文件的名字：主人锁着它，
-    # 记录就算数，与时钟无关。锁用 lockf：fork 出来的子进程不会把它带走，进程一死就松开。它不分线程，而且
-    # 关掉这个文件的任何一个描述符都会松开它：所以本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
+    # 一个文件：一行「写的时刻 到期的时刻 写的时刻（开机以来） 长度」（毫秒），然后是值。时钟会跳：墙上的、开机以来的，
+    # 有一只说没到期，就没有到期（重启以后只看第一只）。认领的第一格是主人文件的名字：主人锁着它，就算数，与时钟无关。
+    # 锁用 lockf：fork 出来的子进程不会把它带走，进程一死就松开。它不分线程，关掉这个文件的任何一个描述符都会松开它：
+    # 本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
 
-    _now = staticmethod(time.time)
+    _now, _clock = staticmethod(time.time), staticmethod(time.monotonic)
 
     def __init__(self, folder=None):
         self._folders = [folder] if folder else None
@@ -1094,20 +1185,7 @@ class FileStore:
         self._swept = 0
 
     def _choose(self):
-        """第一个可用的目录;都不行抛 `OSError`。"""
-        for folder in self._folders or _cache_folders():
-            try:
-                os.makedirs(folder, 0o700, exist_ok=True)
-                found = os.lstat(folder)
-                if os.name == 'posix' and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
-                                           or found.st_uid != os.geteuid()):
-                    raise OSError(errno.EPERM, 'not a folder that only we can write', folder)
-                if not os.access(folder, os.W_OK):
-                    raise OSError(errno.EACCES, 'not writable', folder)
-                return os.path.realpath(folder)
-            except OSError as e:
-                failure = e
-        raise failure
+        return _private(self._folders or _cache_folders())
 
     def _path(self, name, form='%s'):
         _check_fork()
@@ -1167,19 +1245,20 @@ class FileStore:
                 logger.warning('%s ignored: not a file that only we can read', path)
                 return None
             head, _, value = f.read(1 << 20).partition(b'\n')
-        match = re.fullmatch(b'(?:([0-9]{1,15})|(owner-[0-9]+-[0-9a-f]+)) ([0-9]{1,15}) ([0-9]{1,9})', head)
-        if not match or len(value) != int(match.group(4)):
+        match = re.fullmatch(rb'(?:(\d{1,15})|(owner-\d+-[0-9a-f]+)) (\d{1,15}) (\d{1,15}) (\d{1,9})', head)
+        if not match or len(value) != int(match.group(5)):
             return None
         if match.group(2):
             return value if self._alive(match.group(2).decode()) else None
-        written, ends = int(match.group(1)), int(match.group(3))
-        # 时钟往回跳过的,也当作过期:不知道真正过了多久
-        return value if written - 60000 <= self._now() * 1000 < ends else None
+        written, ends, since = int(match.group(1)), int(match.group(3)), int(match.group(4))
+        good = (written - 60000 <= self._now() * 1000 < ends        # 往回跳过的，也不知道真正过了多久
+                or since <= self._clock() * 1000 < since + ends - written)
+        return value if good else None
 
     def _write(self, path, value, ex, claim):
         now = int(self._now() * 1000)
         ends = now + int(min(ex, 10 ** 9) * 1000) if ex else 10 ** 14
-        head = '%s %d %d\n' % (claim and self._owner() or now, ends, len(value))
+        head = '%s %d %d %d\n' % (claim and self._owner() or now, ends, self._clock() * 1000, len(value))
         temporary = '%s.%d.%d.tmp' % (path, os.getpid(), int.from_bytes(os.urandom(8), 'big'))
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
@@ -1223,14 +1302,15 @@ class FileStore:
             yield False
             return
         try:
-            while not mine and time.monotonic() <= deadline:
+            while True:
                 try:                        # 只锁 mutex 管着的那个文件，不重新算
                     fd = self._again(_lock_file, path, os.O_CREAT)
                     mine = fd is not None
                 except (ImportError, OSError):      # 锁不了文件：只管本进程
                     mine = True
-                if not mine:
-                    time.sleep(0.01)
+                if mine or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.01)
             yield mine
         finally:
             if fd is not None:
@@ -1304,7 +1384,7 @@ class _Steady:
             with self._lock:
                 first, self._until = not self._until, time.monotonic() + self.retry_after
             if first:
-                logger.error('the store failed, going on in memory: %s: %s', type(e).__name__, _show(_redact(str(e))))
+                logger.error('the store failed, going on in memory: %s: %s', type(e).__name__, _show(e))
             return False, None
         if probe:                       # 坏以前就去问了的，不算
             self._until = 0
@@ -1312,11 +1392,13 @@ class _Steady:
         return True, result
 
     def get(self, name):
-        value = self._memory.get(name) or self._try(lambda store: store.get(name))[1]
+        value = self._memory.get(name)
+        if value is None:
+            value = self._try(lambda store: store.get(name))[1]
         return value.encode('utf-8') if isinstance(value, str) else value
 
     def set(self, name, value, ex=None, nx=False):
-        if nx and self._memory.get(name):
+        if nx and self._memory.get(name) is not None:
             return None
         done, result = self._try(lambda store: store.set(name, value, ex=ex and int(-(-ex // 1)), nx=nx))
         if not done:
@@ -1328,7 +1410,7 @@ class _Steady:
         return self._memory.delete(name) + (self._try(lambda store: store.delete(name))[1] or 0)
 
     def claim(self, name, lease):
-        if self._memory.get(name):
+        if self._memory.get(name) is not None:
             return None
         done, result = self._try(lambda store: getattr(type(store), 'claim', MemoryStore.claim)(store, name, lease))
         return result if done else self._memory.claim(name, lease)
@@ -1407,6 +1489,14 @@ class _Message(dict):
         new = _Message(self, **{_REPLIES.get(self['msgtype'], (0, self['msgtype']))[1]: dict(self.body(), **fields)})
         new.own = self.own
         return new
+
+
+_TAG = re.compile('<[/!?]?[A-Za-z][^<>]*>')
+
+
+def plain_text(text):
+    """别人起的名字、写的字 (str) → 没有标签的：文本消息里的 ``<a href=…>`` 是能点的链接。"""
+    return _TAG.sub(lambda m: '\uff1c' + m.group()[1:], _TAG.sub('', text))    # 去掉一层，里面的又成了一个：不要它的 <
 
 
 def _is_several(result):
@@ -1540,15 +1630,35 @@ class _JsonMessage(dict):
     """用 JSON 写的消息（path/92052）：没有被动回复。"""
 
 
-def _read_message(text):
-    """解密了的 XML 或 JSON 文档 (str) → 消息 (dict)；读不懂的抛 `CryptoError`。"""
+def _check_direction(msg, receive_id):
+    """签名不说是谁写的：只收来的消息。我们自己的回复，被人原样发回来，也验得过签名。"""
+    names = {k.lower(): v for k, v in msg.items()}
+    sender, receiver = (str(names.get(k) or '').lower() for k in ('fromusername', 'tousername'))
+    if 'msgtype' in msg and not sender + receiver:      # 智能机器人的 JSON（path/100719）：我们的回复没有这些
+        missing = [k for k in ('msgid', 'aibotid', 'from') if not msg.get(k)]
+        if missing:
+            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no message: without ' + ', '.join(missing))
+    elif receive_id.lower() in ('', sender) or receiver not in ('', receive_id.lower()):
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no message to %s, but from %s to %s: our own answer, '
+                          'sent back?' % (_mask(receive_id), _show(_mask(sender)), _show(_mask(receiver))))
+
+
+def _read_message(text, receive_id):
+    """解密了的 XML 或 JSON 文档 (str) → 发给 ``receive_id`` 的消息 (dict)；读不懂的、不是的抛 `CryptoError`。"""
     try:
-        msg = _JsonMessage(_load_json(text.encode('utf-8'))) if text.lstrip()[:1] == '{' else xml_to_dict(text)
+        msg = _JsonMessage(json_to_dict(text.encode('utf-8'))) if text.lstrip()[:1] == '{' else xml_to_dict(text)
     except (FormatException, ValueError, RecursionError) as e:
         raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, getattr(e, 'errmsg', None) or
                           'cannot read JSON: %s' % _show(e)) from None
     logger.debug('message %.2000s', msg)
+    _check_direction(msg, receive_id)
     return msg
+
+
+def _created(msg):
+    """消息自己的时刻 (Unix 秒)；没有是 None。"""
+    text = str(msg.get('CreateTime') or msg.get('create_time') or '')
+    return int(text) if _TIMESTAMP.fullmatch(text) else None
 
 
 class _Keys:
@@ -1572,8 +1682,8 @@ class _Keys:
 
 
 # ---- 请求 Requests ----------------------------------------------------------------------------
-# 一次调用 (_Call)：几次尝试，一个总的时限，只重试肯定没到的；一次尝试 (_Attempt)：一个 HTTP 请求，在自己的
-# 线程上，随时能打断。GET 或 POST https://qyapi.weixin.qq.com/cgi-bin/<path>?<query>，JSON 或 multipart；
+# 一个 HTTP 请求 (_Attempt)：在别的线程上，时限是总数，随时能打断；别的程序用 `fetch`。一次调用 (_Call)：几次尝试，
+# 一个总的时限，只重试肯定没到的。GET 或 POST https://qyapi.weixin.qq.com/cgi-bin/<path>?<query>，JSON 或 multipart；
 # 回答 {"errcode": 0, "errmsg": "ok", …}（path/90313）。
 
 _API_BASE = 'https://qyapi.weixin.qq.com'
@@ -1590,7 +1700,8 @@ _NETWORK_ADVICE = (
 _STATUS_ADVICE = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
                   413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}
 
-_REQUESTS = _Threads(64)        # 被放弃的请求（比如 DNS 不答）还占着一条，直到它自己结束
+# 被放弃的请求（比如 DNS 不答）还占着一条，直到它自己结束；别的网站的 (`fetch`) 不占企业微信的
+_REQUESTS, _FETCHES = _Threads(64), _Threads(64)
 
 
 def _normal_base(text):
@@ -1626,9 +1737,11 @@ def _tls(ca_file):
     return context
 
 
-def _make_opener(ca_file):
-    """urllib 的 opener:只有 http 和 https,标准的代理环境变量;不跟随重定向,什么状态都原样返回。"""
+def _make_opener(ca_file, proxies=None):
+    """urllib 的 opener：只有 http 和 https；不跟随重定向，什么状态都原样返回。``proxies`` 默认是标准的环境变量里的。"""
     from urllib import request as web
+    proxies = web.getproxies() if proxies is None else proxies
+    _secrets.update(m.group(1) for m in (re.search('([^/@]*:[^/@]*)@', url) for url in proxies.values()) if m)
 
     class Transport(web.HTTPHandler):
         https_request = web.HTTPHandler.http_request
@@ -1642,7 +1755,7 @@ def _make_opener(ca_file):
             return self.do_open(functools.partial(_connection, 'HTTPSConnection', req.attempt), req, context=self.tls)
     opener = web.OpenerDirector()
     opener.addheaders = [('User-Agent', 'EasyWeChat')]
-    opener.add_handler(web.ProxyHandler())
+    opener.add_handler(web.ProxyHandler(proxies))
     opener.add_handler(Transport())
     return opener
 
@@ -1663,12 +1776,12 @@ def _read_json(call, response):
     """企业微信的回答 (dict)；回答的不是企业微信，抛 `NetworkError` (502)。"""
     data = b''.join(_blocks(response, call.caller.max_answer))
     with contextlib.suppress(ValueError, RecursionError):
-        answer = _load_json(data)
+        answer = json_to_dict(data)
         if response.status == 200 and isinstance(answer.get('errcode', 0), int):
             return answer
     status, kind = response.status, _show(response.headers.get('Content-Type'))
     raise NetworkError(
-        502, _redact('%s answered %d %s, not JSON of WeCom' % (call.host, status, kind)), call.path,
+        502, '%s answered %d %s, not JSON of WeCom' % (call.host, status, kind), call.path,
         _STATUS_ADVICE.get(status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % call.path),
         (status == 200 or status >= 500) and not call.harmless)
 
@@ -1741,18 +1854,25 @@ def _made(item, default='text', limits=_TEXT_LIMITS):
     return _official(item, default, limits)
 
 
+#: Python 和 shell（Windows 的也在内）会运行的，和自己会去读的。
+_RUNNABLE = re.compile(
+    r'(?i)^config\.ini$|\.(py[a-z]?|pyzw|_?pth|egg|so|dll|dylib|(ba|z|k|c|tc|fi)?sh|command|desktop|bat|cmd|com|exe|msi|scr'
+    r'|pif|lnk|cpl|ps1|vb[se]?|jse?|ws[fh]|msc|hta|reg|jar)$')
+
+
 def _safe_name(headers, default):
-    """Content-Disposition 里的文件名,只留最后一段,去掉危险的;没有就是 ``default``。"""
+    """Content-Disposition 里的文件名，只留最后一段，去掉危险的和看不见的；没有就是 ``default``。"""
     name = headers.get_filename() or default
     with contextlib.suppress(UnicodeError):     # http.client 把 UTF-8 读成了 latin-1
         name = name.encode('latin-1').decode('utf-8')
-    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).strip(' ').lstrip('.')
+    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).lstrip(' .').rstrip(' .')
     stem, suffix = os.path.splitext(re.sub('[<>:"|?*]', '_', name))
     if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
         stem = '_' + stem
-    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore').encode('utf-8')
-    stem = stem.encode('utf-8')[:110 - len(suffix)].decode('utf-8', 'ignore') or 'file'
-    return os.fsdecode(stem.encode('utf-8') + suffix)       # LANG=C 时也是 UTF-8
+    suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
+    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore') or 'file'
+    name = stem + suffix + '_' * bool(_RUNNABLE.search(stem + suffix))
+    return os.fsdecode(name.encode('utf-8'))        # LANG=C 时也是 UTF-8
 
 
 def _save(f, default, call, response):
@@ -1780,27 +1900,29 @@ def _put(part, folder, name):
 
 
 class _Attempt:
-    """一个 HTTP 请求：走到了哪一步，怎样打断它。还没有 ``socket`` 就失败的，肯定没有到。"""
-    def __init__(self, call, within):
-        self._call, self._within = call, within
+    """一个 HTTP 请求，``within`` 秒是总数：走到了哪一步，怎样打断它。还没有 ``socket`` 就失败的，肯定没有到。"""
+    def __init__(self, threads, opener, url, body, headers, within, connect_within=5, redirects=0):
+        self._threads, self._opener, self._url, self._body, self._headers = threads, opener, url, body, headers
+        self._end, self._connect_within, self._redirects = time.monotonic() + within, connect_within, redirects
         self._lock, self._aborted = threading.Lock(), False
         self.socket = None
 
     def connected_by(self, sock):
         """连上了;等的人已经走了,就不许再发出去。"""
-        sock.settimeout(self._within)
+        sock.settimeout(max(0.001, self._end - time.monotonic()))
         with self._lock:
             if self._aborted:
                 raise OSError('too late')
             self.socket = sock
 
-    def _open(self):
+    def open(self):
+        """→ `http.client.HTTPResponse`，状态和头部到了；跟随至多 ``redirects`` 次重定向，从不去更差的协议。"""
         from urllib.request import Request
-        call, url = self._call, self._call.url
-        for left in range(call.redirects, -1, -1):
-            request = Request(url, call.body, call.headers)
+        url = self._url
+        for left in range(self._redirects, -1, -1):
+            request = Request(url, self._body, self._headers)
             request.attempt = self
-            response = call.caller._urllib().open(request, timeout=call.caller.connect_within)
+            response = self._opener.open(request, timeout=self._connect_within)
             where = response.headers.get('Location')
             if response.status not in (301, 302, 303, 307, 308) or not where or not left:
                 return response
@@ -1810,28 +1932,92 @@ class _Attempt:
                 raise OSError('redirected to a lesser scheme')
             url = where
 
-    def _hang_up(self):
+    def hang_up(self):
         """断开；fork 出来的进程里的那一份也断开。"""
+        with self._lock:
+            self._aborted = True        # 还没连上的，连上了也不发
         if self.socket:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
-    def _exchange(self):
-        try:
-            with contextlib.closing(self._open()) as response:
-                return self._call.read(self._call, response)
-        finally:
-            self._hang_up()
+    def do(self, job, most=float('inf')):
+        """这个请求的一步 ``job()``，在别的线程上 → 它的结果，或抛它抛的。
 
-    def run(self):
-        """→ 读出的回答；没有完整的回答抛 `OSError` 等。"""
+        总的时间到了，或这一步过了 ``most`` 秒，断开，抛 `socket.timeout`。
+        """
         try:
-            return _within(_REQUESTS, self._within, self._exchange)
+            return _within(self._threads, min(most, self._end - time.monotonic()), job)
         except socket.timeout:
-            with self._lock:
-                self._aborted = True        # 还没连上的，连上了也不发
-            self._hang_up()
+            self.hang_up()
             raise
+
+
+def _failure(error, host, connected, path='', harmless=True):
+    """urllib 的各种异常，或开不出线程 (RuntimeError) → `NetworkError`，其中没有网址。"""
+    reason = getattr(error, 'reason', None) or error
+    text = _show('%s: %s' % (type(reason).__name__, reason), 400)
+    advice = next((a for form, a in _NETWORK_ADVICE if re.search(form, text)), '')
+    text = '%s (%s)' % (host, text)
+    if connected:
+        return NetworkError(504, 'no complete answer from ' + text, path, advice, not harmless)
+    return NetworkError(503, 'cannot reach ' + text, path, advice or '看网络通不通、地址和代理 (https_proxy) 写对没有')
+
+
+#: 一个请求会抛的：网络的，urllib 和 http.client 的，没有 ssl 的，开不出线程的。
+_FAILURES = OSError, http.client.HTTPException, ValueError, ImportError, AttributeError, RuntimeError
+
+
+class _Answer:
+    """`fetch` 的回答：``status`` (int)、``headers``，和还没有读的正文。"""
+    def __init__(self, attempt, host, idle):
+        self._attempt, self._host, self._idle = attempt, host, idle
+        self._response = self._do(attempt.open)
+        self.status, self.headers, self.close = self._response.status, self._response.headers, self._response.close
+
+    def _do(self, job, most=float('inf')):
+        try:
+            return self._attempt.do(job, most)
+        except _FAILURES as e:
+            failure = _failure(e, self._host, self._attempt.socket)
+        raise failure       # 在 except 以外：不把带着网址的异常挂在后面
+
+    def read(self, most=2 << 20):
+        """正文 (bytes)；超过 ``most`` 字节、短了的是错误。"""
+        return self._do(lambda: b''.join(_blocks(self._response, most)))
+
+    def __iter__(self):
+        """一行一行 (bytes，至多 64 KiB)，到了就给。"""
+        return iter(lambda: self._do(lambda: self._response.readline(1 << 16), self._idle), b'')
+
+
+def _split_url(url):
+    """→ `urlsplit` 的结果；不能去问的抛 `ValueError`。"""
+    with contextlib.suppress(ValueError):       # 端口、方括号
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url):
+            return parts
+    raise ValueError('not a URL that can be asked: %s (http://... or https://...)' % _show(url))
+
+
+@contextlib.contextmanager
+def fetch(url, body=None, headers=None, within=15, idle=float('inf'), proxies=None):
+    """别的网站的一个 HTTP 请求；不管对方多慢，``within`` 秒是总数，DNS、连接、正文都在内，走一个字节不会重新计时。
+
+        with easywechat.fetch('https://example.com/api', within=15) as answer:
+            print(answer.status, answer.headers['Content-Type'], answer.read())     # 或 for line in answer: …
+
+    ``body`` (bytes) 给了就是 POST；一行一行读的时候，等一行至多 ``idle`` 秒。``proxies`` (dict) 默认是环境变量里的，
+    ``{}`` 是直连。不跟随重定向，什么状态都是回答。没有（完整的）回答抛 `NetworkError`，网址写错了抛 `ValueError`。
+    """
+    host = _split_url(url).netloc.rpartition('@')[2]
+    attempt, answer = _Attempt(_FETCHES, _make_opener('', proxies), url, body, headers or {}, within), None
+    try:
+        answer = _Answer(attempt, host, idle)
+        yield answer
+    finally:
+        attempt.hang_up()
+        if answer:
+            answer.close()
 
 
 class _Call:
@@ -1840,7 +2026,7 @@ class _Call:
         self.caller, self.path, self.read = caller, path, read
         self.url = '%s/cgi-bin/%s?%s' % (caller.api_base, path, urllib.parse.urlencode(query))
         self.host = urllib.parse.urlsplit(caller.api_base).netloc
-        self.redirects = 3 * (read is not _read_json)
+        self._redirects = 3 * (read is not _read_json)
         self._within = caller.call_within if within is None else within
         self.harmless = body is None or isinstance(body, _Upload)       # 再来一次也没关系
         self.body, self.headers = body, getattr(body, 'headers', {})
@@ -1848,30 +2034,27 @@ class _Call:
             self.body = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
             self.headers = {'Content-Type': 'application/json; charset=utf-8'}
 
-    def _failure(self, error, connected):
-        """urllib 的各种异常，或开不出线程 (RuntimeError) → `NetworkError`，其中没有网址。"""
-        reason = getattr(error, 'reason', None) or error
-        text = _show(_redact('%s: %s' % (type(reason).__name__, reason)), 400)
-        advice = next((a for form, a in _NETWORK_ADVICE if re.search(form, text)), '')
-        text = '%s (%s)' % (self.host, text)
-        if connected:
-            return NetworkError(504, 'no complete answer from ' + text, self.path, advice, not self.harmless)
-        return NetworkError(503, 'cannot reach ' + text, self.path,
-                            advice or '看网络通不通、api_base 和代理 (https_proxy) 写对没有')
+    def _exchange(self, attempt):
+        try:
+            with contextlib.closing(attempt.open()) as response:
+                return self.read(self, response)
+        finally:
+            attempt.hang_up()
 
     def _try(self, within):
-        attempt = _Attempt(self, within)
+        caller = self.caller
+        attempt = _Attempt(_REQUESTS, caller._urllib(), self.url, self.body, self.headers, within,
+                           caller.connect_within, self._redirects)
         try:
-            answer = attempt.run()
+            answer = attempt.do(functools.partial(self._exchange, attempt))
         except _Local as e:
             failure = e.args[0]
-        except (OSError, http.client.HTTPException, ValueError, ImportError, AttributeError, RuntimeError) as e:
-            failure = self._failure(e, attempt.socket)
+        except _FAILURES as e:
+            failure = _failure(e, self.host, attempt.socket, self.path, self.harmless)
         else:
             if not answer.get('errcode'):
                 return answer
-            errmsg = _show(_redact(str(answer.get('errmsg') or 'no errmsg')), 400)
-            failure = APIError(answer['errcode'], errmsg, self.path)
+            failure = APIError(answer['errcode'], _show(answer.get('errmsg') or 'no errmsg', 400), self.path)
         raise failure       # 在 except 以外:不把带着网址的异常挂在后面
 
     def run(self):
@@ -2049,7 +2232,7 @@ class WeChatClient(_Caller):
     def _cached_token(self, stale):
         value = self.store.get(self._token_name)
         token = value.decode('ascii', 'replace') if isinstance(value, bytes) else value
-        return token if token != stale else None
+        return token if token and token != stale else None
 
     def _new_token(self):
         """向企业微信要 (path/91039)，存下。"""
@@ -2179,12 +2362,14 @@ class WeChatClient(_Caller):
         """旧接口:上传,返回企业微信的 dict,不抛异常。"""
         return self._upload('media/upload', file_path, file_type)
 
-    def download(self, media_id, folder='.'):
-        """下载素材(path/90254)到 ``folder``,返回 `pathlib.Path`;至多 50 MiB,不占内存。
+    def download(self, media_id, folder=None):
+        """下载素材 (path/90254) 到 ``folder`` → `pathlib.Path`；至多 50 MiB，不占内存。
 
-        文件名由企业微信给,去掉路径和危险的字符;已经有的不覆盖,加 -1、-2。写不了抛 `OSError`。
+        ``folder`` 默认是 `state_folder` 里的 downloads，只有自己能进 (0700)。文件名由企业微信给，去掉路径和危险的字符，
+        Python 或 shell 会运行的（例如 json.py）后面加 ``_``；已经有的不覆盖，加 -1、-2。写不了抛 `OSError`。
         """
         import pathlib
+        folder = _private([os.path.join(state_folder(), 'downloads')]) if folder is None else folder
         part = os.path.join(os.fspath(folder), '.easywechat-%s.part' % binascii.hexlify(os.urandom(8)).decode())
         try:
             with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 'wb') as f:
@@ -2332,11 +2517,11 @@ _THREE = 29 / 9  #: 企业微信一共投递三次：第三次该答的时候，
 
 class _Run:
     """一条消息的一次运行，和在等它的各次投递。"""
-    __slots__ = ('key', 'message', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel', 'leased', 'due',
+    __slots__ = ('key', 'message', 'sender', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel', 'leased', 'due',
                  'record', 'deliveries', '_lock')
 
     def __init__(self, key, message, answer):
-        self.key, self.message = key, message
+        self.key, self.message, self.sender = key, message, str(message.get('FromUserName', ''))
         self.begin = self.newest = time.monotonic()     # 第一次、最近一次投递
         self.stage, self.reply = _WAITING, None     # 答复：bytes，b'' 是没有；None 是还没有定
         self.count, self.parcel = 1, None           # 来过几次投递；replies 放它的东西的地方
@@ -2390,8 +2575,8 @@ class Once:
         # 在另一条线程上跑回调；同时跑几个由 _busy 管
         self.spawn = functools.partial(_Threads(float('inf')).submit, 0)
         self._errands = _Threads(32)                    # 写存储
-        # _runs：存储里的名字 → _Run，先来的在前；_busy：几个回调在跑；_watching：有一条线程在看时间，_wake 叫醒它
-        _fresh(self, _lock=threading.Lock, _runs=dict, _busy=int, _watching=bool, _wake=threading.Event)
+        # _runs：存储里的名字 → _Run，先来的在前；_busy：谁的几个回调在跑；_watching：有一条线程在看时间，_wake 叫醒它
+        _fresh(self, _lock=threading.Lock, _runs=dict, _busy=collections.Counter, _watching=bool, _wake=threading.Event)
 
     def deliver(self, key, message, answer, spawn):
         """一次投递。``answer(bytes)`` 是答复，b'' 是没有；``answer(None)`` 是现在没有答案。
@@ -2418,31 +2603,44 @@ class Once:
                 run.leased = time.monotonic()
                 self._replies.expect(run)
                 return self._enter(run, spawn)
-            stored = store.get(run.key) or b''
+            stored = store.get(run.key)
         except BaseException as e:      # 本文件的错：不能留下一个谁也等不到的
             self._give_up(run)
             if not isinstance(e, Exception):
                 raise
             return logger.error('internal error in a delivery%s', _traceback())
-        if stored[:1] == b'+':
+        if stored is not None and stored != b'-':       # 跑过了；b'' 是答复太多，存储丢掉了它的
             run.conclude(stored[1:])
             self._forget(run)
         else:
             run.due = time.monotonic() + limits.lease / 60
             self.look()
 
+    def _turn(self, sender):
+        """轮得到这个人再跑一个吗：一共不能太多，一个人的最多四分之一，不然他的慢消息就耽误了所有的人。"""
+        most = self._limits.max_callbacks
+        return sum(self._busy.values()) < most and self._busy[sender] < max(1, most // 4)
+
     def _enter(self, run, spawn):
         """轮到它就跑；同时跑着的太多，或开不出线程，就等。"""
         run.due = None
         with self._lock:
-            turn = self._busy < self._limits.max_callbacks
-            self._busy += turn
+            turn = self._turn(run.sender)
+            self._busy[run.sender] += turn
         if turn and not spawn:
             self._work(run)
         elif not turn or not spawn(self._work, run):
-            with self._lock:
-                self._busy -= turn
+            self._leave(run, turn)
             run.due = run.begin         # 有空就轮到它
+
+    def _leave(self, run, turn=True):
+        """跑完了。→ 也许有排队的轮得到了。"""
+        with self._lock:
+            full = not self._turn(run.sender)
+            self._busy[run.sender] -= turn
+            if not self._busy[run.sender]:
+                del self._busy[run.sender]
+            return full
 
     def _work(self, run):
         run.stage = _RUNNING
@@ -2455,10 +2653,7 @@ class Once:
             run.conclude(b'')
             self._forget(run)
         finally:
-            with self._lock:
-                self._busy -= 1
-                full = self._busy + 1 >= self._limits.max_callbacks
-            if full:                    # 也许有排队的
+            if self._leave(run):
                 self.look()
 
     def _write(self, run, wait=True):
@@ -2466,7 +2661,8 @@ class Once:
         if run.record.acquire(wait):    # 上一次还没写完，续就不必了
             try:
                 if run.reply is not None:
-                    self._limits.store.set(run.key, b'+' + run.reply, ex=max(2 * self._limits.max_skew, 600))
+                    # 消息的 CreateTime 可以比现在晚 max_skew
+                    self._limits.store.set(run.key, b'+' + run.reply, ex=self._limits.kept + self._limits.max_skew + 1)
                     run.leased = None
                 elif run.stage == _ENDED:
                     self._limits.store.delete(run.key)
@@ -2549,8 +2745,8 @@ class Once:
         """还没有轮到跑的：没有投递在等它了，就作废；轮到了就跑；别的进程认领了的，到时候再去认领。"""
         before = now - self._limits.hold_within
         if run.newest <= before and run.leased:
-            logger.error('all %d callbacks are busy, or no thread can be started; WeCom will deliver again',
-                         self._limits.max_callbacks)
+            logger.error('no callback is free for a message of %s: %d run, %d of them his, or no thread starts; WeCom '
+                         'will deliver again', _show(run.sender), sum(self._busy.values()), self._busy[run.sender])
         run.expire(before, True)
         if run.stage == _ENDED:
             if self._errands.submit(0, self._give_up, run):
@@ -2573,8 +2769,9 @@ class _Parcel:
 
     def __init__(self, run):
         self.run, msg = run, run.message        # 回调可以改它的 dict，所以先记下
-        self.kind, self.user, self.corp, self.id, self.code = [
-            str(msg.get(k, '')) for k in ('MsgType', 'FromUserName', 'ToUserName', 'MsgId', 'ResponseCode')]
+        self.user = run.sender
+        self.kind, self.corp, self.id, self.code = [
+            str(msg.get(k, '')) for k in ('MsgType', 'ToUserName', 'MsgId', 'ResponseCode')]
         self.xml = not isinstance(msg, _JsonMessage)    # JSON 的消息没有被动回复
         self.held = []                  # 还没有定怎样送的
         self.items = []                 # 等着主动发送的；第一条可能正在发
@@ -2821,7 +3018,7 @@ class Replies:
         self._owner._once.look()
         if error:
             logger.error('not %s to %s, the answer to message %s: %s', 'pushed, but replied,' if replied else
-                         'delivered', _show(parcel.user), _show(parcel.id), _show(_redact(str(error)), 400))
+                         'delivered', _show(parcel.user), _show(parcel.id), _show(error, 400))
 
 
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
@@ -2861,7 +3058,7 @@ class Dispatcher:
     answer_within = 4.5
     hold_within = 6  #: 不能主动发送的应用等到这时:企业微信断开、再投递,接着等。它断开而不是我们,隔着代理也一样。
     lease = 3  #: 认领的租期，秒：活着的进程一直续，死了的到期由下一次投递接手。`FileStore` 不靠它，靠锁。
-    max_callbacks = 32  #: 同时最多跑多少个回调;再多的等前面的,等不到的由企业微信重新投递。
+    max_callbacks = 32  #: 同时最多跑多少个回调，一个人的最多四分之一；再多的等前面的，等不到的由企业微信重新投递。
     store_within = WeChatClient.store_within  #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
 
     _now = staticmethod(time.time)
@@ -2903,6 +3100,11 @@ class Dispatcher:
         """同一个应用的 `WeChatClient`;没有 secret 抛 `ConfigError`。"""
         return self._client or WeChatClient(self.settings)
 
+    @property
+    def kept(self):
+        """跑过的消息记多少秒 (int)；比这还早的 (CreateTime) 不收。所以重放的，不是太早，就是记得。"""
+        return max(2 * self.max_skew, 600)
+
     def register_callback(self, msg_type, func=None, pattern=None):
         """登记回调;不给 ``func`` 就是装饰器。
 
@@ -2929,7 +3131,7 @@ class Dispatcher:
     def _open(self, query, encrypt):
         """验签、看时间、解密 → 明文 (str)。"""
         self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'), encrypt)
-        self._freshness.check(int(query['timestamp']), self._now(), self.max_skew)
+        self._freshness.check('timestamp', int(query['timestamp']), self._now(), self.max_skew, self.max_skew)
         return self.wxcpt.open(encrypt)
 
     def _query_of(self, method, target):
@@ -2946,7 +3148,7 @@ class Dispatcher:
         if query is None:
             text = 'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
         else:
-            text = self._open(query, _echostr(query.get('echostr')))
+            text = _echo_text(self._open(query, _echostr(query.get('echostr'))))
         return b'' if method == 'HEAD' else text.encode('utf-8')
 
     def _reply_to(self, query, client, reply):
@@ -2975,7 +3177,10 @@ class Dispatcher:
                 return None, _answer(200, 'plain', self._echo_back(method, query))
             if len(body) > self.max_body:
                 raise WeChatError(413)
-            msg = _read_message(self._open(query, _cut_encrypt(body)))
+            msg = _read_message(self._open(query, _cut_encrypt(body)), self.settings['corpid'])
+            created = _created(msg)
+            if created is not None:     # timestamp 和 nonce 可以对调，签名还是对的：消息自己的时刻不会变
+                self._freshness.check('CreateTime', created, self._now(), self.kept, self.max_skew)
             return msg, functools.partial(self._reply_to, query, client)
         except WeChatError as e:
             return None, self.refuse(e, client)
@@ -3412,37 +3617,24 @@ def _echo(msg):
     return '\n'.join('%s: %s' % item for item in msg.items())
 
 
-def _split_url(url):
-    with contextlib.suppress(ValueError):       # 端口、方括号
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url):
-            return parts
-    raise _CommandError(2, 'not a URL that can be asked: %s (http://... or https://...)' % _show(url))
+_PATIENCE = 5  #: 企业微信等回调的秒数。
 
 
 def _visit(url, query, body=None):
-    """像企业微信那样发一个请求，等 5 秒 → 正文 (bytes)。直连，不走代理，不跟随重定向。"""
+    """像企业微信那样发一个请求，一共等 5 秒 → 正文 (bytes)。直连，不走代理，不跟随重定向。"""
     parts = _split_url(url)
-    target = '%s?%s' % (parts.path or '/', urllib.parse.urlencode(query))
+    url = '%s://%s%s' % (parts.scheme, parts.netloc, parts.path or '/')
+    asked = url + '?' + urllib.parse.urlencode(query)
     try:
-        connect = getattr(http.client, parts.scheme.upper() + 'Connection')
-        with contextlib.closing(connect(parts.hostname, parts.port, timeout=5)) as connection:
-            connection.request('POST' if body else 'GET', target, body, {'Content-Type': 'text/xml'} if body else {})
-            response = connection.getresponse()
-            status, answer = response.status, response.read(2 << 20)
-    except socket.timeout:
-        raise _CommandError(3, 'no answer from %s within 5 s' % parts.netloc) from None
-    except http.client.HTTPException as e:
-        raise _CommandError(3, '%s hung up: %r; is the callback slow?' % (parts.netloc, e)) from None
-    except AttributeError:      # 没有 ssl 的 Python
-        raise _CommandError(2, 'this Python has no ssl: install python3-openssl') from None
-    except (OSError, ValueError) as e:
-        raise _CommandError(3, 'cannot reach %s: %s' % (parts.netloc, e)) from None
+        with fetch(asked, body, {'Content-Type': 'text/xml'}, _PATIENCE, proxies={}) as answer:
+            status, body = answer.status, answer.read() if answer.status == 200 else b''
+    except NetworkError as e:
+        raise _CommandError(3, e.errmsg + '; is the callback slow?' * (e.errcode == 504)) from None
     if status != 200:
         raise _CommandError(1, '%s answered %d%s' % (url, status, {
             403: ': Token, EncodingAESKey, corpid or the clock differ; its log says which',
             404: ': the path differs, see route_name'}.get(status, '')))
-    return answer
+    return body
 
 
 def _signed(crypt, text):
@@ -3479,7 +3671,7 @@ def _probe(url, settings, text):
 def _settings_or_demo(args):
     """→ 关键字参数：什么配置都没有，就用演示凭据；否则是空的。"""
     names = ['EASYWECHAT_CONFIG'] + ['EASYWECHAT_' + key.upper() for key in _APP_KEYS]
-    given = args.config or any(map(os.environ.get, names)) or any(map(os.path.isfile, _config_paths(None)))
+    given = args.config or any(map(os.environ.get, names)) or _find_config(None)[0]
     return {} if given else _DEMO
 
 
@@ -3558,7 +3750,9 @@ def _run_send(args):
             return
     else:
         message = _decoded(args.send)
-        if not message:
+        if args.rest and not args.markdown:
+            message = plain_text(message)
+        if not message.strip():
             raise _CommandError(2, 'nothing to send')
     if args.markdown and args.send_file is None:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
@@ -3599,8 +3793,8 @@ def _check_settings(settings):
                 key, settings.sources[key], odd, rule, len(value), page)
     for source in sorted(set(settings.sources.values()) - {None}):
         path = source.rpartition(' [')[0]
-        if path and os.name == 'posix' and os.stat(path).st_mode & 0o077:
-            yield False, '%s 别人也能读:chmod 600 它' % path
+        if path and os.name == 'posix' and os.stat(path).st_mode & 0o007:
+            yield False, '%s 别人也能读：chmod o= %s' % (path, path)
 
 
 def _check_network(client):
@@ -3647,9 +3841,10 @@ def _parser():
     parser = ArgumentParser(prog='easywechat.py', add_help=False, description='企业微信机器人,一个 Python 文件。')
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--echo', action='store_const', dest='run', const=_run_echo, help='启动一个原样回话的机器人')
-    what.add_argument('--probe', metavar='TEXT', help='扮演企业微信:校验、投递 TEXT、打印回复')
-    what.add_argument('--send', metavar='TEXT', help='发一条文本;- 是从标准输入读,空的就不发')
-    what.add_argument('--send-file', metavar='PATH', help='发一个文件(图片、语音、视频按后缀)')
+    what.add_argument('--probe', metavar='TEXT', nargs='?', const='', help='扮演企业微信:校验、投递 TEXT、打印回复')
+    what.add_argument('--send', metavar='TEXT', nargs='?', const='',
+                      help='发一条文本;- 是从标准输入读,空的就不发。别人起的名字要写在 -- 后面:--send -- TEXT …')
+    what.add_argument('--send-file', metavar='PATH', nargs='?', const='', help='发一个文件(图片、语音、视频按后缀)')
     what.add_argument('--check', action='store_const', dest='run', const=_run_check, help='配置和网络哪里不对,到哪里改')
     what.add_argument('--init', action='store_const', dest='run', const=_run_init,
                       help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
@@ -3670,10 +3865,24 @@ def _parser():
     return parser
 
 
+def _arguments(argv):
+    """``--`` 后面的都是文字，用空格连起来，里面没有选项：它可能是一个种子、一块硬盘的名字，是别人起的。"""
+    end = argv.index('--') if '--' in argv else len(argv)
+    args = _parser().parse_args(argv[:end])
+    args.rest = argv[end + 1:]
+    for name in ('send', 'send_file', 'probe') if end < len(argv) else ():
+        if getattr(args, name) == '':
+            setattr(args, name, ' '.join(args.rest))
+            return args
+    if end < len(argv):
+        raise _CommandError(2, '-- goes behind a bare --send, --send-file or --probe, and the text behind it')
+    return args
+
+
 def main(argv=None):
     """命令行;返回退出码 (int)。"""
-    args = _parser().parse_args(argv)
     try:
+        args = _arguments(sys.argv[1:] if argv is None else list(argv))
         if not 0 <= args.port <= 65535:
             raise _CommandError(2, 'no port: %d' % args.port)
         run = args.run or (_run_send if args.probe is None else _run_probe)
@@ -3689,7 +3898,7 @@ def main(argv=None):
         code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
-    print('easywechat: %s' % text, file=sys.stderr)
+    print('easywechat: %s' % '\n'.join(_escape(line) for line in _redact(str(text)).splitlines()), file=sys.stderr)
     return code
 
 

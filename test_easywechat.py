@@ -63,6 +63,8 @@ LOG = io.StringIO()                     # 整个测试里打印、写过的日�
 CASES = {'text': {'Content': '状态'}, 'image': {'PicUrl': 'https://e.x/p.jpg', 'MediaId': 'M'},
          'voice': {'MediaId': 'M', 'Format': 'amr'}, 'video': {'MediaId': 'M', 'ThumbMediaId': 'T'}}
 IDS = iter(range(1, 10 ** 9))
+NOW = int(time.time())                  # 消息的 CreateTime
+SECRETS = {SETTINGS['token'], SETTINGS['encoding_aes_key'], PLANTED}    # 哪里都不许出现的
 
 
 def setUpModule():
@@ -79,7 +81,7 @@ def tearDownModule():
 
 def message(**fields):
     """一条消息的 XML;没写的字段用常见的值,MsgId 每次不同。"""
-    full = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'li.lei', 'CreateTime': 1700000000,
+    full = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'li.lei', 'CreateTime': NOW,
             'MsgType': 'text', 'AgentID': 1000002, 'MsgId': str(next(IDS))}
     full.update(fields)
     return dict_to_xml({k: v for k, v in full.items() if v is not None})
@@ -218,6 +220,10 @@ class ErrorTests(unittest.TestCase):
         self.assertEqual(easywechat._show('a\r\n\x1b[31m\u2028\ud800'),
                          'a\\u000d\\u000a\\u001b[31m\\u2028\\ud800')
         self.assertEqual(len(easywechat._show('x' * 999)), 203)
+        for hidden in '\u202e\u200b\u200f\u2066\ufeff\u061c\xad\u3164\U000e0041':
+            with self.subTest(hidden=ascii(hidden)):
+                shown = easywechat._show('photo%sgpj.exe' % hidden)
+                self.assertTrue(shown.isprintable() and shown.startswith('photo\\'), shown)
 
     def test_the_catalogue_knows_what_to_do(self):
         seen = [code for codes, _, _ in easywechat._CATALOGUE for code in codes]
@@ -229,9 +235,25 @@ class ErrorTests(unittest.TestCase):
         self.assertEqual(APIError(123456, 'x', 'y').hint, '')
 
     def test_secrets_are_taken_out_of_urls(self):
-        easywechat._secrets.add('zzzzzz')
-        self.assertEqual(easywechat._redact('a?corpsecret=x&key=y&b=1 zzzzzz'),
-                         'a?corpsecret=***&key=***&b=1 ***')
+        secret = 'zQ7plantedzQ7'
+        easywechat._secrets.add(secret)
+        self.assertEqual(easywechat._show('a?corpsecret=x&key=y&b=1 ' + secret), 'a?corpsecret=***&key=***&b=1 ***')
+        for between in '\n', '\r\n', ' ', '\t', '\u200b', '\x1b', '\\n', '\\r\\n', '\\u200b', '\n    ', '中':
+            with self.subTest(between=between):
+                for text in (secret[:5] + between + secret[5:], between.join(secret)):
+                    self.assertEqual(easywechat._show('no %s!' % text), 'no ***!')
+                    self.assertNotIn(secret[5:], easywechat._show({'invaliduser': text}))
+        for url in 'http://user:%s@proxy' % secret, '//%s@/' % secret, 'http://bob:x@:8080':
+            self.assertNotRegex(easywechat._show(url), secret + '|x@')
+
+    def test_foreign_text_takes_linear_time(self):
+        names = '<a/&=:@. \\\n\u200b'
+        for form in easywechat._TAG, easywechat._SECRET, easywechat._UNPRINTABLE, easywechat._RUNNABLE, \
+                re.compile(easywechat._GAP + '+'), easywechat._ECHO:
+            for pair in itertools.product(names, repeat=2):
+                text, begin = ''.join(pair) * 8192, time.process_time()
+                form.sub('', text)
+                self.assertLess(time.process_time() - begin, 0.5, (form, pair))
 
 
 # ---- XML --------------------------------------------------------------------------------------
@@ -630,6 +652,118 @@ class ConfigTests(unittest.TestCase):
                 self.assertEqual(easywechat.get_section('nas'), {})
 
 
+class NeighbourTests(unittest.TestCase):
+    """同一台机器上别的用户的 config.ini，在我们恰好在的目录里。"""
+
+    def setUp(self):
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder, self.code = (os.path.join(holder.name, name) for name in ('here', 'code'))
+        for folder in self.folder, self.code:
+            os.mkdir(folder, 0o755)
+        self.source = shutil.copy(SOURCE, self.code)
+        self.listener = socket.socket()
+        self.addCleanup(self.listener.close)
+        self.listener.bind(('127.0.0.1', 0))
+        self.listener.listen(5)
+        self.listener.settimeout(0.05)
+        self.path = os.path.join(self.folder, 'config.ini')
+        self.base = 'http://127.0.0.1:%d' % self.listener.getsockname()[1]
+        self.write('corpid = wwneighbour0000000\nagentid = 1\ntouser = @all\napi_base = ' + self.base)
+
+    def write(self, text):
+        with open(self.path, 'w') as f:
+            f.write('[demo]\n' + text + '\n')
+        os.chmod(self.path, 0o600)
+
+    def send(self, *args, **env):
+        """cron 那样在那个目录里跑 → (退出码, stderr, 连到 api_base 没有)。"""
+        env = dict({k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}, PYTHONIOENCODING='utf-8',
+                   XDG_CACHE_HOME=self.code, https_proxy='http://127.0.0.1:9', no_proxy='127.0.0.1', **env)
+        process = subprocess.Popen([sys.executable, self.source] + list(args or ['--send', 'x']), cwd=self.folder,
+                                   env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        connected = False
+        while process.poll() is None:
+            with contextlib.suppress(socket.timeout):
+                self.listener.accept()[0].close()
+                connected = True
+        return process.returncode, process.communicate()[1].decode(), connected
+
+    def test_what_others_can_change_is_not_read(self):
+        secret = {'EASYWECHAT_SECRET': PLANTED, 'EASYWECHAT_ROBOT': PLANTED + '-a-b'}
+        cases = [lambda: os.chmod(self.folder, 0o777), lambda: os.chmod(self.folder, 0o1777),
+                 lambda: (os.chmod(self.folder, 0o755), os.chmod(self.path, 0o622)),
+                 lambda: (os.chmod(self.path, 0o600), os.rename(self.path, os.path.join(self.code, 'x')),
+                          os.chmod(self.code, 0o777), os.symlink(os.path.join(self.code, 'x'), self.path))]
+        if os.geteuid() == 0:           # 别人的目录，别人的文件
+            cases[:0] = [lambda: os.chown(self.folder, 65534, 65534), lambda: os.chown(self.path, 65534, 65534),
+                         lambda: os.chown(self.folder, 0, 0)]
+        for n, make in enumerate(cases):
+            make()
+            with environment(**secret), working_in(self.folder), swapped(easywechat, '__file__', self.source), swapped(
+                    sys.modules['__main__'], '__file__', self.source), self.assertLogs('easywechat', 'WARNING'):
+                self.assertEqual(get_config('demo')['api_base'], '')
+            for args in ((), ('--robot', '--send', 'x'))[:2 if n == 0 else 0]:
+                code, err, connected = self.send(*args, **secret)
+                self.assertFalse(connected)
+                self.assertEqual(code, 3 if args else 2, err)
+                self.assertIn('%s is not read: others can change it' % os.path.join(
+                    os.path.realpath(self.folder), 'config.ini'), err)
+        os.unlink(self.path)
+        self.assertNotIn('is not read', self.send(**secret)[1])
+
+    def test_credentials_from_elsewhere_do_not_go_to_its_api_base(self):
+        for args, name in ((), 'SECRET'), (('--robot', '--send', 'x'), 'ROBOT'):
+            code, err, connected = self.send(*args, **{'EASYWECHAT_' + name: PLANTED + '-key'})
+            self.assertEqual((code, connected), (2, False), err)
+            self.assertIn('api_base of %s does not go with credentials' % os.path.realpath(self.path), err)
+        named = {'EASYWECHAT_CONFIG': self.path}            # 自己说了的
+        self.assertEqual(self.send(EASYWECHAT_SECRET=PLANTED, **named)[::2], (3, True))
+        self.write('corpid = ww\nagentid = 1\ntouser = a')
+        self.assertEqual(self.send(EASYWECHAT_SECRET=PLANTED, EASYWECHAT_API_BASE=self.base)[::2], (3, True))
+        self.write('corpid = ww\nsecret = %s\nagentid = 1\ntouser = a\napi_base = %s' % (PLANTED, self.base))
+        self.assertEqual(self.send()[::2], (3, True))           # 都是自己文件里的
+
+    def test_sections_of_a_program_come_from_no_neighbour_either(self):
+        self.write('corpid = ww\n[llm]\nbase_url = http://evil.example')
+        with environment(EASYWECHAT_SECRET=PLANTED), working_in(self.folder), swapped(
+                easywechat, '__file__', self.source), swapped(sys.modules['__main__'], '__file__', self.source):
+            self.assertEqual(easywechat.get_section('llm'), {'base_url': 'http://evil.example'})
+            os.chmod(self.folder, 0o777)
+            with self.assertLogs('easywechat', 'WARNING'):
+                self.assertEqual(easywechat.get_section('llm'), {})
+
+    @unittest.skipUnless(os.name == 'posix' and os.geteuid() == 0, '要能换成别的用户')
+    def test_a_bot_that_owns_only_its_state(self):
+        """README 的 systemd：程序是 root 的，bot 读得到 config.ini，只能写自己的状态。"""
+        state = tempfile.mkdtemp(dir=self.code)
+        self.path = os.path.join(self.code, 'config.ini')
+        self.write('corpid = wwneighbour0000000\ntoken = %s\nencoding_aes_key = %s' % (
+            SETTINGS['token'], SETTINGS['encoding_aes_key']))
+        os.chown(self.path, 0, 65534)
+        os.chmod(self.path, 0o640)
+        os.chown(state, 65534, 65534)
+        os.chmod(os.path.dirname(self.code), 0o755)
+        code = ('import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.path[:0] = [%r]\n'
+                'try: import binascii, struct, socket\n'
+                'except ImportError: sys.exit(77)\n'
+                'import easywechat, __main__\n'
+                '__main__.__file__ = easywechat.__file__\n'
+                'settings = easywechat.get_config("demo")\n'
+                'print(all(good for good, _ in easywechat._check_settings(settings) if good is not None))\n'
+                'easywechat.FileStore(easywechat.state_folder()).set("a", b"1")\n'
+                'print(len(os.listdir(os.environ["XDG_STATE_HOME"] + "/easywechat")))\n'
+                'code = easywechat.__file__\n'
+                'print([p for p in (code, os.path.dirname(code)) if os.access(p, os.W_OK)])\n'
+                ) % self.code
+        done = subprocess.run([sys.executable, '-B', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              cwd='/', env=dict(os.environ, XDG_STATE_HOME=state, HOME='/nonexistent'))
+        if done.returncode == 77:
+            self.skipTest('别的用户读不到这个 Python')
+        self.assertEqual(done.stdout.decode().split('\n')[:3], ['True', '1', '[]'], done.stderr)
+        self.assertNotIn(b'chmod', done.stderr)
+
+
 # ---- 存储 Store -------------------------------------------------------------------------------
 
 class StoreTests(unittest.TestCase):
@@ -658,8 +792,21 @@ class StoreTests(unittest.TestCase):
         self.assertTrue(56 <= len(kept) <= 64, len(kept))
         for n in range(500):
             store.set('b%d' % n, b'y' * 90)
-        self.assertLessEqual(sum(len(v) for page in store._pages for _, v in page.values()), 17000)
-        self.assertTrue(store.get('b499'))
+        self.assertLessEqual(sum(len(store.get('b%d' % n) or b'') for n in range(500)), 17000)
+        self.assertEqual((store.get('b499'), store.get('b450')), (b'y' * 90, b'y' * 90))
+
+    def test_long_answers_push_out_long_answers_and_no_claim(self):
+        store = MemoryStore()
+        for n in range(9000):               # 一秒十条，十五分钟
+            self.assertTrue(store.claim('easywechat:message:%064d' % n, 3))
+            store.set('easywechat:message:%064d' % n, b'+' + b'x' * 2000, ex=900)
+        for n in range(9000):
+            self.assertIsNone(store.claim('easywechat:message:%064d' % n, 3), n)
+            self.assertIn(store.get('easywechat:message:%064d' % n), (b'', b'+' + b'x' * 2000))
+        self.assertLess(sum(len(store.get('easywechat:message:%064d' % n)) for n in range(9000)), 4 << 20)
+        store.set('a', b'y' * 100)
+        store.set('a', b'small')
+        self.assertEqual((store.get('a'), store.delete('a'), store.get('a')), (b'small', 1, None))
 
     def test_a_store_that_failed_is_probed_by_one_while_others_go_on(self):
         redis = Redis()
@@ -694,7 +841,7 @@ class FileStoreTests(unittest.TestCase):
         self.addCleanup(holder.cleanup)
         self.folder = os.path.join(holder.name, 'a', 'b')
         self.store, self.now = FileStore(self.folder), [1800000000.0]
-        self.store._now = lambda: self.now[0]
+        self.store._now = self.store._clock = lambda: self.now[0]
 
     def files(self):
         return [os.path.join(self.folder, n) for n in os.listdir(self.folder) if len(n) == 40]
@@ -724,11 +871,21 @@ class FileStoreTests(unittest.TestCase):
         self.assertIsNone(self.store.get('token of wwx'))
 
     def test_a_clock_that_jumps_does_no_harm(self):
-        self.store.set('a', b'1', ex=7200)
-        self.now[0] -= 86400            # 不知道真正过了多久:当作没有
-        self.assertIsNone(self.store.get('a'))
-        self.store.set('a', b'2', ex=7200)
-        self.now[0] += 86400
+        up = [500.0]                        # 开机以来
+        self.store._clock = lambda: up[0]
+        for jump in -61, -86400, 86400:
+            with self.subTest(jump=jump):
+                self.store.set('a', b'1', ex=7200)
+                self.now[0] += jump
+                self.assertEqual(self.store.get('a'), b'1')
+                self.assertIsNone(self.store.set('a', b'2', ex=7200, nx=True))
+                up[0] += 7201
+                self.now[0] += 7201 + 86400
+                self.assertIsNone(self.store.get('a'))
+        self.store.set('a', b'3', ex=7200)
+        up[0], self.now[0] = 3.0, self.now[0] + 7100        # 重启了：只有墙上的钟
+        self.assertEqual(self.store.get('a'), b'3')
+        self.now[0] += 101
         self.assertIsNone(self.store.get('a'))
 
     def test_damaged_files_are_as_good_as_none_and_leftovers_go(self):
@@ -907,12 +1064,12 @@ class ClientCase(unittest.TestCase):
     """一个企业微信(`examples/simulator.py`)和连到它的 client;token 放在自己的目录里。"""
 
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.folder = holder.name
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder, True)       # 后台也许还在写 token
         self.wecom = simulator.WeCom()
         self.url = self.wecom.start()
         self.addCleanup(self.wecom.stop)
+        SECRETS.update(self.wecom.settings[k] for k in ('secret', 'robot', 'token', 'encoding_aes_key'))
 
     def make(self, cls=WeChatClient, **settings):
         settings = dict(self.wecom.settings, api_base=self.url, **settings)
@@ -1043,6 +1200,34 @@ class RetryTests(ClientCase):
         self.assertNotIn(secret, str(caught.exception))
         self.assertNotIn(token, str(caught.exception))
 
+    def test_a_relay_that_breaks_secrets_in_two_tells_nobody(self):
+        client, secret = self.make(), self.wecom.settings['secret']
+        broken = secret[:9] + '\n' + secret[9:]
+        self.wecom.script('user/get', {'errcode': 40013, 'errmsg': 'no ' + broken})
+        self.wecom.script('message/send', {'errcode': 0, 'errmsg': 'ok', 'invaliduser': broken})
+        with self.assertRaises(APIError) as caught:
+            client.call('user/get')
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            client.send('x')
+        for text in str(caught.exception), repr(caught.exception), logs.output[0]:
+            self.assertIn('***', text)
+            self.assertNotIn(secret[9:], text)
+        for proxy in 'http://user:%s@' % secret, 'user:%s@' % secret, 'http://user:%s@:99999' % secret:
+            with self.subTest(proxy=proxy), environment(http_proxy=proxy), raises(APIError) as caught:
+                self.make().send('x')
+            self.assertNotIn(secret, '%s %r' % (caught[0], caught[0]))
+
+    def test_a_number_of_a_million_digits_costs_nothing(self):
+        client = self.make()
+        for text in b'{"errcode": %s}', b'{"errcode": 0, "x": -%s}', b'{"errcode": 1.%s}', b'{"errcode": 1e%s}':
+            self.wecom.script('user/get', b'HTTP/1.1 200 OK\r\n\r\n' + text % (b'1' * 1000000))
+            client.get_token()
+            begin = time.process_time()
+            with raises(NetworkError) as caught:
+                client.call('user/get')
+            self.assertEqual(caught[0].errcode, 502)
+            self.assertLess(time.process_time() - begin, 1)
+
     @unittest.skipUnless(hasattr(os, 'register_at_fork'), 'Python 3.6 没有')
     def test_a_child_after_a_fork_has_threads_of_its_own(self):
         client = self.make()
@@ -1166,6 +1351,7 @@ class TransportTests(ClientCase):
         self.assertEqual(client.send('x')['errcode'], 0)
 
     def test_the_proxy_of_the_environment_is_used(self):
+        self.wecom.hosts.add('nosuch.invalid')
         with environment(http_proxy=self.url):
             client = self.make()
             client.api_base = 'http://nosuch.invalid'
@@ -1182,6 +1368,7 @@ class TransportTests(ClientCase):
                 ('good', '', '127.0.0.1', 'ca_file'), ('expired', 'expired', '127.0.0.1', '时钟'),
                 ('good', 'good', '127.0.0.2', '不是这个域名'), ('good', 'good', '127.0.0.1', None)):
             wecom = simulator.WeCom()
+            wecom.settings = self.wecom.settings
             wecom.start(host)
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(paths[name])
@@ -1211,6 +1398,60 @@ class TransportTests(ClientCase):
         with raises(ConfigError) as caught:
             self.make(agentid='', appid='').send('x')
         self.assertIn('agentid', str(caught[0]))
+
+
+class FetchTests(unittest.TestCase):
+    """`fetch`：别的网站，慢得没有个完的也在内。"""
+
+    def serve(self, *pieces, pause=0.02, status=b'200 OK'):
+        """→ 一个网站的地址：先是头部，然后一块一块地答，最后一块没完没了。"""
+        def answer(handler):
+            handler.wfile.write(b'HTTP/1.1 %s\r\nSet-Cookie: a=b\r\n\r\n' % status)
+            for piece in pieces:
+                handler.wfile.write(piece)
+            while pause:
+                handler.wfile.write(pieces[-1])
+                time.sleep(pause)
+        return stand_in(self, answer)
+
+    def test_an_answer(self):
+        with easywechat.fetch(self.serve(b'one\ntwo\n', b'three', pause=0)) as answer:
+            self.assertEqual((answer.status, answer.headers['Set-Cookie']), (200, 'a=b'))
+            self.assertEqual(answer.read(), b'one\ntwo\nthree')
+        with easywechat.fetch(self.serve(b'one\ntwo\n', b'three', pause=0, status=b'404 No'), proxies={}) as answer:
+            self.assertEqual((answer.status, list(answer)), (404, [b'one\n', b'two\n', b'three']))
+
+    def test_its_limits_are_totals(self):
+        for pieces in (b'a', b'line\n'), (b'', b'no end of it'):
+            url, begin, lines = self.serve(*pieces), time.monotonic(), []
+            with raises(NetworkError) as caught, easywechat.fetch(url, within=0.3) as answer:
+                for line in answer:
+                    lines.append(line)
+            self.assertEqual(caught[0].errcode, 504)
+            self.assertTrue(0.2 < time.monotonic() - begin < 2)
+            with raises(NetworkError), easywechat.fetch(url, within=0.3) as answer:
+                answer.read()
+        url = self.serve(b'one\n', b'', pause=0.05)
+        with raises(NetworkError) as caught, easywechat.fetch(url, idle=0.2) as answer:
+            self.assertEqual(next(iter(answer)), b'one\n')
+            list(answer)
+        self.assertIn('no answer within 0.2 s', str(caught[0]))
+        with raises(NetworkError), easywechat.fetch(self.serve(b'x' * 99, pause=0)) as answer:
+            answer.read(98)
+        with socket.socket() as silent:
+            silent.bind(('127.0.0.1', 0))
+            silent.listen(1)
+            with raises(NetworkError), easywechat.fetch('http://127.0.0.1:%d' % silent.getsockname()[1], within=0.2):
+                pass
+
+    def test_what_goes_wrong_inside_is_the_programs_own(self):
+        with self.assertRaises(ZeroDivisionError), easywechat.fetch(self.serve(b'x', pause=0)):
+            raise ZeroDivisionError
+        with self.assertRaises(FileNotFoundError), easywechat.fetch(self.serve(b'x', pause=0)):
+            open('/nosuch')
+        for url in 'file:///etc/passwd', 'ftp://h/', 'http://', 'http://h:x', 'http://\n', 'x', 'http://[':
+            with self.assertRaises(ValueError), easywechat.fetch(url):
+                pass
 
 
 # ---- 主动模式 Client --------------------------------------------------------------------------
@@ -1363,15 +1604,39 @@ class MediaTests(ClientCase):
     def test_a_download_stays_in_its_folder(self):
         client = self.make()
         head = b'HTTP/1.1 200 OK\r\nContent-Disposition: attachment; filename%s\r\n\r\ndata'
-        for given, name in ((b'="../../x.sh"', 'x.sh'), (b'="/etc/passwd"', 'passwd'), (b'=".."', 'file'),
+        for given, name in ((b'="../../x.txt"', 'x.txt'), (b'="/etc/passwd"', 'passwd'), (b'=".."', 'file'),
                             (b'="..\\\\a\x1b.txt"', 'a.txt'), (b"*=UTF-8''%E7%85%A7.jpg", '照.jpg'),
                             (b'=".bashrc"', 'bashrc'), (b'="CON.txt"', '_CON.txt'), (b'="a:b?.txt"', 'a_b_.txt'),
-                            (b'="%s.jpg"' % ('长' * 100).encode(), '长' * 35 + '.jpg')):
+                            (b'="%s.jpg"' % ('长' * 100).encode(), '长' * 35 + '.jpg'),
+                            (b'="json.py"', 'json.py_'), (b'="JSON.PYC"', 'JSON.PYC_'), (b'="a.so"', 'a.so_'),
+                            (b'="x.sh"', 'x.sh_'), (b'="x.py. "', 'x.py_'), (b'="a.PTH"', 'a.PTH_'),
+                            (b'="x.py_"', 'x.py_'),
+                            (b'="run.bat"', 'run.bat_'), (b'="config.ini"', 'config.ini_'),
+                            (b'="a.python"', 'a.python'),
+                            (b"*=UTF-8''photo%E2%80%AEgpj.exe", 'photogpj.exe_'), (b"*=UTF-8''x.p%E2%80%8By", 'x.py_'),
+                            (b'="%s.py"' % (b'a' * 300), 'a' * 107 + '.py_')):
             folder = tempfile.mkdtemp(dir=self.folder)
             self.wecom.script('media/get', head % given)
             got = client.download('M', folder)
             self.assertEqual((os.listdir(os.fsencode(folder)), got.read_bytes()),
                              ([name.encode('utf-8')], b'data'), repr(given))
+
+    def test_a_download_without_a_folder_is_nothing_that_python_imports(self):
+        client = self.make()
+        head = b'HTTP/1.1 200 OK\r\nContent-Disposition: attachment; filename="%s"\r\n\r\nraise SystemExit(7)'
+        work, state = (os.path.join(self.folder, name) for name in ('work', 'state'))
+        os.mkdir(work)
+        with environment(XDG_STATE_HOME=state), working_in(work):
+            for name in b'json.py', b'sitecustomize.py', b'json.so', b'json':
+                self.wecom.script('media/get', head % name)
+                got = client.download('M')
+                self.assertEqual(str(got.parent), os.path.join(os.path.realpath(state), 'easywechat', 'downloads'))
+            self.assertEqual(stat.S_IMODE(os.stat(str(got.parent)).st_mode), 0o700)
+            self.assertEqual(os.listdir(work), [])
+            for folder in work, str(got.parent):
+                done = subprocess.run([sys.executable, '-c', 'import json; print(len(json.dumps(1)))'], cwd=folder,
+                                      stdout=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stdout.strip()), (0, b'1'))
 
     def test_a_failed_download_leaves_nothing(self):
         client = self.make()
@@ -2085,7 +2350,7 @@ class ReplyTests(ClientCase):
 
     def test_a_json_event_has_no_passive_reply(self):
         seen = []
-        event = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'lisi', 'CreateTime': 1700000000, 'MsgType': 'event',
+        event = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'lisi', 'CreateTime': NOW, 'MsgType': 'event',
                  'Event': 'smart_sheet_change', 'Fields': [{'Id': 'f1'}, {'Id': 'f2'}]}
 
         def callback(msg):
@@ -2548,7 +2813,7 @@ class DispatcherTests(unittest.TestCase):
                   dict(event, Event='batch_job_result', BatchJob={'JobId': '2'}),
                   dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '2']}),
                   dict(event, Event='change_chain', ChainId='1', GroupIds={'GroupId': ['1', '3']}),
-                  dict(event, CreateTime=1700000001)]
+                  dict(event, CreateTime=NOW + 1)]
         for fields in events * 3:
             self.assertEqual(server.handle(*delivery(message(**fields)))[0], 200)
         self.assertEqual(len(seen), len(events))
@@ -2557,7 +2822,7 @@ class DispatcherTests(unittest.TestCase):
         seen = []
         server = make_server(seen.append)
         for twins in TWINS:
-            texts = [message(CreateTime=1700000000 + len(seen), **fields) for fields in twins]
+            texts = [message(CreateTime=NOW - 100 + len(seen), **fields) for fields in twins]
             with self.subTest(twins=twins):
                 before = len(seen)
                 for xml in texts * 3:
@@ -2669,6 +2934,46 @@ class DispatcherTests(unittest.TestCase):
         for xml in first, second:
             self.assertEqual(opened(server.handle(*delivery(xml))[2])['Content'], 'ok')
 
+    def test_one_sender_holds_a_quarter_of_the_callbacks(self):
+        go, seen = threading.Event(), []
+        self.addCleanup(go.set)
+
+        def callback(msg):
+            seen.append(msg['FromUserName'])
+            if msg['Content'] == 'slow':
+                go.wait(10)
+            return msg
+        server = make_server(callback)
+        address = server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+
+        def ask(user, content):
+            return opened(ask_socket(address, *delivery(message(FromUserName=user, Content=content)))[2])
+        slow = [delivery(message(FromUserName='slow', Content='slow')) for _ in range(40)]
+        with contextlib.ExitStack() as stack:
+            for method, target, body in slow:
+                sock = stack.enter_context(socket.create_connection(address, 10))
+                head = '%s %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % (method, target, len(body))
+                sock.sendall(head.encode() + body)
+            begin = time.monotonic()
+            while len(seen) < 8 and time.monotonic() < begin + 5:
+                time.sleep(0.01)
+            for n in range(20):
+                self.assertEqual(ask('other%d' % n, 'x')['Content'], 'x')
+            self.assertLess(time.monotonic() - begin, 2)
+            self.assertEqual(seen.count('slow'), 8)
+            go.set()
+            begin = time.monotonic()
+            while seen.count('slow') < 40 and time.monotonic() < begin + 5:
+                time.sleep(0.01)
+            self.assertEqual(seen.count('slow'), 40)        # 轮到了，还等着的也跑
+        for most, quarter in (1, 1), (3, 1), (4, 1), (8, 2):
+            server.max_callbacks = most
+            server._once._busy['a'] = quarter
+            self.assertFalse(server._once._turn('a'))
+            self.assertEqual(server._once._turn('b'), most > 1)
+            server._once._busy.clear()
+
     def test_an_unset_clock_is_believed_once_with_a_warning(self):
         server = make_server(lambda msg: 'x')
         server._now = lambda: 0
@@ -2689,9 +2994,140 @@ class DispatcherTests(unittest.TestCase):
             server.handle('GET', '/nosuch', client='198.51.100.7')
         text = '\n'.join(logs.output)
         self.assertEqual(text.count('203.0.113.9 with'), 10)
-        self.assertIn('40 more from 203.0.113.9', text)
+        self.assertIn('refused 40 more in a minute, from 1 addresses: 203.0.113.9 (50)', text)
         self.assertIn('got wwte...ab, corpid here is wwot...89', text)
         self.assertNotIn('\x1b', text)
+
+    def test_a_thousand_addresses_do_not_overwrite_the_log(self):
+        server = make_server()
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for n in range(1500):
+                for _ in range(1 + n % 2):
+                    server.handle('GET', '/nosuch', client='2001:db8::%x' % n)
+            self.assertEqual(len(logs.output), 100)
+            now = time.monotonic()
+            server._refusals._clock = lambda: now + 61
+            server.handle('GET', '/nosuch', client='198.51.100.7')
+        self.assertEqual(len(logs.output), 102)
+        self.assertIn('refused 2150 more in a minute, from 1001 addresses: other addresses (750), ', logs.output[100])
+        self.assertLess(len(logs.output[100]), 300)
+
+
+class WireTests(unittest.TestCase):
+    """看得见来往的每个字节、没有密钥的人，能做什么：录下来，改一改边界，再发。"""
+
+    def setUp(self):
+        self.seen = []
+
+        def callback(msg):
+            self.seen.append(msg)
+            return msg
+        self.server = make_server(callback)
+        self.address = self.server.start('127.0.0.1', 0)
+        self.addCleanup(self.server.stop)
+
+    def ask(self, method, target, body=b''):
+        return ask_socket(self.address, method, target, body)
+
+    def post(self, plaintext, **kwargs):
+        return self.ask(*delivery(plaintext, **kwargs))
+
+    def verify(self, text, method='GET'):
+        encrypt = CRYPT.seal(text)
+        query = dict(signed(encrypt), echostr=encrypt.decode())
+        return self.ask(method, '/weixin?' + urllib.parse.urlencode(query))
+
+    def test_a_recorded_message_is_not_decrypted_for_who_asks(self):
+        method, target, body = delivery(message(Content='secret'))
+        status, _, answer = self.ask(method, target, body)
+        self.assertEqual(status, 200)
+        for envelope in body, answer:
+            found = xml_to_dict(envelope)
+            query = {'msg_signature': found.get('MsgSignature'), 'timestamp': found.get('TimeStamp'),
+                     'nonce': found.get('Nonce')}
+            if not query['nonce']:
+                query = dict(urllib.parse.parse_qsl(target.partition('?')[2]))
+            query = urllib.parse.urlencode(dict(query, echostr=found['Encrypt']))
+            for method in 'GET', 'HEAD':
+                self.assertEqual(self.ask(method, '/weixin?' + query)[::2], (403, b''))
+            parts = [value for _, value in urllib.parse.parse_qsl(query)]
+            self.assertEqual(CRYPT.VerifyURL(*parts), (-40008, None))
+
+    def test_what_a_verification_answers(self):
+        for text, good in (('1616140317555161061', True), ('x', True), ('!' * 64, True), ('a' * 65, False), ('', False),
+                           ('<xml>', False), ('{"a":1}', False), ('<', False), ('a b', False), ('a\n', False),
+                           ('\u4e2d', False), ('a\x00', False), (message(), False), ('\ufeff<xml/>', False)):
+            with self.subTest(text=text[:70]):
+                self.assertEqual(self.verify(text)[::2], (200, text.encode()) if good else (403, b''))
+
+    def test_a_timestamp_and_a_nonce_that_changed_places(self):
+        later = int(time.time()) + 86400
+        encrypt = CRYPT.seal(message())
+        query = signed(encrypt, nonce=str(later))
+        body = b'<xml><Encrypt>%s</Encrypt></xml>' % encrypt
+        self.assertEqual(self.ask('POST', '/weixin?' + urllib.parse.urlencode(query), body)[0], 200)
+        query['timestamp'], query['nonce'] = query['nonce'], query['timestamp']
+        self.server._now, self.server.store._clock = lambda: later, lambda: time.monotonic() + 86400
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertEqual(self.ask('POST', '/weixin?' + urllib.parse.urlencode(query), body)[0], 403)
+        self.assertEqual(len(self.seen), 1)
+        self.assertIn('CreateTime %d, clock here %d' % (NOW, later), logs.output[0])
+
+    def test_the_time_of_the_message_itself(self):
+        for created, good in ((NOW - 500, True), (NOW - 700, False), (NOW + 200, True), (NOW + 400, False),
+                              (None, True), ('x', True), ('', True), (0, True)):
+            with self.subTest(created=created):
+                self.assertEqual(self.post(message(CreateTime=created))[0], 200 if good else 403)
+        text = {'msgtype': 'text', 'msgid': 'm', 'aibotid': 'b', 'from': {'userid': 'u'}, 'create_time': NOW - 700}
+        self.assertEqual(self.post(json.dumps(text))[0], 403)
+        self.server.max_skew = 400                      # 记 800 秒
+        self.assertEqual([self.post(message(CreateTime=NOW - age))[0] for age in (700, 850)], [200, 403])
+        self.server.max_skew = 0
+        self.assertEqual(self.post(message(CreateTime=1), timestamp=1500000000)[0], 200)
+        self.server.max_skew, self.server._now = 300, lambda: 0         # 没有校过的时钟
+        self.assertEqual(self.post(message(CreateTime=1))[0], 200)
+
+    def test_what_is_accepted_is_remembered_until_it_is_too_old(self):
+        clock = [0.0]
+        self.server._now = lambda: NOW + clock[0]
+        self.server.store._clock = lambda: clock[0]
+        xml = message(CreateTime=NOW + 300)                     # 最早能来的
+        for clock[0] in range(0, 2000, 50):
+            self.post(xml, timestamp=int(NOW + clock[0]))       # 时间和 nonce 里能读出什么，随他挑
+        self.assertEqual(len(self.seen), 1)
+
+    def test_our_own_answer_sent_back_runs_nothing(self):
+        answer = self.post(message(Content='hi'))[2]
+        found = xml_to_dict(answer)
+        query = urllib.parse.urlencode({'msg_signature': found['MsgSignature'], 'timestamp': found['TimeStamp'],
+                                        'nonce': found['Nonce']})
+        for _ in range(6):
+            with self.assertLogs('easywechat', 'WARNING') as logs:
+                self.assertEqual(self.ask('POST', '/weixin?' + query, answer)[::2], (403, b''))
+            self.assertIn('our own answer', logs.output[0])
+        self.assertEqual([msg['Content'] for msg in self.seen], ['hi'])
+
+    def test_who_a_message_is_from_and_to(self):
+        own, poll = SETTINGS['corpid'], {'msgtype': 'stream', 'msgid': 'M', 'aibotid': 'B', 'from': {'userid': 'u'}}
+        def without(name):
+            return {k: v for k, v in poll.items() if k != name}
+        for fields, good in (
+                ({'FromUserName': own}, False), ({'FromUserName': own.upper()}, False),
+                ({'ToUserName': 'li.lei'}, False), ({'ToUserName': 'li.lei', 'FromUserName': own}, False),
+                ({'ToUserName': None}, True), ({'FromUserName': None}, True), ({'FromUserName': 'sys'}, True),
+                (poll, True), (without('msgid'), False), (without('aibotid'), False), (without('from'), False)):
+            text = json.dumps(fields) if 'msgtype' in fields else message(**fields)
+            with self.subTest(text=text[:200]):
+                self.assertEqual(self.post(text)[0], 200 if good else 403)
+
+    def test_long_answers_push_out_no_claim(self):
+        self.server.register_callback('*', lambda msg: self.seen.append(msg) or '长' * 680)
+        first = delivery(message(FromUserName='victim'))
+        self.assertEqual(self.ask(*first)[0], 200)
+        for _ in range(2500):
+            self.server.handle(*delivery(message(FromUserName='member')))
+        self.assertEqual(self.ask(*first)[0], 200)
+        self.assertEqual((len(self.seen), [m['FromUserName'] for m in self.seen].count('victim')), (2501, 1))
 
 
 # ---- 服务器 Server ----------------------------------------------------------------------------
@@ -3326,6 +3762,19 @@ class CommandTests(unittest.TestCase):
                 process.stdout.close()
                 process.stderr.close()
 
+    def test_a_probe_does_not_wait_for_ever_on_a_trickle(self):
+        def trickle(handler):
+            handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
+            while True:
+                handler.wfile.write(b'a')
+                time.sleep(0.05)
+        begin = time.monotonic()
+        with swapped(easywechat, '_PATIENCE', 0.5):
+            code, out, err = run_cli('--probe', 'x', '--url', stand_in(self, trickle) + '/weixin')
+        self.assertEqual((code, out), (3, ''))
+        self.assertIn('no complete answer from 127.0.0.1:', err)
+        self.assertLess(time.monotonic() - begin, 2)
+
     def test_echo_shows_the_exchange_and_probe_talks_to_it(self):
         with self.echo() as (process, port, output):
             self.assertEqual(output.count('你好,EasyWeChat'), 2)
@@ -3429,6 +3878,60 @@ class SendCommandTests(ClientCase):
         self.assertEqual(self.run_cli('--send', '你好', '--robot', '--to', '@all')[0], 0)
         self.assertEqual(self.wecom.robot_messages[1]['text'], {
             'content': '你好', 'mentioned_list': ['@all'], 'mentioned_mobile_list': []})
+
+    def test_what_others_call_things_is_text(self):
+        name = 'x" --markdown --to @all --retry "600'
+        for argv, text in (
+                (['--send', '--', name], name), (['--send', '--', '--to', '@all'], '--to @all'),
+                (['--send', '--', '-18℃'], '-18℃'), (['--to', 'lisi', '--send', '--', 'a', '--', 'b'], 'a -- b'),
+                (['--send', '--', '<a href="http://evil.example">点我</a> ok'], '点我 ok'),
+                (['--send', '--', '<<a>a href="http://evil.example">点我</a>'], '\uff1ca href="http://evil.example">点我'),
+                (['--send', '--', '3 < 5 > 2 <中> </A><br/>'], '3 < 5 > 2 <中> '),
+                (['--send', '<a href="https://nas.example">面板</a>'], '<a href="https://nas.example">面板</a>'),
+                (['--send', '--', '$(reboot) `id` ; | % \\'], '$(reboot) `id` ; | % \\')):
+            with self.subTest(argv=argv):
+                self.assertEqual(self.run_cli(*argv), (0, '', ''))
+                sent = self.wecom.messages.pop()
+                who = 'lisi' if 'lisi' in argv else 'zhangsan'
+                self.assertEqual((sent['text']['content'], sent['touser']), (text, who))
+        path = str(self.file('a.png'))
+        self.assertEqual(self.run_cli('--send-file', '--', path)[0], 0)
+        for argv in (['--', 'x'], ['--send', 'x', '--', 'y'], ['--send', '-', '--', 'y'], ['--echo', '--', 'x'],
+                     ['--send', '--'], ['--send', '--', ' '], ['--send']):
+            with self.subTest(argv=argv):
+                self.assertEqual(self.run_cli(*argv)[0], 2)
+        self.assertEqual(len(self.wecom.messages), 1)
+
+    def test_a_torrent_cannot_give_options(self):
+        def split(command):             # QProcess::splitCommand，qBittorrent 4.1.7 起的：先代入，再分
+            words, quotes, quoted, word = [], 0, False, ''
+            for character in command + ' ':
+                if character == '"':
+                    quotes += 1
+                    if quotes == 3:
+                        quotes, word = 0, word + '"'
+                    continue
+                if quotes:
+                    quoted ^= quotes == 1
+                    quotes = 0
+                if not quoted and character.isspace():
+                    words += [word] if word else []
+                    word = ''
+                else:
+                    word += character
+            return words + ([word] if word else [])
+        self.assertEqual(split('a "b c" """d""" "e'), ['a', 'b c', '"d"', 'e '])
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            recipe = re.search('^python3 /opt/bot/easywechat.py (.*%N.*)$', f.read(), re.M).group(1)
+        for name in ('x" --markdown --to @all --retry "600', '" --config /etc/shadow "', 'x" -- --to @all',
+                     '--send-file /etc/shadow', '<a href="http://evil.example">x</a>', 'Debian 13 "netinst"'):
+            argv = split(recipe.replace('%N', name))
+            with self.subTest(name=name):
+                self.assertEqual(self.run_cli(*argv), (0, '', ''))
+                sent = self.wecom.messages.pop()
+                self.assertEqual((sent['touser'], sent['msgtype']), ('zhangsan', 'text'))
+                self.assertTrue(sent['text']['content'].startswith('下载完成'))
+                self.assertNotIn('<a', sent['text']['content'])
 
     def test_exit_codes(self):
         for args, code, words in (
@@ -3592,8 +4095,11 @@ WRONG_ROBOT = [
 class SimulatorCase(ClientCase):
     """企业微信的一次次请求,不经过 easywechat:它自己会先看一遍。"""
 
-    def http(self, method, target, body=None, **headers):
-        """→ (状态, 头部, 正文)。"""
+    def http(self, method, target, body=None, token=None, **headers):
+        """→ (状态, 头部, 正文)。聊天页的请求带着它的 token。"""
+        if target[:1] == '/' and '/cgi-bin/' not in target:
+            token = self.wecom.page_token if token is None else token
+            target += '%stoken=%s' % ('&' if '?' in target else '?', token)
         connection = http.client.HTTPConnection(*self.wecom._server.server_address[:2], timeout=10)
         with contextlib.closing(connection):
             connection.request(method, target, body, headers)
@@ -3622,7 +4128,7 @@ class SimulatorCase(ClientCase):
         connection = http.client.HTTPConnection(urllib.parse.urlsplit(url or self.url).netloc, timeout=10)
         seen, kinds = [], list(kinds)
         with contextlib.closing(connection):
-            connection.request('GET', '/events', headers={'Last-Event-ID': str(last)})
+            connection.request('GET', '/events?token=' + self.wecom.page_token, headers={'Last-Event-ID': str(last)})
             response = connection.getresponse()
             while kinds:
                 line = response.readline()
@@ -3767,12 +4273,16 @@ class SimulatorTests(SimulatorCase):
                 ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
                 ('/cgi-bin/gettoken', {'Host': 'evil.example', 'Sec-Fetch-Site': 'same-origin'}, 403),
                 ('/cgi-bin/gettoken', {'Host': own, 'Origin': self.url}, 403), ('/x', {}, 404),
+                ('/cgi-bin/gettoken', {'Host': 'evil.example'}, 403), ('/cgi-bin/no/such', {'Host': own}, 404),
+                ('/', {'token': ''}, 403), ('/', {'token': 'x'}, 403), ('/events', {'token': ''}, 403),
                 ('HTTP://[', {}, 400), ('x', {}, 400), ('/[', {}, 404), ('/events', {'Last-Event-ID': 'x'}, 400),
                 ('/', {'Content-Length': 'abc'}, 400), ('/', {'Content-Length': '-1'}, 400),
                 ('/say', {'Host': 'evil.example', 'Content-Length': '99'}, 403)):       # 不等正文
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
         body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
         self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
+        for path in '/say', '/file', '/switch':
+            self.assertEqual(self.http('POST', path, body, token='')[0], 403)
         self.assertEqual(list(self.wecom.events), [])
 
 
@@ -3945,7 +4455,8 @@ class SimulatorCommandTests(SimulatorCase):
 
     def test_one_command_starts_a_bot_and_ends_it(self):
         process = self.command('--app', 'shop', '--with', 'nas,llm', self.bot(BOT % HERE), '--port', '7')
-        url = re.search('聊天页: (http://127.0.0.1:[0-9]+)/', process.stdout.readline().decode()).group(1)
+        url, self.wecom.page_token = re.search('聊天页: (http://127.0.0.1:[0-9]+)/[?]token=([!-~]{20,}) ',
+                                               process.stdout.readline().decode()).groups()
         word, pid, *args = process.stdout.readline().decode().split()
         self.assertEqual((word, args), ('bot', ['--port', '7']))
         self.assertIn('通过了校验', process.stdout.readline().decode())
@@ -4423,17 +4934,52 @@ class NasTests(ExampleCase):
     def test_a_state_that_cannot_be_kept_stops_no_alert(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.once()
-        path = os.path.join(self.folder, 'easywechat', 'nas_monitor.json')
-        with open(path, 'w') as f:
-            f.write('{"alerts": [')             # 坏了的
-        os.mkdir(path + '.new')                 # 写不了
+        store = nas_monitor.kept()
+        store.set(nas_monitor.NAME, b'{"alerts": [')            # 坏了的
         self.sent()
-        self.put('sys/class/thermal/thermal_zone0/temp', '91000')
-        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
-            self.assertEqual(self.once()[0], 0)
-        self.assertEqual(self.sent(), ['⚠ 温度:91 °C()'])
-        self.assertIn('damaged', logs.output[0])
-        self.assertIn('cannot save', logs.output[1])
+        for degrees, words in (91, 'damaged'), (92, 'cannot save'):
+            self.put('sys/class/thermal/thermal_zone0/temp', '%d000' % degrees)
+            with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+                self.assertEqual(self.once()[0], 0)
+            self.assertEqual(self.sent(), ['⚠ 温度:%d °C()' % degrees])
+            self.assertIn(words, logs.output[0])
+            if words == 'damaged':
+                os.unlink(store._path(nas_monitor.NAME))
+                os.mkdir(store._path(nas_monitor.NAME))         # 写不了
+
+    def test_a_folder_of_a_neighbour_harms_nothing(self):
+        shared, victim = os.path.join(self.folder, 'shared'), str(self.file('victim'))
+        os.mkdir(shared)
+        os.chmod(shared, 0o777)
+        theirs = os.path.join(shared, 'easywechat')
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        cases = [lambda: (os.mkdir(theirs), os.chmod(theirs, 0o777)), lambda: os.symlink(self.bin, theirs)]
+        if os.geteuid() == 0:
+            cases.append(lambda: (os.mkdir(theirs), os.chown(theirs, 65534, 65534)))
+        for make in cases:
+            make()
+            for name in 'nas_monitor.json', 'nas_monitor.json.new', 'nas_monitor.json.lock':
+                os.symlink(victim, os.path.join(theirs, name))
+            with self.assertLogs('easywechat.nas', 'WARNING'):
+                self.assertEqual(self.once(XDG_STATE_HOME=shared)[0], 0)
+            with contextlib.redirect_stderr(io.StringIO()):
+                self.assertRaises(ConfigError, lambda: self.open_tickets(shared))
+            with open(victim, 'rb') as f:
+                self.assertEqual(len(f.read()), 100)
+            for name in os.listdir(theirs):
+                os.unlink(os.path.join(theirs, name))
+            os.unlink(theirs) if os.path.islink(theirs) else os.rmdir(theirs)
+
+    def open_tickets(self, state):
+        with environment(**dict(os.environ, XDG_STATE_HOME=state)):
+            return ticket_watcher.open_state()
+
+    def test_a_disk_with_a_link_for_a_name(self):
+        self.put('proc/mdstat', 'md<a : inactive sda1[0]\n')
+        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
+        self.put('sys/class/thermal/thermal_zone0/type', '<a href="http://evil.example">点我</a>')
+        self.once()
+        self.assertIn('温度:90 °C(点我)', '\n'.join(self.sent()))
 
     def test_without_a_place_for_the_state_alerts_still_come(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -4555,6 +5101,9 @@ class TicketTests(ExampleCase):
         railway._sleep = self.sleep
         self.watcher.step()         # 车站表
 
+    def state_file(self):
+        return self.state._path(ticket_watcher.NAME)
+
     def sleep(self, seconds):
         self.clock += seconds
 
@@ -4590,7 +5139,7 @@ class TicketTests(ExampleCase):
         self.restart()
         self.assertEqual(self.look(*seats), [])
         self.assertIn('1. 北京 → 上海 2026-12-31 G(10:', self.say('列表'))
-        self.assertEqual(stat.S_IMODE(os.stat(self.state).st_mode), 0o600)
+        self.assertEqual(stat.S_IMODE(os.stat(self.state_file()).st_mode), 0o600)
 
     def test_an_alert_that_was_not_sent_is_sent_later(self):
         self.say('监控 北京 上海 2026-12-31')
@@ -4687,12 +5236,10 @@ class TicketTests(ExampleCase):
 
     def test_a_broken_state_file_is_set_aside(self):
         for text in '{', '{"watches": [{"user": "x"}]}', '[]':
-            with open(self.state, 'w') as f:
-                f.write(text)
+            self.state.set(ticket_watcher.NAME, text.encode())
             with self.assertLogs('easywechat', 'ERROR'):
                 self.restart()
-            with open(self.state + '.broken') as f:
-                self.assertEqual(f.read(), text)
+            self.assertEqual(self.state.get(ticket_watcher.NAME + '.broken'), text.encode())
             self.assertEqual(self.say('列表'), '没有在监控的')
 
     def test_without_the_table_of_stations_it_says_so(self):
@@ -4707,11 +5254,10 @@ class TicketTests(ExampleCase):
         files = []
         for rows in (), seats, seats, ():
             self.look(*rows)
-            files.append(os.stat(self.state).st_ino)
+            files.append(os.stat(self.state_file()).st_ino)
         self.assertEqual([a == b for a, b in zip(files, files[1:])], [False, True, True])
         self.assertIn('10:', self.say('列表'))
-        with open(self.state, encoding='utf-8') as f:
-            self.assertNotIn('看过', f.read())
+        self.assertNotIn('看过', self.state.get(ticket_watcher.NAME).decode('utf-8'))
 
     def test_it_starts_watches_and_stops(self):
         self.at(2020)
@@ -4848,6 +5394,23 @@ class LlmTests(ExampleCase):
         self.endpoint.most = 3
         self.llm.script = [['一二三', '四', '五']]
         self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
+
+    def test_a_trickle_ends_at_the_limit(self):
+        def trickle(handler):
+            handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
+            while True:
+                handler.wfile.write(b':')
+                time.sleep(0.05)
+        endpoint = llm_bot.Endpoint('k', stand_in(self, trickle), 'm')
+        endpoint.within = 0.2
+        railway = ticket_watcher.Railway(stand_in(self, trickle))
+        railway.timeout = 0.2
+        begin = time.monotonic()
+        with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(llm_bot.Trouble):
+            list(endpoint.stream([]))
+        with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(ticket_watcher.Refused):
+            railway.load()
+        self.assertLess(time.monotonic() - begin, 4)
 
     def test_it_forgets_when_told_and_after_a_while_and_the_oldest(self):
         now = [1000]
@@ -5080,9 +5643,7 @@ class PromiseTests(unittest.TestCase):
     def test_no_secret_was_logged_by_any_test(self):
         text = LOG.getvalue()
         self.assertIn('refused', text)
-        wecom = simulator.WeCom().settings
-        for secret in (SETTINGS['token'], SETTINGS['encoding_aes_key'], PLANTED, wecom['secret'],
-                       wecom['robot']):
+        for secret in SECRETS:
             self.assertNotIn(secret, text)
         self.assertNotRegex(text, 'token[0-9]+_[0-9a-f]{20}')
 

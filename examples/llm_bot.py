@@ -22,7 +22,7 @@
 
 import argparse
 import collections
-import http.client
+import itertools
 import json
 import logging
 import os
@@ -30,8 +30,6 @@ import re
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 
 # 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
@@ -51,13 +49,6 @@ class Trouble(Exception):
 
 # ---- 接口 --------------------------------------------------------------------------------------
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """转到别处时 urllib 会把密钥也带去:不跟。"""
-
-    def redirect_request(self, *args):
-        return None
-
-
 class Endpoint:
     """一个 OpenAI 兼容的接口。"""
 
@@ -73,46 +64,34 @@ class Endpoint:
         self.model = model
         self._key = key
         self._url = base.rstrip('/') + '/chat/completions'
-        self._opener = urllib.request.build_opener(NoRedirect)
 
     def _trouble(self, sentence, what, detail=''):
         """→ `Trouble`,并写日志:有对方说的,没有密钥(有的接口会把它写在错误里)。"""
         logger.error('%s: %.300s', what, repr(detail).replace(self._key, '***'))
         return Trouble(sentence)
 
-    def _refused(self, error):
-        with error:
-            detail = error.read(2000)
-        sentence = self.sentences.get(
-            error.code, '接口出错了' if error.code >= 500 else '接口不收这个问题')
-        return self._trouble('%s (%d):过一会儿再试,或告诉管理员' % (sentence, error.code),
-                             'HTTP %d' % error.code, detail)
+    def _refused(self, answer):
+        sentence = self.sentences.get(answer.status, '接口出错了' if answer.status >= 500 else '接口不收这个问题')
+        return self._trouble('%s (%d):过一会儿再试,或告诉管理员' % (sentence, answer.status),
+                             'HTTP %d' % answer.status, b''.join(itertools.islice(answer, 20)))
 
-    def _open(self, messages):
-        body = {'model': self.model, 'messages': messages, 'stream': True}
-        request = urllib.request.Request(self._url, json.dumps(body).encode('ascii'), {
-            'Authorization': 'Bearer ' + self._key, 'Content-Type': 'application/json'})
-        try:
-            return self._opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as e:
-            raise self._refused(e) from None
-
-    def _events(self, response):
+    def _events(self, answer):
         """SSE:一行 ``data: {…}`` 是一块,``data: [DONE]`` 是完了;别的行(注释、空行)不管。"""
-        deadline = time.monotonic() + self.within
-        for line in iter(lambda: response.readline(1 << 16), b''):
-            if time.monotonic() > deadline:
-                raise self._trouble('回答得太慢,没有等完', 'not done in %d s' % self.within)
+        for line in answer:
             data = line[5:].strip() if line.startswith(b'data:') else b''
             if data == b'[DONE]':
                 return
             if data:
-                yield json.loads(data.decode('utf-8'))
+                yield easywechat.json_to_dict(data)
         raise self._trouble('回答没有完就断了', 'the stream ended before it was done')
 
     def _deltas(self, messages):
-        with self._open(messages) as response:
-            for event in self._events(response):
+        body = json.dumps({'model': self.model, 'messages': messages, 'stream': True})
+        headers = {'Authorization': 'Bearer ' + self._key, 'Content-Type': 'application/json'}
+        with easywechat.fetch(self._url, body.encode('ascii'), headers, self.within, self.timeout) as answer:
+            if answer.status != 200:        # 转到别处的也不跟：密钥会一起去
+                raise self._refused(answer)
+            for event in self._events(answer):
                 if event.get('error'):
                     raise self._trouble('接口出错了', 'error in the stream', event['error'])
                 for choice in event.get('choices') or []:
@@ -132,8 +111,8 @@ class Endpoint:
                 left -= len(delta)
                 if left < 0:
                     raise self._trouble('太长了,后面的不要了', 'more than %d' % self.most)
-        except (OSError, http.client.HTTPException) as e:
-            slow = 'timed out' in str(e)
+        except easywechat.NetworkError as e:
+            slow = re.search('no answer within|timed out', e.errmsg)
             raise self._trouble('接口太久没有回答' if slow else '和接口的连接断了', 'no answer', e) from None
         except (ValueError, LookupError, AttributeError, TypeError) as e:
             raise self._trouble('接口答的看不懂', 'not an answer', e) from None

@@ -7,7 +7,7 @@
     python examples/nas_monitor.py --report                 # 现在就发一份日报
 
 一件事报一次警,好了再说一次「恢复正常」,中间怎么摇摆都不说。断网时发不出去的存着,下次再发;
-记着这些的文件是 ~/.local/state/easywechat/nas_monitor.json(或在 $XDG_STATE_HOME 里),写不了就只在内存里。
+记着这些的地方是 ~/.local/state/easywechat（或在 $XDG_STATE_HOME 里），只有自己能写；没有这样的目录，就只在内存里。
 
 发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 corpid、secret、agentid、touser,
 什么包都不装;`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
@@ -27,7 +27,6 @@ config.ini 里可以写,都有默认值(在模拟器里要 `simulator.py --with 
 
 import argparse
 import contextlib
-import fcntl
 import glob
 import json
 import logging
@@ -223,63 +222,59 @@ def look(settings, smart=True):
 
 def report(state, settings):
     """「状态」和日报;报过警还没有恢复的前面有 ⚠。"""
-    return '\n'.join([platform.node() + ' 的状态'] + [
+    return easywechat.plain_text('\n'.join([platform.node() + ' 的状态'] + [
         '%s%s:%s' % ('⚠ ' if bad or name in state['alerts'] else '', name, text)
-        for name, text, bad in look(settings)])
+        for name, text, bad in look(settings)]))
 
 
 # ---- 记着的 -----------------------------------------------------------------------------------
 # state:{'alerts': [报过警还没恢复的名字], 'unsent': [还没发出去的], 'reported': 最近一次日报的日期,
 # 'smart': 最近一次看 SMART 的钟点}。变了才写:不为它叫醒睡着的硬盘。没有地方放,就只在内存里。
 
-def state_path():
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    return os.path.join(base, 'easywechat', 'nas_monitor.json')
+NAME = 'nas_monitor'
 
 
 def load():
-    """上一次的 state;没有,或者坏了,是新的。"""
+    """上一次的 state；没有，或者坏了，是新的。"""
     state = {'alerts': [], 'unsent': [], 'reported': '', 'smart': None}
     try:
-        with open(state_path(), encoding='utf-8') as f:
-            state.update(json.load(f))
+        state.update(json.loads((kept().get(NAME) or b'{}').decode('utf-8')))
     except OSError as e:
         logger.debug('no state: %s', e)
     except (ValueError, TypeError) as e:
-        logger.error('%s is damaged, starting afresh: %s', state_path(), e)
+        logger.error('the state is damaged, starting afresh: %s', e)
     return state
 
 
 def save(state):
-    """写一个新文件,再换上去 → 成了没有;写不了(磁盘满了正要报警)就只在内存里。"""
-    path = state_path()
-    if not os.access(os.path.dirname(path), os.W_OK):
+    """存下 → 成了没有；写不了（磁盘满了正要报警）就只在内存里。"""
+    try:
+        store = kept()
+    except OSError:
         return False            # `alone` 说过了
     try:
-        with open(path + '.new', 'w', encoding='utf-8') as f:
-            json.dump(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.new', path)
-        return True
+        return bool(store.set(NAME, json.dumps(state).encode('ascii')))
     except OSError as e:
         logger.error('cannot save the state: %s', e)
         return False
 
 
+def kept():
+    """记事情的存储：别人改不了，也换不成符号链接；没有地方抛 `OSError`。"""
+    return easywechat.FileStore(easywechat.state_folder())
+
+
 @contextlib.contextmanager
 def alone():
-    """同时只有一个在看,已经有了抛 `BlockingIOError`;没有地方放 state,就不管有几个,只说一声。"""
-    path = state_path()
-    with contextlib.ExitStack() as stack:
-        try:
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            lock = stack.enter_context(open(path + '.lock', 'w'))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError as e:
-            logger.warning('cannot keep the state, set XDG_STATE_HOME: %s', e)
+    """同时只有一个在看，已经有了抛 `BlockingIOError`；没有地方放 state，就不管有几个，只说一声。"""
+    try:
+        lock = kept().lock(NAME, 0, NAME)
+    except OSError as e:
+        logger.warning('cannot keep the state, set XDG_STATE_HOME: %s', e)
+        lock = contextlib.ExitStack()
+    with lock as mine:
+        if not mine:
+            raise BlockingIOError
         yield
 
 
@@ -292,10 +287,10 @@ def changes(state, findings, now):
     for name, text, bad in findings:
         if bad and name not in state['alerts']:
             state['alerts'].append(name)
-            messages.append('⚠ %s:%s\n%s' % (name, text, stamp))
+            messages.append(easywechat.plain_text('⚠ %s:%s\n%s' % (name, text, stamp)))
         elif bad is False and name in state['alerts']:
             state['alerts'].remove(name)
-            messages.append('恢复正常:%s,%s\n%s' % (name, text, stamp))
+            messages.append(easywechat.plain_text('恢复正常:%s,%s\n%s' % (name, text, stamp)))
     return messages
 
 

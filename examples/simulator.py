@@ -4,6 +4,7 @@
     python examples/simulator.py examples/demo.py       # 启动机器人,打印聊天页的地址:在那里和它说话
     python examples/simulator.py --with nas examples/nas_monitor.py     # 自己 config.ini 的 [nas] 也给它
     python examples/simulator.py --port 9000 --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
+    python examples/simulator.py --port 9000 --url … --config config.ini    # 用它自己的密钥，只加一行 api_base
     python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
 
 机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。自己的 config.ini 里,
@@ -29,14 +30,13 @@ import base64
 import collections
 import contextlib
 import hashlib
-import http.client
+import hmac
 import http.server
 import json
 import os
 import re
 import secrets
 import signal
-import socket
 import socketserver
 import subprocess
 import sys
@@ -44,11 +44,12 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import uuid
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-from easywechat import (WeChatError, WXBizMsgCrypt, dict_to_xml, get_section,  # noqa: E402
-                        xml_to_dict)
+from easywechat import (NetworkError, WeChatError, WXBizMsgCrypt, dict_to_xml,  # noqa: E402
+                        fetch, get_config, get_section, xml_to_dict)
 
 
 class Refused(Exception):
@@ -416,12 +417,6 @@ def reply_body(wecom, reply, event=None):
     return body
 
 
-def hang_up(sock):
-    """断开一个连接,不管谁在读它。"""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
 # ---- 企业微信 ---------------------------------------------------------------------------------
 # 这里没有监听的套接字:一次 API 调用进来,一个回答出去 (`Corp.answer`);一条消息投递出去 (`Corp.deliver`)。
 # 发生的每件事记在 ``events`` 里,聊天页照着画。
@@ -441,11 +436,10 @@ class Corp:
     delay, lost, wrong_token = 0, 0, False
 
     def __init__(self):
+        # 密钥只有这一次用。机器人多半听着 0.0.0.0：写在这个文件里的人人知道，同一个网里的谁都能指使它
         self.settings = {'corpid': 'wwsimulator0000001', 'agentid': '1000002', 'touser': 'zhangsan',
-                         'secret': 'SimulatorSecretIsPublicDoNotUseItAnywhere00',
-                         'robot': '00000000-0000-4000-8000-000000000000',
-                         'token': 'SimulatorToken',
-                         'encoding_aes_key': 'SimulatorKeyIsPublicDoNotUseItAnywhere00000'}
+                         'secret': secrets.token_urlsafe(32), 'robot': str(uuid.uuid4()),
+                         'token': secrets.token_hex(16), 'encoding_aes_key': secrets.token_hex(22)[:43]}
         self.users = {'zhangsan': '张三', 'lisi': '李四', 'wangwu': '王五'}
         self.parties, self.tags = {'1': '总公司', '2': '运维部'}, {'1': '值班'}     # 每个都有全部成员
         self.messages = []          # 送到了的消息,依次
@@ -461,6 +455,8 @@ class Corp:
         self._repeated = {}         # 查重复的消息 → 到什么时候
         self.name, self.url, self.bot = '监控', '', ''      # 应用的名字、api_base、回调 URL
         self.events = collections.deque(maxlen=1000)
+        self.page_token = secrets.token_urlsafe(16)     # 聊天页的地址里的
+        self.hosts = set()          # 除了本机的几个名字，API 还认的 Host，例如中转的
         self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
         self._serial = 0
         self._tokens = {}
@@ -871,26 +867,12 @@ class Corp:
         time.sleep(min(self.delay, seconds or self.patience))
         left = until - time.monotonic()
         if left <= 0:
-            raise TimeoutError('the network is too slow')
-        parts = urllib.parse.urlsplit(url)
-        connect = getattr(http.client, parts.scheme.upper() + 'Connection')
-        with contextlib.closing(connect(parts.hostname, parts.port, timeout=left)) as connection:
-            connection.connect()
-            alarm = threading.Timer(until - time.monotonic(), hang_up, [connection.sock])
-            alarm.start()           # timeout 只管每一次读,一个字节一个字节来的没完没了
-            try:
-                connection.request('POST' if body else 'GET', '%s?%s' % (parts.path or '/', query),
-                                   body, {'Content-Type': 'text/xml'} if body else {})
-                response = connection.getresponse()
-                answer = response.read()
-            finally:
-                alarm.cancel()
-            if time.monotonic() >= until:
-                raise TimeoutError('the answer took too long')
-            return response.status, answer
+            raise NetworkError(504, 'the network is too slow')
+        with fetch('%s?%s' % (url, query), body, {'Content-Type': 'text/xml'}, left, proxies={}) as answer:
+            return answer.status, answer.read()
 
     def ask(self, url, message):
-        """投递一次,等 ``patience`` 秒 → (状态, 正文);连不上、等不到抛 `OSError` 或 `HTTPException`。"""
+        """投递一次，等 ``patience`` 秒 → (状态, 正文)；连不上、等不到抛 `NetworkError`。"""
         return self._exchange(url, *self.request(message))
 
     def verify(self, url):
@@ -901,7 +883,7 @@ class Corp:
         try:
             status, answer = self._exchange(url, urllib.parse.urlencode(query),
                                             seconds=self.verify_within)
-        except (OSError, ValueError, http.client.HTTPException) as e:
+        except (NetworkError, ValueError) as e:
             return '%s 没有回答: %s' % (url, e)
         if (status, answer) != (200, echo.encode()):
             return '%s 答的是 %d,不是 echostr' % (url, status)
@@ -939,14 +921,13 @@ class Corp:
             text = answer[:20000].decode('utf-8', 'replace')
             raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
             if n <= self.lost:
-                raise ConnectionError('the answer was lost')
+                raise NetworkError(504, 'the answer was lost')
             opened = self._opened_text(answer) if status == 200 else ''
             if opened:
                 raw.append(['机器人 → 企业微信 · 明文', opened])
                 reply = xml_to_dict(opened)
-        except (OSError, http.client.HTTPException) as e:
-            refused = isinstance(e, ConnectionRefusedError)
-            error = '回答丢在路上' if status else '连不上' if refused else '没有回答'
+        except NetworkError as e:
+            error = '回答丢在路上' if status else '连不上' if e.errcode == 503 else '没有回答'
             status = 0
         except WeChatError as e:
             error = '回答读不懂: %s' % e.errmsg
@@ -1370,8 +1351,11 @@ function setState(next) {
 
 // ---- 人做的事 ----
 
+const key = location.search.slice(1);           // token=…
+
 async function post(path, body) {
-  const response = await fetch(path, {method: 'POST', body: body instanceof Blob ? body : JSON.stringify(body)});
+  const response = await fetch(path + (path.includes('?') ? '&' : '?') + key,
+    {method: 'POST', body: body instanceof Blob ? body : JSON.stringify(body)});
   const answer = await response.json();
   if (answer.error) note({id: Symbol(path)}, answer.error, 'bad');
 }
@@ -1476,7 +1460,7 @@ $('switch').onclick = () => $('switch').setAttribute('aria-expanded', String($('
 new ResizeObserver(settle).observe($('log'));
 document.onkeydown = e => { if (e.key === 'Escape') { closeMenus(); $('panel').classList.remove('open'); } };
 
-new EventSource('/events').onmessage = message => {
+new EventSource('/events?' + key).onmessage = message => {
   const event = JSON.parse(message.data);
   if (event.kind === 'state') return setState(event);
   all.push(event);
@@ -1524,8 +1508,8 @@ PAGE = '''<!doctype html>
 
 
 # ---- HTTP -------------------------------------------------------------------------------------
-# 一个端口:/cgi-bin/ 是 API,其余是聊天页。聊天页只给本机的浏览器:别的网站的脚本不能借它的手进来
-# (Host 防 DNS 重绑定,Origin 防跨站的请求)。API 不看 Host:代理和中转会改它;浏览器的请求一概不收。
+# 一个端口：/cgi-bin/ 是 API，其余是聊天页。别的网站的脚本不能借浏览器的手进来（Host 防 DNS 重绑定，Origin 防跨站的
+# 请求），这台机器上别的用户也不能：聊天页的地址里有 token，API 要 secret，都只有这一次用。素材的名字猜不出来。
 
 TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
          '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
@@ -1541,7 +1525,7 @@ def only(kind, text):
 POLICY = '; '.join(["default-src 'none'", "img-src 'self'", "media-src 'self'", "connect-src 'self'",
                     "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
                     only('style', STYLE), only('script', SCRIPT)])
-LOOPBACK = re.compile(r'(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?')
+LOOPBACK = re.compile(r'(127(\.[0-9]{1,3}){3}|localhost|\[::1\])(:[0-9]+)?')
 #: 页面上的开关能改的属性。
 SWITCHES = {'delay': float, 'lost': int, 'wrong_token': bool, 'trusted': bool}
 
@@ -1563,7 +1547,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif self._foreign(api):
                 self._write(403, 'text/plain', b'only for this machine\n')
             else:
-                body, query = self.rfile.read(int(numbers[0])), dict(urllib.parse.parse_qsl(query))
+                query = dict(urllib.parse.parse_qsl(query))
+                if not (api or path.startswith('/media/') or path == '/favicon.ico' or hmac.compare_digest(
+                        query.pop('token', '').encode(), self.server.wecom.page_token.encode())):
+                    return self._write(403, 'text/plain; charset=utf-8', '请打开启动时打印的地址\n'.encode())
+                body = self.rfile.read(int(numbers[0]))
                 if api:
                     self._api(name, query, body)
                 else:
@@ -1576,9 +1564,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _foreign(self, api):
         """是不是别的网站借浏览器的手来的。"""
         host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
+        if not LOOPBACK.fullmatch(host) and host not in self.server.wecom.hosts:
+            return True
         if api:
             return origin is not None or 'Sec-Fetch-Site' in self.headers
-        return not LOOPBACK.fullmatch(host) or origin not in (None, 'http://' + host)
+        return origin not in (None, 'http://' + host)
 
     def _api(self, path, query, body):
         wecom = self.server.wecom
@@ -1704,6 +1694,11 @@ class WeCom(Corp):
         self.url = 'http://%s:%d' % self._server.server_address[:2]
         return self.url
 
+    @property
+    def page(self):
+        """聊天页的地址。"""
+        return '%s/?token=%s' % (self.url, self.page_token)
+
     def stop(self):
         self._server.stopping = True
         self._log('changed')                # 等着的页面看见了就走
@@ -1728,12 +1723,6 @@ def write_config(path, sections):
         for name, values in sections.items():
             f.write('[%s]\n' % name)
             f.writelines('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
-
-
-def fresh_secrets():
-    """只有这一次用的密钥。机器人多半听着 0.0.0.0:写在这个文件里的人人知道,同一个网里的谁都能指使它。"""
-    return {'token': secrets.token_hex(16), 'encoding_aes_key': secrets.token_hex(22)[:43],
-            'secret': secrets.token_hex(16), 'robot': secrets.token_hex(16)}
 
 
 def child_environment(folder):
@@ -1815,10 +1804,10 @@ def run_bot(wecom, command, app, sections, stopping):
     return left if left >= 0 else 128 - left
 
 
-def serve(wecom, app, url, stopping):
-    """没有要启动的机器人:打印设置,和收到的消息,到被停下为止 → 退出码。"""
+def serve(wecom, app, url, stopping, own=''):
+    """没有要启动的机器人：打印设置和收到的消息，到被停下为止 → 退出码。``own``：用机器人自己的密钥，不打印。"""
     tell('[%s]\napi_base = %s' % (app, wecom.url))
-    for item in wecom.settings.items():
+    for item in () if own else wecom.settings.items():
         tell('%s = %s' % item)
     told, next_try = '', 0
     while not stopping:
@@ -1844,6 +1833,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(description='桌上的企业微信:聊天页、回调、API。')
     parser.add_argument('--port', type=int, default=0, help='聊天页和 API 的端口(默认由系统挑)')
     parser.add_argument('--url', help='机器人已经在别处运行:它的回调 URL')
+    parser.add_argument('--config', metavar='FILE', help='已经在运行的机器人的 config.ini：用它的密钥')
     parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
     parser.add_argument('--with', dest='sections', default='', metavar='NAME,NAME',
                         help='自己的 config.ini 里哪几节也给机器人,例如 nas,llm')
@@ -1852,6 +1842,8 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.bot and args.url:
         parser.error('--url 是机器人已经在运行,不用再启动一个')
+    if args.bot and args.config:
+        parser.error('--config 是机器人已经在运行，要启动的机器人得到新的密钥')
     if args.sections and not args.bot:
         parser.error('--with 是给要启动的机器人的')
     if args.url and not re.match('https?://[^/]', args.url):
@@ -1871,16 +1863,21 @@ def main(argv=None):
     wecom = WeCom()
     wecom.name = os.path.basename(args.bot or wecom.name)
     try:
+        settings = get_config(args.app, args.config) if args.config else {}
+        wecom.settings.update((k, settings[k]) for k in wecom.settings if settings.get(k))
+    except WeChatError as e:
+        tell('simulator: --config: %s' % e.errmsg, sys.stderr)
+        return 2
+    try:
         wecom.start('127.0.0.1', args.port)
     except (OSError, OverflowError) as e:
         tell('simulator: 不能用端口 %d: %s' % (args.port, e), sys.stderr)
         return 2
-    tell('聊天页: %s/ 按 Ctrl-C 停止。' % wecom.url, sys.stdout if args.bot else sys.stderr)
+    tell('聊天页: %s 按 Ctrl-C 停止。' % wecom.page, sys.stdout if args.bot else sys.stderr)
     try:
         if args.bot:
-            wecom.settings.update(fresh_secrets())
             return run_bot(wecom, [args.bot] + args.args, args.app, args.sections, stopping)
-        return serve(wecom, args.app, args.url, stopping)
+        return serve(wecom, args.app, args.url, stopping, args.config)
     finally:
         wecom.stop()
 

@@ -11,7 +11,7 @@
     列表
     取消 2                                      # 列表里的第二个;只写「取消」是全部
 
-在看哪些记在 ~/.local/state/easywechat/ticket_watcher.json(或在 $XDG_STATE_HOME 里),重启以后接着看。
+在看哪些记在 ~/.local/state/easywechat（或在 $XDG_STATE_HOME 里），只有自己能写；重启以后接着看。
 
 12306 没有公开的接口:这里用的是它的网页自己查余票的那个,没有文档,随时会变。所以问得慢(`Railway.pause`、
 `Watcher.every`),被拒绝就越等越久,不用来抢票。用到的:
@@ -31,20 +31,16 @@ import collections
 import contextlib
 import datetime
 import difflib
-import http.client
-import http.cookiejar
+import http.cookies
 import json
 import logging
 import os
 import random
 import re
 import sys
-import tempfile
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zlib
 
 # 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
@@ -54,6 +50,8 @@ import easywechat  # noqa: E402
 
 BASE = 'https://kyfw.12306.cn'
 CHINA = datetime.timezone(datetime.timedelta(hours=8))
+#: 监控存在这个名字下。
+NAME = 'ticket_watcher'
 #: 今天算在内,卖几天以内的票。
 PRESALE = 15
 #: 每个人最多监控几个。
@@ -75,13 +73,6 @@ Train = collections.namedtuple('Train', 'code start end departs arrives seats')
 
 class Refused(Exception):
     """12306 没有照预想的回答。"""
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """12306 用转到错误页面来拒绝。"""
-
-    def redirect_request(self, *args):
-        return None
 
 
 def parse_stations(text):
@@ -108,7 +99,7 @@ class Railway:
     pause = 10
     #: 被拒绝一次等 ``pause`` 的 2 倍,再一次 4 倍 … 最多这么多秒。
     longest = 3600
-    #: 等网络多少秒;一个回答最多多少字节,解压以后也是。
+    #: 一个请求一共等多少秒；一个回答最多多少字节，解压以后也是。
     timeout, most = 15, 4 << 20
 
     _now = staticmethod(time.monotonic)
@@ -123,9 +114,7 @@ class Railway:
 
     def _forget(self):
         """下次从头来:新的 cookie,新的路径。"""
-        self._path = None
-        self._opener = urllib.request.build_opener(
-            NoRedirect, urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+        self._path, self._cookies = None, http.cookies.SimpleCookie()
 
     def _wait(self, seconds):
         self.not_before = self._now() + seconds * random.uniform(1, 1.5)
@@ -134,19 +123,21 @@ class Railway:
         """一个请求 → 正文 (str)。"""
         self._sleep(max(0, self.not_before - self._now()))
         url = '%s/otn/%s?%s' % (self.base, path, urllib.parse.urlencode(query))
-        request = urllib.request.Request(url.rstrip('?'), headers={
-            'User-Agent': 'Mozilla/5.0', 'Accept-Encoding': 'gzip', 'Cache-Control': 'no-cache',
-            'Referer': self.base + '/otn/leftTicket/init'})
+        headers = {'User-Agent': 'Mozilla/5.0', 'Accept-Encoding': 'gzip', 'Cache-Control': 'no-cache',
+                   'Referer': self.base + '/otn/leftTicket/init'}
+        if self._cookies:
+            headers['Cookie'] = '; '.join('%s=%s' % (c.key, c.coded_value) for c in self._cookies.values())
         try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                data = response.read(self.most + 1)
-                if response.headers.get('Content-Encoding') == 'gzip':
+            with easywechat.fetch(url.rstrip('?'), None, headers, self.timeout) as answer:
+                if answer.status != 200:        # 12306 用转到错误页面来拒绝
+                    raise Refused('%s: HTTP %d' % (path, answer.status))
+                for cookie in answer.headers.get_all('Set-Cookie', ()):
+                    self._cookies.load(cookie)
+                data = answer.read(self.most)
+                if answer.headers.get('Content-Encoding') == 'gzip':
                     data = zlib.decompressobj(31).decompress(data, self.most + 1)
-        except urllib.error.HTTPError as e:
-            e.close()
-            raise Refused('%s: HTTP %d' % (path, e.code)) from None
-        except (OSError, http.client.HTTPException, zlib.error) as e:
-            raise Refused('%s: %s' % (path, getattr(e, 'reason', e))) from None
+        except (easywechat.NetworkError, http.cookies.CookieError, zlib.error) as e:
+            raise Refused('%s: %s' % (path, e)) from None
         finally:
             self._wait(self.pause)
         if len(data) > self.most:
@@ -167,7 +158,7 @@ class Railway:
                 ('leftTicketDTO.train_date', date), ('leftTicketDTO.from_station', start),
                 ('leftTicketDTO.to_station', end), ('purpose_codes', 'ADULT')])
             try:
-                answer = json.loads(text)
+                answer = easywechat.json_to_dict(text.encode('utf-8'))
                 if not answer.get('c_url'):
                     rows, names = answer['data']['result'], answer['data'].get('map') or {}
                     return [train for train in (parse_train(row, names) for row in rows) if train]
@@ -290,55 +281,37 @@ def alert(watch, trains, clock):
                  for name, left in t.seats.items())) for t in trains[:15]]
     if len(trains) > 15:
         lines.append('… 还有 %d 趟' % (len(trains) - 15))
-    return '有票了,%s\n%s\n(%s 看到的)' % (describe(watch), '\n'.join(lines), clock)
+    return easywechat.plain_text('有票了,%s\n%s\n(%s 看到的)' % (describe(watch), '\n'.join(lines), clock))
 
 
-def load_watches(path):
-    """状态文件 → 监控的 list。读不懂的改名放在一边,从头来。"""
+def load_watches(store):
+    """存下的监控 (list)。读不懂的写进日志，从头来。"""
+    data = store.get(NAME) or b'{"watches": []}'
     try:
-        with open(path, encoding='utf-8') as f:
-            watches = json.load(f)['watches']
+        watches = json.loads(data.decode('utf-8'))['watches']
         for watch in watches:
             describe(watch), sale_begins(watch), dict(watch['seen']), watch['user'] + ''
             (_, _), (_, _) = watch['codes'], watch['exact']
         return watches
-    except FileNotFoundError:
-        return []
     except (ValueError, LookupError, TypeError) as e:
-        os.replace(path, path + '.broken')
-        logger.error('%s is broken (%r), moved to %s.broken', path, e, path)
+        store.set(NAME + '.broken', data)
+        logger.error('the state is broken (%r), kept as %s.broken', e, NAME)
         return []
 
 
 def as_text(watches):
-    """状态文件的内容。note 里有钟点,每看一次都变,不在里面。"""
+    """存下的内容。note 里有钟点，每看一次都变，不在里面。"""
     kept = [{k: v for k, v in watch.items() if k != 'note'} for watch in watches]
     return json.dumps({'watches': kept}, ensure_ascii=False)
 
 
-def save(path, text):
-    """写状态文件 (0600):要么是旧的,要么是新的,没有一半的。"""
-    handle, part = tempfile.mkstemp(prefix='.tickets', dir=os.path.dirname(path))
-    try:
-        with open(handle, 'w', encoding='utf-8') as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-
-
 def open_state():
-    """→ (状态文件, 里面的监控);没有文件夹就建,读写不了的现在就说 (`ConfigError`)。"""
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    path = os.path.join(base, 'easywechat', 'ticket_watcher.json')
+    """→ (存储, 里面的监控)；读写不了的现在就说 (`ConfigError`)。"""
     try:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        watches = load_watches(path)
-        save(path, as_text(watches))
-        return path, watches
+        store = easywechat.FileStore(easywechat.state_folder())
+        watches = load_watches(store)
+        store.set(NAME, as_text(watches).encode('utf-8'))
+        return store, watches
     except OSError as e:
         raise easywechat.ConfigError('cannot write %s: %s; set XDG_STATE_HOME' % (
             e.filename, e.strerror)) from None
@@ -353,10 +326,10 @@ class Watcher:
     _now = staticmethod(time.monotonic)
     _wall = staticmethod(time.time)
 
-    def __init__(self, railway, send, path, watches):
+    def __init__(self, railway, send, store, watches):
         self.railway = railway
         self.send = send            # send(文本, 用户),不成抛 APIError
-        self.path = path            # 状态文件,里面是 watches
+        self.store = store          # 里面是 watches
         self.watches = watches
         self._saved = as_text(watches)
         self._due = {}              # 路线 → 什么时候再看
@@ -380,7 +353,7 @@ class Watcher:
         except ValueError as e:
             return str(e)
         except OSError as e:
-            logger.error('cannot write %s: %s', self.path, e.strerror)
+            logger.error('cannot write %s: %s', e.filename, e.strerror)
             return '磁盘写不进去,没有改'
 
     def _of(self, user):
@@ -389,7 +362,7 @@ class Watcher:
     def _keep(self, watches):
         text = as_text(watches)
         if text != self._saved:
-            save(self.path, text)
+            self.store.set(NAME, text.encode('utf-8'))
         self.watches, self._saved = watches, text
 
     def _add(self, user, words):
