@@ -41,7 +41,7 @@ def mutate(data):
 
 
 def message(n):
-    return dict_to_xml({'ToUserName': 'ww', 'FromUserName': 'u', 'CreateTime': 1, 'MsgType': 'text',
+    return dict_to_xml({'ToUserName': 'ww', 'FromUserName': 'u', 'CreateTime': int(time.time()), 'MsgType': 'text',
                         'Content': '你好<%d' % n, 'MsgId': n, 'SelectedItems': {'SelectedItem': ['a', 'b']}})
 
 

@@ -50,7 +50,7 @@ def main():
         differences += exchange(text) != text
         theirs = THEIRS.encrypt_message(text, '1', '1700000000')
         query = [field(theirs, name) for name in ('MsgSignature', 'TimeStamp', 'Nonce', 'Encrypt')]
-        differences += OURS.VerifyURL(*query) != (0, text)
+        differences += OURS.DecryptMsg(theirs, *query[:3]) != (0, text)
         ours = OURS.EncryptMsg(text, '1')[1]
         differences += THEIRS.decrypt_message(ours, field(ours, 'MsgSignature'), field(ours, 'TimeStamp'),
                                               field(ours, 'Nonce')) not in (text, text.encode())

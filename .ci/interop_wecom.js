@@ -21,7 +21,7 @@ async function verify(echo) {
 
 async function deliver(text, id, json) {
   const { sealed, query } = signed(`<xml><ToUserName>${corpid}</ToUserName><FromUserName>node</FromUserName>`
-    + `<CreateTime>1700000000</CreateTime><MsgType>text</MsgType><Content><![CDATA[${text}]]></Content>`
+    + `<CreateTime>${Math.floor(Date.now() / 1000)}</CreateTime><MsgType>text</MsgType><Content><![CDATA[${text}]]></Content>`
     + `<MsgId>${id}</MsgId></xml>`);
   const body = json ? JSON.stringify({ encrypt: sealed }) : `<xml><Encrypt><![CDATA[${sealed}]]></Encrypt></xml>`;
   const xml = await (await fetch(url + new URLSearchParams(query), { method: 'POST', body })).text();

@@ -1,7 +1,8 @@
 """Real messages while slow connections are held: slow.py [CONNECTIONS [SECONDS]], 1,000 and 60 by default.
 
 The server is --echo in a process of its own with 1,024 descriptors. Kinds: silent, a header byte
-every half second, a body byte every half second; whoever is closed connects again.
+every half second, a body byte every half second, one byte behind a complete request, a refused body of
+which a byte comes every half second; whoever is closed connects again.
 Printed: lost, p50, p99, slowest, RSS; at the end how long SIGTERM takes with the connections held.
 """
 import os
@@ -23,7 +24,9 @@ import easywechat  # noqa: E402
 COUNT = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 SECONDS = float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
 KINDS = {'silent': (b'', b''), 'header': (b'GET /weixin HTTP/1.1\r\nX: ', b'a'),
-         'body': (b'POST /weixin HTTP/1.1\r\nContent-Length: 99999\r\n\r\n', b'a')}
+         'body': (b'POST /weixin HTTP/1.1\r\nContent-Length: 99999\r\n\r\n', b'a'),
+         'behind': (b'GET /weixin HTTP/1.1\r\n\r\na', b'a'),
+         'refused': (b'POST /weixin HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n', b'a')}
 
 
 def hold(address, kind, stop):
@@ -50,14 +53,15 @@ def hold(address, kind, stop):
                 socks.discard(key.fileobj)
                 hold.begun.discard(key.fileobj)
                 key.fileobj.close()
-        if time.monotonic() - tick > 0.5:
+        again = time.monotonic() - tick > 0.5
+        for sock in list(socks if again else socks - hold.begun):
+            try:
+                sock.send(more if sock in hold.begun else first)
+                hold.begun.add(sock)
+            except OSError:
+                pass
+        if again:
             tick = time.monotonic()
-            for sock in socks:
-                try:
-                    sock.send(first + more if sock not in hold.begun else more)
-                    hold.begun.add(sock)
-                except OSError:
-                    pass
     for sock in socks:
         sock.close()
 
@@ -114,7 +118,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         server = subprocess.Popen(
             [sys.executable, os.path.join(HERE, os.pardir, 'easywechat.py'), '--echo', '--port', '0'], cwd=folder,
-            env=dict(os.environ, PYTHONIOENCODING='utf-8'), stdout=subprocess.PIPE,
+            env=dict(os.environ, PYTHONIOENCODING='utf-8'), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)))
         line = next(line for line in server.stdout if '在监听'.encode() in line)
         port = int(re.search(rb':(\d+)/', line).group(1))
