@@ -1244,7 +1244,7 @@ class FileStore:
                                        or not stat.S_ISREG(found.st_mode)):
                 logger.warning('%s ignored: not a file that only we can read', path)
                 return None
-            head, _, value = f.read(1 << 20).partition(b'\n')
+            head, _, value = f.read().partition(b'\n')     # 是自己的文件：多大的都是自己写的，读不全就丢了
         match = re.fullmatch(rb'(?:(\d{1,15})|(owner-\d+-[0-9a-f]+)) (\d{1,15}) (\d{1,15}) (\d{1,9})', head)
         if not match or len(value) != int(match.group(5)):
             return None

@@ -857,6 +857,11 @@ class FileStoreTests(unittest.TestCase):
         self.assertTrue(store.set('a', b'4', nx=True))
         self.assertEqual((store.delete('a'), store.delete('a')), (1, 0))
 
+    def test_what_it_takes_it_gives_back_however_large(self):
+        for size in 0, 1 << 20, 3 << 20:
+            self.assertTrue(self.store.set('a', b'x' * size))
+            self.assertEqual(len(self.store.get('a')), size)
+
     def test_only_we_can_read_it_and_names_tell_nothing(self):
         self.store.set('token of wwx', b'x')
         path, = self.files()
@@ -3763,11 +3768,6 @@ class CommandTests(unittest.TestCase):
                 process.stderr.close()
 
     def test_a_probe_does_not_wait_for_ever_on_a_trickle(self):
-        def trickle(handler):
-            handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
-            while True:
-                handler.wfile.write(b'a')
-                time.sleep(0.05)
         begin = time.monotonic()
         with swapped(easywechat, '_PATIENCE', 0.5):
             code, out, err = run_cli('--probe', 'x', '--url', stand_in(self, trickle) + '/weixin')
@@ -5007,6 +5007,14 @@ class NasTests(ExampleCase):
         self.assertEqual(len(self.wecom.messages), 1)
 
 
+def trickle(handler):
+    """一个 `stand_in` 的回答：一个字节一个字节，没完没了。"""
+    handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
+    while True:
+        handler.wfile.write(b':')
+        time.sleep(0.05)
+
+
 def stand_in(case, answer):
     """本机的一个 HTTP 服务 → 它的 URL;``answer(handler)`` 自己写回答。"""
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -5396,11 +5404,6 @@ class LlmTests(ExampleCase):
         self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
 
     def test_a_trickle_ends_at_the_limit(self):
-        def trickle(handler):
-            handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
-            while True:
-                handler.wfile.write(b':')
-                time.sleep(0.05)
         endpoint = llm_bot.Endpoint('k', stand_in(self, trickle), 'm')
         endpoint.within = 0.2
         railway = ticket_watcher.Railway(stand_in(self, trickle))
