@@ -41,7 +41,8 @@ def mutate(data):
 
 
 def message(n):
-    return dict_to_xml({'ToUserName': 'ww', 'FromUserName': 'u', 'CreateTime': int(time.time()), 'MsgType': 'text',
+    corpid = easywechat._DEMO['corpid']
+    return dict_to_xml({'ToUserName': corpid, 'FromUserName': 'u', 'CreateTime': int(time.time()), 'MsgType': 'text',
                         'Content': '你好<%d' % n, 'MsgId': n, 'SelectedItems': {'SelectedItem': ['a', 'b']}})
 
 
