@@ -898,7 +898,7 @@ def get_section(name, ini_name=None):
 
 
 # ---- 线程 Threads -----------------------------------------------------------------------------
-# 留着的线程 (_Seats)，一种活同时用几条 (_Threads)，交给别的线程、有时限的一次调用 (_Promise)。
+# 留着的线程 (_Seats)，一种活同时用几条 (_Threads)，交给别的线程、有时限的一次调用 (_Promise)，asyncio 的循环 (_Loop)。
 
 class _Seats:
     """空闲的线程，各处共用：有空闲的就用最近用过的那条，没有才开新的。"""
@@ -1019,6 +1019,75 @@ def _within(threads, seconds, job):
     """在 ``threads`` 的一条线程上 ``job()`` → 它的结果，或抛它抛的；``seconds`` 秒没有结果抛 `socket.timeout`。"""
     deadline = time.monotonic() + seconds
     return _Promise(threads, job, seconds).result(deadline - time.monotonic())
+
+
+class _Loop:
+    """``async def`` 的：整个进程一个 asyncio 循环，在自己的线程里；所以几个回调可以共用一个 session。"""
+    def __init__(self):
+        self._loops = {}        # 进程 → 循环。fork 出来的进程另开一个；父进程的也留着：关掉它，父进程的就坏了
+        _fresh(self, _lock=threading.Lock)
+
+    def start(self):
+        """→ 循环，没有就开；没有 asyncio 抛 `ImportError`，开不出线程抛 `RuntimeError`。"""
+        _check_fork()
+        with self._lock:
+            if os.getpid() not in self._loops:
+                try:
+                    import asyncio
+                except ImportError:
+                    raise ImportError('async def needs asyncio: opkg install python3-asyncio') from None
+                loop = asyncio.new_event_loop()
+                _SEATS.start(self._run, asyncio, loop)
+                self._loops[os.getpid()] = loop
+            return self._loops[os.getpid()]
+
+    @staticmethod
+    def _run(asyncio, loop):
+        asyncio.set_event_loop(loop)
+        loop.run_forever()
+
+    @contextlib.contextmanager
+    def _task(self, coroutine, under_way):
+        """在循环里跑 ``coroutine``；在 ``under_way`` 里的时候可以取消，走出去也取消。"""
+        import asyncio
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.start())
+        under_way.add(future)
+        try:
+            yield future
+        finally:
+            future.cancel()
+            under_way.discard(future)
+
+    def wait(self, awaitable, under_way):
+        """等 ``awaitable`` → 它的结果，或抛它抛的；取消了抛 CancelledError。"""
+        async def run():
+            return await awaitable
+        with self._task(run(), under_way) as future:
+            return future.result()
+
+    def each(self, items, under_way):
+        """异步的生成器 → 普通的。从头到尾是一个 task (asyncio.timeout 要这样)；要了一个，它才往下走。"""
+        import queue
+        given, loop = queue.Queue(), self.start()
+
+        async def run():
+            try:
+                async for item in items:
+                    taken = loop.create_future()
+                    given.put((item, taken))
+                    await taken
+            finally:
+                if hasattr(items, 'aclose'):
+                    await items.aclose()
+        with self._task(run(), under_way) as future:
+            future.add_done_callback(lambda _: given.put(None))
+            for item, taken in iter(given.get, None):
+                yield item
+                loop.call_soon_threadsafe(lambda taken=taken: taken.done() or taken.set_result(None))
+            future.result()
+
+
+_LOOP = _Loop()
 
 
 # ---- 存储 Store -------------------------------------------------------------------------------
@@ -2458,20 +2527,32 @@ _EVENTS = frozenset(
 _TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
 
 
+_MISSING = object()             # 没有给：None 是写错了，例如忘了 return 的函数的结果
+
+
+def _name_of(func):
+    return getattr(func, '__qualname__', repr(func))
+
+
 class Callbacks:
     """登记的函数；最具体的优先。"""
     def __init__(self):
         self._functions, self._patterns = {}, []
 
     def add(self, msg_type, func, pattern):
-        """登记 ``func``，返回它；没有给，返回装饰器。写错了的抛 `TypeError`、`ValueError`。"""
+        """登记 ``func``，返回它；没有给 (`_MISSING`)，返回装饰器。写错了的抛 `TypeError`、`ValueError`。"""
         if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
             raise ValueError("no message type: %r; write @server.register_callback('text')" % (msg_type,))
-        if func is None:
+        pattern = None if pattern is None else re.compile(pattern)
+        if pattern and not isinstance(pattern.pattern, str):
+            raise TypeError('a pattern must be a str, the texts of users are')
+        if func is _MISSING:
             return functools.partial(self.add, msg_type, pattern=pattern)
         if not callable(func):
             raise TypeError('a callback must be callable, got %s: did you mean one of its methods?'
                             % type(func).__name__)
+        if getattr(getattr(func, '__code__', None), 'co_flags', 0) & 0x280:     # async def
+            _LOOP.start()
         known = _EVENTS if msg_type.startswith('event:') else _TYPES
         name = msg_type.partition(':')[2] or msg_type
         if name not in known:
@@ -2480,9 +2561,13 @@ class Callbacks:
             logger.warning('%s is not among the types that this version knows%s', msg_type,
                            '; close: ' + ', '.join(close) if close else '')
         if pattern is None:
+            before = self._functions.get(msg_type, func)
+            if before != func:
+                logger.warning('%s had a callback already, %s: now it is %s', msg_type, _name_of(before),
+                               _name_of(func))
             self._functions[msg_type] = func
         elif msg_type == 'text':
-            self._patterns.append((re.compile(pattern), func))
+            self._patterns.append((pattern, func))
         else:
             raise ValueError('pattern goes with text only, not with %s' % msg_type)
         return func
@@ -2854,8 +2939,8 @@ class Replies:
         self._errands = _Threads(4)     # 问能不能主动发送
         self._outbox = _Outbox(self._push)
         self.look, self.left = self._outbox.look, self._outbox.left
-        # _asking：正在问能不能主动发送；_ask_at：这时以前不再问
-        _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int)
+        # _asking：正在问能不能主动发送；_ask_at：这时以前不再问；_under_way：在跑的 async def
+        _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int, _under_way=set)
 
     def expect(self, run):
         run.parcel = _Parcel(run)
@@ -2880,6 +2965,11 @@ class Replies:
             self._settle(parcel, True, last)
         else:
             self._can_send()
+
+    def cancel(self):
+        """``async def`` 的，还在跑的，不等了。"""
+        for future in list(self._under_way):
+            future.cancel()
 
     def _can_send(self):
         """True、False；正在问是 None。不知道就在后台问，不行过一会儿再问。"""
@@ -2909,14 +2999,18 @@ class Replies:
             self._owner._once.look()
 
     def _failed(self, parcel, func, error):
-        logger.error('callback %s failed on %s from %s%s', getattr(func, '__qualname__', repr(func)),
-                     _show(parcel.kind), _show(parcel.user), _traceback())
+        logger.error('callback %s failed on %s from %s%s', _name_of(func), _show(parcel.kind), _show(parcel.user),
+                     _traceback())
         if self._owner.debug:
             self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
 
     def _take(self, parcel, func, item):
         """又一条，或几条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
         try:
+            if hasattr(item, '__await__'):
+                return self._take(parcel, func, _LOOP.wait(item, self._under_way))
+            if hasattr(item, '__aiter__'):
+                item = _LOOP.each(item, self._under_way)
             if item is None or _is_several(item):
                 return all(self._take(parcel, func, one) for one in item or ())
             for message in _made(item, parcel.kind):
@@ -3105,7 +3199,7 @@ class Dispatcher:
         """跑过的消息记多少秒 (int)；比这还早的 (CreateTime) 不收。所以重放的，不是太早，就是记得。"""
         return max(2 * self.max_skew, 600)
 
-    def register_callback(self, msg_type, func=None, pattern=None):
+    def register_callback(self, msg_type, func=_MISSING, pattern=None):
         """登记回调;不给 ``func`` 就是装饰器。
 
         ``msg_type``:消息类型 ``'text'``、``'image'``…,``'event'``,某个事件 ``'event:click'``
@@ -3120,9 +3214,12 @@ class Dispatcher:
         return self._callbacks.add(msg_type, func, pattern)
 
     def finish(self, deadline):
-        """等正在跑的回调和正在发送的,至多到 ``deadline`` (monotonic 秒);没有送到的写日志。"""
+        """等在跑的回调、在发的，至多到 ``deadline`` (monotonic 秒)：``async def`` 的最后取消；没有送到的写日志。"""
         _check_fork()
+        deadline = max(deadline, time.monotonic() + 0.2)
         while (self._once._runs or self._replies.left()) and time.monotonic() < deadline:
+            if time.monotonic() > deadline - 0.2:
+                self._replies.cancel()
             time.sleep(0.02)
         for parcel in self._replies.left():
             logger.warning('stopped before the answer to message %s of %s was delivered',

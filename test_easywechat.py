@@ -8,7 +8,6 @@ import ast
 import binascii
 import collections
 import contextlib
-import datetime
 import errno
 import hashlib
 import http.client
@@ -19,7 +18,6 @@ import json
 import logging
 import os
 import pathlib
-import platform
 import random
 import re
 import shutil
@@ -38,7 +36,6 @@ import unittest
 import urllib.parse
 import warnings
 import wsgiref.validate
-import zlib
 
 import easywechat
 from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatException, MemoryStore,
@@ -48,11 +45,7 @@ from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatExc
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, 'examples'))
 
-import llm_bot  # noqa: E402
-import monkey_monitor  # noqa: E402
-import nas_monitor  # noqa: E402
 import simulator  # noqa: E402
-import ticket_watcher  # noqa: E402
 
 SOURCE = os.path.join(HERE, 'easywechat.py')
 PLANTED = 'plantedS3cret'
@@ -195,8 +188,41 @@ def raises(kind):
         LOG.write('%s %r %s' % (e, e, ''.join(traceback.format_exception(type(e), e, e.__traceback__))))
 
 
+def resident():
+    """这个进程占着的内存，字节；不是 Linux 就是 0。"""
+    with contextlib.suppress(OSError), open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    return 0
+
+
 def e_chain(error):
     return error.__cause__ or error.__context__
+
+
+def trickle(handler):
+    """一个 `stand_in` 的回答：一个字节一个字节，没完没了。"""
+    handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
+    while True:
+        handler.wfile.write(b':')
+        time.sleep(0.05)
+
+
+def stand_in(case, answer):
+    """本机的一个 HTTP 服务 → 它的 URL;``answer(handler)`` 自己写回答。"""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        log_message = staticmethod(lambda *args: None)
+
+        def do_GET(self):
+            with contextlib.suppress(OSError):      # 听的人走了
+                answer(self)
+
+        do_POST = do_GET
+    server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
+        ('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    case.addCleanup(server.server_close)
+    case.addCleanup(server.shutdown)
+    return 'http://127.0.0.1:%d' % server.server_address[1]
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -2520,6 +2546,148 @@ class LateTests(HastyCase):
         self.assertLess(len(made), 110)
 
 
+class AsyncTests(HastyCase):
+    """``async def`` 的回调：整个进程一个循环。"""
+
+    def setUp(self):
+        super().setUp()
+        import asyncio              # easywechat 自己只在用到的时候导入
+        self.asyncio = asyncio
+
+    def task(self):
+        return getattr(self.asyncio, 'current_task', None) or self.asyncio.Task.current_task    # 3.6 的
+
+    def echo_server(self):
+        """一行一行原样答的 TCP 服务 → 它的地址。"""
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self):
+                for line in self.rfile:
+                    self.wfile.write(line)
+        server = type('Server', (socketserver.ThreadingTCPServer,), {'daemon_threads': True})(('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return server.server_address
+
+    def test_a_thousand_messages_share_one_session(self):
+        address, session, runs = self.echo_server(), {}, collections.Counter()
+
+        async def callback(msg):
+            runs[msg['Content']] += 1
+            if not session:             # 在一次调用里造的，下一次接着用
+                session['lock'] = self.asyncio.Lock()
+            async with session['lock']:
+                if 'streams' not in session:
+                    session['streams'] = await self.asyncio.open_connection(*address)
+                reader, writer = session['streams']
+                writer.write(msg['Content'].encode() + b'\n')
+                return (await reader.readline()).decode().strip()
+        server = make_server(callback)
+        where = server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+        wrong, rest = [], []
+
+        def ask(numbers):
+            for n in numbers:
+                answer = opened(ask_socket(where, *delivery(message(Content='%d' % n)))[2])
+                if answer['Content'] != '%d' % n:
+                    wrong.append((n, answer))
+        with swapped(easywechat._Seats, 'idle', 0.05):
+            for half in range(2):
+                at_rest = threading.active_count()
+                for thread in self.at_once(ask, [range(half * 500 + i, half * 500 + 500, 8) for i in range(8)]):
+                    thread.join()
+                self.assertTrue(self.wait_for(lambda: threading.active_count() <= at_rest + 1))     # 看时间的那条
+                rest.append(resident())
+        self.assertEqual((wrong, len(runs), set(runs.values())), ([], 1000, {1}))
+        self.assertLess(rest[1] - rest[0], 2 << 20)
+
+    def test_what_comes_out_is_taken_like_any_result(self):
+        async def later(value):
+            await self.asyncio.sleep(0)
+            return value
+
+        async def numbers(*numbers):
+            task = self.task()()
+            for n in numbers:
+                self.assertIs(self.task()(), task)     # asyncio.timeout 只在自己的 task 里有用
+                yield 'n%d' % n
+                await self.asyncio.sleep(0)
+
+        class Method:
+            async def reply(self, msg):
+                return msg['Content']
+        server, url = self.server(print)
+        rows = (
+            ('a coroutine', lambda msg: later('a'), ['a']),
+            ('a method', Method().reply, ['?']),
+            ('an async generator', lambda msg: numbers(1, 2, 3), ['n1', 'n2', 'n3']),
+            ('awaitables in a list', lambda msg: [later('a'), 'b', later(['c', later('d')])], ['a', 'b', 'c', 'd']),
+            ('an async generator in a coroutine', lambda msg: later(numbers(1)), ['n1']),
+            ('nothing', lambda msg: later(None), []))
+        for n, (what, callback, expected) in enumerate(rows):
+            with self.subTest(what):
+                user = self.users(n + 1)[n]
+                server.register_callback('text', callback)
+                self.wecom.deliver(url, user=user, Content='?')
+                self.assertEqual(self.see(user, len(expected)), expected)
+
+    def test_an_error_of_one_is_its_own(self):
+        async def broken(msg):
+            yield 'first'
+            raise ValueError('boom')
+        _, url = self.server(broken)
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.wecom.deliver(url, user='zhangsan', Content='?')
+            self.assertEqual(self.see('zhangsan', 1), ['first'])
+        self.assertIn('ValueError: boom', logs.output[0])
+
+    def test_what_never_ends_is_bounded_and_stop_cancels_it(self):
+        begun, cancelled = [], []
+
+        async def endless(msg):
+            begun.append(msg)
+            try:
+                await self.asyncio.sleep(1000)
+            except self.asyncio.CancelledError:
+                cancelled.append(msg)
+                raise
+
+        async def drip(msg):
+            begun.append(msg)
+            try:
+                while True:
+                    yield 'drop'
+                    await self.asyncio.sleep(1000)
+            finally:
+                cancelled.append(msg)
+        for callback in endless, drip:
+            with self.subTest(callback.__name__):
+                del begun[:], cancelled[:]
+                cls = type('Server', (Hastier,), {'max_callbacks': 8, 'stop_within': 0.3})
+                server, url = self.server(callback, cls=cls, secret='')
+                users = self.users(12)
+                with self.assertLogs('easywechat', 'WARNING') as logs:
+                    for thread in self.at_once(lambda user: self.wecom.deliver(url, user=user, Content='?'), users):
+                        thread.join()
+                    self.assertEqual(len(begun), 8)
+                    begin = time.monotonic()
+                    server.stop()
+                self.assertLess(time.monotonic() - begin, 1)
+                self.assertTrue(self.wait_for(lambda: len(cancelled) == 8), len(cancelled))
+                self.assertIn('CancelledError', ''.join(logs.output))
+
+    def test_registration_says_what_is_missing(self):
+        code = ("import sys; sys.modules['asyncio'] = None; import easywechat\n"
+                "server = easywechat.WeChatServer('x', **easywechat._DEMO)\n"
+                "async def callback(msg): pass\n"
+                "try: server.register_callback('text', callback)\n"
+                "except ImportError as e: print(e)\n")
+        out = subprocess.check_output([sys.executable, '-c', code], cwd=HERE,
+                                      env=dict(os.environ, EASYWECHAT_CONFIG='none'))
+        self.assertIn(b'opkg install python3-asyncio', out)
+
+
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
 
 def ask_socket(address, method, target, body=b'', headers=None, raw=None):
@@ -2767,6 +2935,16 @@ class DispatcherTests(unittest.TestCase):
             self.assertRaises(ValueError, server.register_callback, kind, print)
             self.assertRaises(ValueError, server.register_callback, kind)
         self.assertRaises(ValueError, server.register_callback, 'image', print, 'x')
+        self.assertRaises(TypeError, server.register_callback, 'text', None)    # 忘了 return 的函数的结果
+        for pattern in b'x', re.compile(b'x'), 7:
+            self.assertRaises(TypeError, server.register_callback, 'text', print, pattern)
+        self.assertRaises(re.error, server.register_callback, 'text', print, '(')
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertIs(server.register_callback('text')(len), len)
+            server.register_callback('text', print)
+            server.register_callback('text', print)
+        self.assertEqual([record.getMessage() for record in logs.records], [
+            'text had a callback already, len: now it is print'])
         for kind, close in ('txt', 'text'), ('event:CLICK_', 'type'), ('event:location', 'location_'):
             with self.assertLogs('easywechat', 'WARNING') as logs:
                 server.register_callback(kind, print)
@@ -3701,6 +3879,18 @@ class ForkTests(HastyCase):
         self.assertLess(time.monotonic() - begin, 1)
         self.assertEqual(os.waitpid(children[0], os.WNOHANG), (0, 0))       # 它还活着
 
+    def test_a_child_has_a_loop_of_its_own(self):
+        async def callback(msg):
+            return str(os.getpid())
+        server = make_server(callback)
+
+        def works():
+            return opened(server.handle(*delivery(message(Content='?')))[2])['Content'] == str(os.getpid())
+        self.assertTrue(works())
+        child = self.fork(works)
+        self.assertEqual(os.waitpid(child, 0), (child, 0))
+        self.assertTrue(works())        # 父进程的还好好的
+
     def test_a_child_keeps_no_lock(self):
         folder = os.path.join(self.folder, 'locks')
         store = FileStore(folder)
@@ -3986,1549 +4176,6 @@ class SendCommandTests(ClientCase):
         self.assertEqual(len(self.wecom.messages), 1)
 
 
-# ---- 示例 Examples ----------------------------------------------------------------------------
-
-CARD = {'card_type': 'button_interaction', 'main_title': {'title': '重启?'}, 'task_id': 'job-7',
-        'button_list': [{'text': '重启', 'key': 'ok'}]}
-NOTICE = {'card_type': 'text_notice', 'main_title': {'title': 't'}, 'card_action': {'type': 1, 'url': 'https://e.x'}}
-NEWS = dict(NOTICE, card_type='news_notice', card_image={'url': 'https://e.x/p.png'})
-MINI = {'appid': 'wx1', 'title': '会议室预订'}
-VOTE = {'card_type': 'vote_interaction', 'main_title': {'title': 't'}, 'task_id': 'v',
-        'checkbox': {'question_key': 'q', 'option_list': [{'id': 'a', 'text': 'A'}]},
-        'submit_button': {'text': '提交', 'key': 's'}}
-
-
-def app_message(kind='text', body=None, **fields):
-    """一条应用消息的 JSON;没写的是一条没有毛病的文本。"""
-    message = {'touser': 'zhangsan', 'agentid': 1000002, 'msgtype': kind,
-               kind: {'content': 'x'} if body is None else body}
-    message.update(fields)
-    return {k: v for k, v in message.items() if v is not None}
-
-
-def card(base=CARD, **fields):
-    return app_message('template_card', {k: v for k, v in dict(base, **fields).items() if v is not None})
-
-
-def article(**fields):
-    return {'articles': [dict({'title': 't', 'url': 'https://e.x'}, **fields)]}
-
-
-#: message/send 不收的,和它的错误码。
-WRONG_MESSAGES = [
-    (41011, app_message(agentid=None)), (40056, app_message(agentid='1000002')), (301002, app_message(agentid=1000003)),
-    (40008, app_message('poem', {})), (40035, app_message('text', 'x')), (44004, app_message('text', {'content': ''})),
-    (40035, app_message('news', {'articles': [7]})), (45002, app_message('markdown', {'content': 'x' * 2049})),
-    (40007, app_message('image', {'media_id': 'nosuch'})), (41016, app_message('textcard', {'description': 'd'})),
-    (41033, app_message('textcard', {'title': 't'})),
-    (40035, app_message('textcard', {'title': 't', 'description': 'd'})),
-    (40094, app_message('textcard', {'title': 't', 'description': 'd', 'url': 'e.x'})),
-    (40039, app_message('textcard', {'title': 't', 'description': 'd', 'url': 'http://' + 'x' * 2048})),
-    (45002, app_message('textcard', {'title': '长' * 43, 'description': 'd', 'url': 'http://e.x'})),
-    (44004, app_message('news', {'articles': []})),
-    (45008, app_message('news', {'articles': article()['articles'] * 9})),
-    (40074, app_message('news', article(), safe=1)),
-    (40007, app_message('mpnews', article(thumb_media_id='nosuch', content='x'))),
-    (90200, app_message('miniprogram_notice', {'appid': 'wx1', 'title': '短'})),
-    (82001, app_message(touser=None)), (81013, app_message(touser='nobody')),
-    (81013, app_message(touser=None, totag='9')),
-    (40031, app_message(touser=['zhangsan'])), (40032, app_message(touser='zhangsan|' * 1001)),
-    (82002, app_message(toparty='9|' * 101)), (82003, app_message(totag='9|' * 101)),
-    (42031, card(card_type='poem')), (42033, card(main_title=None)), (42033, card(main_title={'title': '长' * 37})),
-    (42014, card(task_id=None)), (42014, card(task_id='a b')), (42035, card(button_list=[])),
-    (42035, card(button_list=CARD['button_list'] * 7)), (42038, card(button_list=[{'text': '长' * 11, 'key': 'k'}])),
-    (42017, card(button_list=[{'text': 'b'}])), (42028, card(button_list=[{'text': 'b', 'type': 1}])),
-    (42027, card(horizontal_content_list=[{'keyname': '太长的名字'[:3] * 2}])),
-    (42029, card(horizontal_content_list=[{'keyname': 'k', 'type': 2, 'media_id': 'nosuch'}])),
-    (42050, card(horizontal_content_list=[{'keyname': 'k', 'type': 3, 'userid': 'nobody'}])),
-    (42036, card(horizontal_content_list=[{'keyname': 'k'}] * 7)), (42037, card(jump_list=[{'title': 't'}] * 4)),
-    (42030, card(jump_list=[{'title': 't', 'type': 2}])), (42045, card(NOTICE, card_action=None)),
-    (42045, card(NOTICE, card_action={'type': 1})), (42044, card(NOTICE, card_type='news_notice')),
-    (42014, card(NOTICE, action_menu={'action_list': [{'text': 'a', 'key': 'a'}]})),
-    (42051, card(action_menu={'action_list': [{'text': 'a', 'key': 'a'}] * 2})),
-    (42047, card(action_menu={'action_list': [{'text': str(n), 'key': str(n)} for n in range(4)]})),
-    (42043, card(VOTE, checkbox={'option_list': []})),
-    (42040, card(VOTE, checkbox={'question_key': 'q', 'option_list': [{}]})),
-    (42041, card(VOTE, checkbox={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 18}]})),
-    (42046, card(VOTE, submit_button={'text': 's'})), (42046, card(VOTE, submit_button=None)),
-    (42049, card(VOTE, submit_button={'text': '长' * 11, 'key': 's'})),
-    (42045, card(NOTICE, card_action={'type': 0, 'url': 'https://e.x'})),
-    (42045, card(NOTICE, card_action={'type': 2, 'url': 'https://e.x'})),
-    (42045, card(NOTICE, card_action={'type': 1, 'appid': 'a', 'pagepath': 'p'})),
-    (42030, card(jump_list=[{'title': 't', 'type': 2, 'url': 'https://e.x'}])), (42028, card(quote_area={'type': 1})),
-    (40035, card(jump_list={'title': 't'})), (42033, card(NEWS, vertical_content_list=[{'title': '长' * 39}])),
-    (45002, card(NEWS, vertical_content_list=[{'title': 't'}, {'title': 't', 'desc': '长' * 161}])),
-    (42044, card(NEWS, card_image={'url': 'https://e.x/p.png', 'aspect_ratio': 2.3})),
-    (42042, card(button_selection={'question_key': 'q'})),
-    (42041, card(button_selection={'question_key': 'q', 'option_list': [{'id': 'a', 'text': '长' * 17}]})),
-    (42042, card(VOTE, checkbox={'question_key': 'q'})),
-    (40035, card(button_list=[{'text': 'b', 'key': 'k', 'style': 9}])),
-    (40031, app_message('miniprogram_notice', MINI, touser='@all')),
-    (90200, app_message('miniprogram_notice', dict(MINI, description='三个字'))),
-    (40035, app_message(safe=7)), (40035, app_message(safe=2)),
-    (40035, app_message(enable_duplicate_check=1, duplicate_check_interval=99999)),
-    (45002, app_message('news', article(appid='a', pagepath='p' * 129))),
-]
-CLICK = {'type': 'click', 'name': '状态', 'key': 's'}
-WRONG_MENUS = [
-    (40016, []), (40016, [CLICK] * 4), (40017, [dict(CLICK, type='poem')]), (40018, [dict(CLICK, name='六个汉字啊啊')]),
-    (40019, [dict(CLICK, key='k' * 129)]), (40020, [{'type': 'view', 'name': 'v', 'url': ''}]),
-    (40055, [{'type': 'view', 'name': 'v', 'url': 'e.x'}]),
-    (40022, [{'name': 'a', 'sub_button': [{'name': 'b', 'sub_button': [CLICK]}]}]),
-    (40023, [{'name': 'a', 'sub_button': [CLICK] * 6}]), (40024, [{'name': 'a', 'sub_button': [{'name': 'b'}]}]),
-    (40025, [{'name': 'a', 'sub_button': [dict(CLICK, name='长' * 14)]}]),
-    (40026, [{'name': 'a', 'sub_button': [dict(CLICK, key='')]}]),
-    (40027, [{'name': 'a', 'sub_button': [{'type': 'view', 'name': 'v', 'url': 'http://' + 'x' * 1024}]}]),
-]
-WRONG_ROBOT = [
-    (40008, {'msgtype': 'video', 'video': {}}), (45002, {'msgtype': 'text', 'text': {'content': 'x' * 2049}}),
-    (45002, {'msgtype': 'markdown', 'markdown': {'content': 'x' * 4097}}),
-    (301019, {'msgtype': 'image', 'image': {'base64': 'AAAA', 'md5': '0'}}),
-    (42031, {'msgtype': 'template_card', 'template_card': CARD}),
-    (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, main_title={'title': '长' * 27})}),
-    (45002, {'msgtype': 'template_card', 'template_card': dict(NOTICE, horizontal_content_list=[
-        {'keyname': 'k', 'value': '长' * 27}])}),
-    (42033, {'msgtype': 'template_card', 'template_card': dict(NOTICE, jump_list=[{'title': '长' * 14}])}),
-]
-
-
-class SimulatorCase(ClientCase):
-    """企业微信的一次次请求,不经过 easywechat:它自己会先看一遍。"""
-
-    def http(self, method, target, body=None, token=None, **headers):
-        """→ (状态, 头部, 正文)。聊天页的请求带着它的 token。"""
-        if target[:1] == '/' and '/cgi-bin/' not in target:
-            token = self.wecom.page_token if token is None else token
-            target += '%stoken=%s' % ('&' if '?' in target else '?', token)
-        connection = http.client.HTTPConnection(*self.wecom._server.server_address[:2], timeout=10)
-        with contextlib.closing(connection):
-            connection.request(method, target, body, headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
-
-    def call(self, path, body=None, token=True, **query):
-        if token is True:
-            token = self.api('gettoken', corpid=self.wecom.settings['corpid'],
-                             corpsecret=self.wecom.settings['secret'])['access_token']
-        return self.api(path, body, access_token=token, **query)
-
-    def api(self, path, body=None, files=None, **query):
-        headers = {}
-        if files:
-            body = b'--B\r\nContent-Disposition: form-data; name="media"; filename="%s"\r\n\r\n%s\r\n--B--\r\n' % files
-            headers['Content-Type'] = 'multipart/form-data; boundary=B'
-        elif isinstance(body, dict):
-            body = json.dumps(body, ensure_ascii=False).encode('utf-8')
-        method = 'GET' if body is None else 'POST'
-        answer = self.http(method, '/cgi-bin/%s?%s' % (path, urllib.parse.urlencode(query)), body, **headers)[2]
-        return json.loads(answer.decode('utf-8'))
-
-    def events(self, *kinds, url='', last=0):
-        """聊天页看到的事:到每个 ``kinds`` 依次都来过为止。"""
-        connection = http.client.HTTPConnection(urllib.parse.urlsplit(url or self.url).netloc, timeout=10)
-        seen, kinds = [], list(kinds)
-        with contextlib.closing(connection):
-            connection.request('GET', '/events?token=' + self.wecom.page_token, headers={'Last-Event-ID': str(last)})
-            response = connection.getresponse()
-            while kinds:
-                line = response.readline()
-                if line.startswith(b'data: '):
-                    seen.append(json.loads(line[6:].decode()))
-                    if seen[-1]['kind'] == kinds[0]:
-                        del kinds[0]
-            response.close()
-        return seen
-
-
-class SimulatorTests(SimulatorCase):
-
-    def test_it_refuses_what_wecom_refuses(self):
-        token = self.call('getcallbackip') and list(self.wecom._tokens)[0]
-        for errcode, message in WRONG_MESSAGES:
-            self.assertEqual(self.call('message/send', message, token)['errcode'], errcode, message)
-        for errcode, buttons in WRONG_MENUS:
-            self.assertEqual(self.call('menu/create', {'button': buttons}, token, agentid='1000002')['errcode'],
-                             errcode, buttons)
-        for errcode, message in WRONG_ROBOT:
-            answer = self.api('webhook/send', message, key=self.wecom.settings['robot'])
-            self.assertEqual(answer['errcode'], errcode, message)
-        self.assertEqual((self.wecom.messages, self.wecom.robot_messages, self.wecom.menu), ([], [], None))
-        refused = [e['errcode'] for e in self.wecom.events if e['kind'] == 'call']
-        self.assertEqual(refused, [row[0] for row in WRONG_MESSAGES + WRONG_MENUS + WRONG_ROBOT])
-
-    def test_credentials_and_parameters(self):
-        settings, call = self.wecom.settings, self.call
-        for errcode, query in ((41002, {}), (41004, {'corpid': 'x'}), (40013, {'corpid': 'x', 'corpsecret': 'x'}),
-                               (40001, {'corpid': settings['corpid'], 'corpsecret': 'x'})):
-            self.assertEqual(self.api('gettoken', **query)['errcode'], errcode)
-        self.assertEqual(call('getcallbackip')['ip_list'], ['127.0.0.1'])
-        old = list(self.wecom._tokens)[0]
-        self.assertEqual([call('user/get', token=t)['errcode'] for t in ('', 'x')], [41001, 40014])
-        self.wecom.expire_tokens()
-        self.assertEqual(call('user/get', token=old)['errcode'], 42001)
-        for errcode, path, body, query in (
-                (40063, 'message/send', b'{', {}), (40063, 'message/send', b'[]', {}),
-                (40033, 'message/send', json.dumps(app_message('text', {'content': '中'})).encode(), {}),
-                (41009, 'user/get', None, {}), (60111, 'user/get', None, {'userid': 'nobody'}),
-                (60003, 'user/simplelist', None, {'department_id': '9'}),
-                (301002, 'agent/get', None, {'agentid': '7'}), (40056, 'agent/get', None, {'agentid': 'x'}),
-                (46003, 'menu/get', None, {'agentid': '1000002'}),
-                (41011, 'menu/create', {'button': []}, {}),
-                (0, 'message/send', app_message(body={'content': 'C:\\ucafe'}), {}),
-                (41006, 'media/get', None, {}), (40007, 'media/get', None, {'media_id': 'nosuch'}),
-                (40058, 'message/recall', {'msgid': 'nosuch'}, {}),
-                (93000, 'webhook/send', {}, {'key': 'nosuch'})):
-            self.assertEqual(call(path, body, **query)['errcode'], errcode, path)
-        self.wecom.trusted = False
-        self.assertEqual(call('user/get', userid='lisi')['errcode'], 60020)
-        self.assertEqual(self.http('GET', '/cgi-bin/no/such')[0], 404)
-
-    def test_media_have_sizes_types_and_an_age(self):
-        for errcode, kind, name, data in (
-                (40004, 'poem', b'a.txt', b'x' * 9), (44001, 'file', b'a.txt', b'x' * 5),
-                (40005, 'image', b'a.gif', b'x' * 9), (40005, 'voice', b'a.mp3', b'x' * 9),
-                (40006, 'voice', b'a.amr', b'x' * ((2 << 20) + 1))):
-            self.assertEqual(self.call('media/upload', files=(name, data), type=kind)['errcode'], errcode)
-        self.assertEqual(self.call('media/upload', b'x' * 99, type='file')['errcode'], 44001)
-        done = self.call('media/upload', files=('报告.txt'.encode(), b'%PDF-1.7'), type='file')
-        self.assertEqual((done['type'], done['created_at'].isdigit()), ('file', True))
-        bad = self.call('media/upload', files=(b'a\r\nX-Bad: 1', b'x' * 9), type='file')['media_id']
-        query = urllib.parse.urlencode({'access_token': list(self.wecom._tokens)[-1], 'media_id': bad})
-        headers = self.http('GET', '/cgi-bin/media/get?' + query)[1]
-        self.assertEqual((headers['X-Bad'], headers.get_filename()), (None, 'a__X-Bad: 1'))
-        with self.wecom._lock:
-            mine = self.wecom.keep('file', 'a.txt', b'robot', 'robot')
-        send = {'msgtype': 'file', 'file': {'media_id': done['media_id']}}
-        self.assertEqual(self.api('webhook/send', send, key=self.wecom.settings['robot'])['errcode'], 40007)
-        self.assertEqual(self.call('message/send', app_message('file', {'media_id': mine}))['errcode'], 40007)
-        self.assertEqual(self.call('message/send', app_message('image', send['file']))['errcode'], 40007)
-        self.assertEqual(self.call('message/send', app_message('file', send['file']))['errcode'], 0)
-        program = self.call('media/upload', files=(b'a.exe', b'MZ' * 9), type='file')['media_id']
-        secret = app_message('file', {'media_id': program}, safe=1)
-        self.assertEqual(self.call('message/send', secret)['errcode'], 40005)
-        picture = self.call('media/uploadimg', files=(b'a.png', b'\x89PNG\r\n'))['url']
-        self.assertEqual(self.http('GET', picture[len(self.url):])[2], b'\x89PNG\r\n')
-        self.wecom.media_life = 0
-        self.assertEqual(self.call('message/send', app_message('file', send['file']))['errcode'], 40007)
-
-    def test_too_many_messages(self):
-        self.wecom.per_member = self.wecom.per_robot = 2
-        for _ in range(3):
-            self.assertEqual(self.call('message/send', app_message())['errcode'], 0)        # 悄悄丢掉
-        self.assertEqual((len(self.wecom.messages), len(self.wecom.dropped)), (2, 1))
-        dropped = self.call('message/send', app_message())['msgid']
-        self.assertEqual(self.call('message/recall', {'msgid': dropped})['errcode'], 0)
-        robot = [self.api('webhook/send', {'msgtype': 'text', 'text': {'content': 'x'}},
-                          key=self.wecom.settings['robot'])['errcode'] for _ in range(3)]
-        self.assertEqual(robot, [0, 0, 45009])
-
-    def test_the_same_message_twice_is_dropped_if_asked(self):
-        def send(user, text='x', check=1):
-            self.call('message/send', app_message(body={'content': text}, touser=user, enable_duplicate_check=check))
-            return [len(self.wecom.inbox[name]) for name in ('zhangsan', 'lisi')]
-        self.assertEqual([send('zhangsan'), send('zhangsan'), send('zhangsan|lisi'), send('lisi', 'y'),
-                          send('lisi', 'y', 0)], [[1, 0], [1, 0], [1, 1], [1, 2], [1, 3]])
-        self.assertIn('和刚才的一样', self.events('note')[-1]['text'])
-
-    def test_a_message_is_recalled_for_a_day(self):
-        done = self.call('message/send', app_message(touser='zhangsan|Nobody', toparty='9'))
-        self.assertEqual((done['invaliduser'], done['invalidparty']), ('nobody', '9'))
-        self.assertEqual(self.call('message/recall', {'msgid': done['msgid']})['errcode'], 0)
-        self.assertEqual(self.events('recall')[-1]['of'], self.events('out')[-1]['id'])
-        self.wecom.recall_within = 0
-        self.assertEqual(self.call('message/recall', {'msgid': done['msgid']})['errcode'], 40058)
-
-    def test_a_response_code_updates_a_card_once(self):
-        self.assertNotIn('response_code', self.call('message/send', card(NOTICE)))
-        code = self.call('message/send', card(touser='zhangsan|lisi'))['response_code']
-        self.assertEqual(self.call('message/send', card())['errcode'], 42014)        # task_id 用过了
-        update = {'agentid': 1000002, 'userids': ['lisi'], 'response_code': code}
-        for errcode, more in ((40035, {}), (40063, {'button': {}}), (42031, {'template_card': {'card_type': 'x'}}),
-                              (60140, {'response_code': 'x', 'button': {'replace_name': 'n'}}),
-                              (0, {'userids': ['LiSi'], 'button': {'replace_name': '好了'}}),
-                              (60140, {'button': {'replace_name': 'n'}})):
-            self.assertEqual(self.call('message/update_template_card', dict(update, **more))['errcode'], errcode, more)
-        self.assertEqual(self.events('update')[-1]['user'], 'lisi')
-        self.wecom.has_callback = False
-        self.assertEqual(self.call('message/send', card(task_id='new'))['errcode'], 43012)
-
-    def test_the_page_is_one_file_with_a_strict_policy(self):
-        status, headers, page = self.http('GET', '/')
-        self.assertEqual((status, headers['X-Content-Type-Options']), (200, 'nosniff'))
-        policy = headers['Content-Security-Policy']
-        for kind in 'style', 'script':
-            text = re.search('<%s>(.*?)</%s>' % (kind, kind), page.decode('utf-8'), re.S).group(1)
-            digest = binascii.b2a_base64(hashlib.sha256(text.encode('utf-8')).digest(), newline=False).decode()
-            self.assertIn("%s-src 'sha256-%s'" % (kind, digest), policy)
-        self.assertIn("default-src 'none'", policy)
-        self.assertNotRegex(policy, 'unsafe|https?:|\\*')
-        self.assertNotRegex(page.decode('utf-8'), r'innerHTML|insertAdjacent|document\.write|eval\(|<link|src="http')
-
-    def test_foreign_pages_are_refused(self):
-        own = self.url[len('http://'):]
-        for target, headers, status in (
-                ('/', {'Host': 'evil.example'}, 403), ('/', {'Host': own + '.evil.example'}, 403),
-                ('/events', {'Host': 'evil.example:80'}, 403),
-                ('/', {'Host': own, 'Origin': 'http://evil.example'}, 403),
-                ('/', {'Host': own, 'Origin': 'null'}, 403), ('/', {'Host': own, 'Origin': self.url}, 200),
-                ('/cgi-bin/gettoken', {'Host': 'evil.example', 'Sec-Fetch-Site': 'same-origin'}, 403),
-                ('/cgi-bin/gettoken', {'Host': own, 'Origin': self.url}, 403), ('/x', {}, 404),
-                ('/cgi-bin/gettoken', {'Host': 'evil.example'}, 403), ('/cgi-bin/no/such', {'Host': own}, 404),
-                ('/', {'token': ''}, 403), ('/', {'token': 'x'}, 403), ('/events', {'token': ''}, 403),
-                ('HTTP://[', {}, 400), ('x', {}, 400), ('/[', {}, 404), ('/events', {'Last-Event-ID': 'x'}, 400),
-                ('/', {'Content-Length': 'abc'}, 400), ('/', {'Content-Length': '-1'}, 400),
-                ('/say', {'Host': 'evil.example', 'Content-Length': '99'}, 403)):       # 不等正文
-            self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
-        body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
-        self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
-        for path in '/say', '/file', '/switch':
-            self.assertEqual(self.http('POST', path, body, token='')[0], 403)
-        self.assertEqual(list(self.wecom.events), [])
-
-
-class SimulatorPageTests(SimulatorCase):
-
-    def setUp(self):
-        super().setUp()
-        server = WeChatServer('test', store=MemoryStore(), **dict(self.wecom.settings, api_base=self.url))
-        server.register_callback('*', self.callback)
-        self.answers = {'text': lambda msg: msg['Content'] + '!'}
-        host, port = server.start('127.0.0.1', 0)
-        self.addCleanup(server.stop)
-        self.server = server
-        self.assertEqual(self.wecom.verify('http://127.0.0.1:%d/weixin' % port), '')
-
-    def callback(self, msg):
-        answer = self.answers[msg.get('Event') or msg['MsgType']]
-        return answer(msg) if callable(answer) else answer
-
-    def post(self, path, body):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return json.loads(self.http('POST', path, body)[2].decode())
-
-    def say(self, message, user='zhangsan', **more):
-        return self.post('/say', dict({'user': user, 'message': message}, **more))
-
-    def test_what_is_said_and_answered_is_shown_with_its_raw_text(self):
-        self.assertEqual(self.say({'MsgType': 'text', 'Content': '<b>状态'}), {})
-        seen = self.events('state', 'in', 'attempt', 'answer', 'out')
-        state, seen = seen[0], seen[-1]
-        self.assertEqual((state['users']['lisi'], state['run']), ('李四', self.wecom.run))
-        self.assertEqual((seen['how'], seen['type'], seen['body'], seen['user']),
-                         ('passive', 'text', {'content': '<b>状态!'}, 'zhangsan'))
-        self.assertLess(seen['seconds'], 5)
-        plain, sealed, sealed_answer, plain_answer = [text for _, text in seen['raw']]
-        self.assertIn('<![CDATA[<b>状态]]>', plain)
-        self.assertIn('<![CDATA[<b>状态!]]>', plain_answer)
-        self.assertNotIn('状态', sealed + sealed_answer)
-        self.assertIn('msg_signature=', sealed)
-        self.assertEqual(self.say({'MsgType': 'text'}, user='nobody')['error'], '没有这个成员')
-        self.assertIn('must be', self.say({'MsgType': 'text', 'Content': None})['error'])
-        self.server.client.send('主动')
-        active = self.events('out', last=seen['id'])[-1]
-        self.assertEqual((active['how'], active['body']['content']), ('active', '主动'))
-        self.assertIn('msgid', active['raw'][1][1])
-
-    def test_a_file_goes_out_and_comes_back(self):
-        self.answers['image'] = lambda msg: msg
-        png = b'\x89PNG\r\n\x1a\n' + bytes(range(256))
-        self.assertEqual(self.post('/file?user=lisi&type=image&name=%E7%85%A7.png', png), {})
-        said, shown = [e for e in self.events('in', 'out') if e['kind'] in ('in', 'out')]
-        media_id = said['message']['MediaId']
-        self.assertEqual((shown['body'], shown['files']), ({'media_id': media_id}, {media_id: ['照.png', len(png)]}))
-        self.assertEqual(self.server.client.download(media_id, self.folder).read_bytes(), png)
-        for target in said['message']['PicUrl'][len(self.url):], '/media/' + media_id:
-            status, headers, data = self.http('GET', target)
-            self.assertEqual((data, headers['Content-Type'], headers['X-Content-Type-Options']),
-                             (png, 'image/png', 'nosniff'))
-        page = self.wecom.keep('file', 'x.html', b'<script>alert(1)</script>')
-        headers = self.http('GET', '/media/' + page)[1]
-        self.assertEqual(headers['Content-Type'], 'application/octet-stream')
-        self.assertRegex(headers['Content-Disposition'], '^attachment;')
-        self.assertEqual(self.http('GET', '/media/nosuch')[0], 404)
-
-    def test_lost_answers_slow_networks_and_wrong_tokens(self):
-        self.post('/switch', {'lost': 2})
-        self.say({'Content': 'x'})
-        seen = self.events('answer', 'answer', 'answer', 'out')
-        self.assertEqual([(e['n'], e['error'], e['again']) for e in seen if e['kind'] == 'answer'],
-                         [(1, '回答丢在路上', True), (2, '回答丢在路上', True), (3, '', False)])
-        self.post('/switch', {'lost': 0, 'wrong_token': True})
-        self.say({'Content': 'x'})
-        self.assertEqual(self.events('answer', last=seen[-1]['id'])[-1]['status'], 403)
-        self.wecom.patience = 0.05
-        self.post('/switch', {'wrong_token': False, 'delay': 1})
-        message = self.wecom.message()
-        self.assertIsNone(self.wecom.deliver(self.wecom.bot, message))
-        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有回答'] * 3)
-        self.server.client.send('x')
-        self.post('/switch', {'delay': 0, 'expire': True})
-        self.server.client.send('x')
-        self.assertEqual(self.count('gettoken'), 2)
-        self.post('/switch', {'trusted': False})
-        with raises(APIError) as caught:
-            self.server.client.send('x')
-        self.assertEqual(caught[0].errcode, 60020)
-        self.assertIn('error', self.post('/switch', {'settings': {}}))
-
-    def test_the_time_of_a_delivery_is_counted_from_its_beginning(self):
-        slow = simulator.WeCom()
-        self.addCleanup(slow.stop)
-        url = slow.start() + '/cgi-bin/trickle'
-        slow.script('trickle', 'trickle', 'trickle')        # 每 0.05 秒一个字节
-        self.wecom.patience, self.wecom.deliveries, self.wecom.verify_within = 0.1, 1, 0.06
-        for call, least in ((lambda: self.wecom.deliver(url, Content='x'), 0.1),
-                            (lambda: self.wecom.verify(url), 0.06)):
-            begin = time.monotonic()
-            call()
-            self.assertTrue(least <= time.monotonic() - begin < 2)
-        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有回答'])
-
-    def test_a_pressed_button_changes_its_card(self):
-        self.answers['template_card_event'] = {'MsgType': 'update_button', 'Button': {'ReplaceName': '已处理'}}
-        self.answers['template_card_menu_event'] = {'MsgType': 'update_template_card', 'TemplateCard': {
-            'CardType': 'text_notice', 'MainTitle': {'Title': '新的'}, 'CardAction': {'Type': 1, 'Url': 'https://e.x'},
-            'HorizontalContentList': {'KeyName': 'k', 'Value': 'v'}}}
-        self.server.client.send({'msgtype': 'template_card', 'template_card': CARD})
-        sent = self.events('out')[-1]
-        press = {'MsgType': 'event', 'Event': 'template_card_event', 'EventKey': 'ok', 'TaskId': 'job-7'}
-        self.say(press, card=sent['id'])
-        seen = self.events('in', 'update')
-        self.assertEqual((seen[-1]['of'], seen[-1]['button']), (sent['id'], {'replace_name': '已处理'}))
-        self.say(dict(press, Event='template_card_menu_event'), card=sent['id'])
-        changed = self.events('update', last=seen[-1]['id'])[-1]
-        self.assertEqual((changed['of'], changed['body']['horizontal_content_list']),
-                         (sent['id'], [{'keyname': 'k', 'value': 'v'}]))
-        code = [e['message']['ResponseCode'] for e in self.wecom.events if e['kind'] == 'in'][0]
-        update = {'userids': ['zhangsan'], 'response_code': code, 'agentid': 1000002,
-                  'button': {'replace_name': '再来'}}
-        self.server.client.call('message/update_template_card', update)
-        self.assertEqual(self.wecom.events[-1]['of'], sent['id'])
-        with raises(APIError) as caught:
-            self.server.client.call('message/update_template_card', update)
-        self.assertEqual(caught[0].errcode, 60140)
-
-    def test_menus_and_replies_wecom_would_not_take_are_told(self):
-        self.server.client.call('menu/create', {'button': [CLICK]}, agentid=1000002)
-        self.assertEqual(self.events('state', 'state')[-1]['menu'], {'button': [CLICK]})
-        self.answers['click'] = {'MsgType': 'image', 'Image': {'MediaId': 'nosuch'}}
-        self.answers.update(dict.fromkeys(['pic_weixin', 'template_card_event'], 'x'))
-        for event, words in (('click', 'invalid media_id'), ('pic_weixin', 'takes no'),
-                             ('template_card_event', 'updates only')):
-            seen = self.wecom.events[-1]['id']
-            self.say({'MsgType': 'event', 'Event': event, 'EventKey': 's'})
-            self.assertIn(words, self.events('note', last=seen)[-1]['text'])
-        self.assertFalse(self.wecom.inbox['zhangsan'])
-
-
-BOT = '''
-import os, sys
-sys.path.insert(0, %r)
-import easywechat
-print('bot', os.getpid(), *sys.argv[1:], flush=True)
-server = easywechat.WeChatServer('shop')
-server.register_callback('text', lambda msg: ' '.join([msg['Content']] + [os.environ[name] for name in (
-    'EASYWECHAT_CONFIG', 'XDG_CACHE_HOME', 'XDG_STATE_HOME')]))
-server.run(host='127.0.0.1', port=0)
-'''
-
-
-class SimulatorCommandTests(SimulatorCase):
-
-    def bot(self, code, name='bot.py'):
-        path = os.path.join(self.folder, name)
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write(code)
-        with open(os.path.join(self.folder, 'config.ini'), 'w') as f:       # 真的那个:不许用
-            f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n'
-                    '[nas]\ndisk = 9%%0\n[llm]\nmodel = m\n n\n' % ('k' * 43))
-            os.chmod(f.name, 0o600)
-        return path
-
-    def command(self, *args):
-        env = dict(os.environ, PYTHONIOENCODING='utf-8', EASYWECHAT_ROUTE_NAME='elsewhere')
-        process = subprocess.Popen([sys.executable, simulator.__file__] + list(args), cwd=self.folder, env=env,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(process.__exit__, None, None, None)
-        self.addCleanup(process.terminate)
-        return process
-
-    def test_one_command_starts_a_bot_and_ends_it(self):
-        process = self.command('--app', 'shop', '--with', 'nas,llm', self.bot(BOT % HERE), '--port', '7')
-        url, self.wecom.page_token = re.search('聊天页: (http://127.0.0.1:[0-9]+)/[?]token=([!-~]{20,}) ',
-                                               process.stdout.readline().decode()).groups()
-        word, pid, *args = process.stdout.readline().decode().split()
-        self.assertEqual((word, args), ('bot', ['--port', '7']))
-        self.assertIn('通过了校验', process.stdout.readline().decode())
-        self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
-        self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
-        self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
-        config, *folders = self.events('out', url=url)[-1]['body']['content'].split()[1:]
-        self.assertEqual(folders, [os.path.dirname(config)] * 2)
-        self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
-        with open(config) as f:
-            text = f.read()
-        for key in 'secret', 'token', 'encoding_aes_key', 'robot':
-            self.assertNotIn(self.wecom.settings[key], text)
-        self.assertNotIn('wwreal', text)
-        sections = [easywechat.get_section(name, config) for name in ('nas', 'llm')]
-        self.assertEqual(sections, [{'disk': '9%0'}, {'model': 'm\nn'}])
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(10), 0)
-        self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
-        self.assertFalse(os.path.exists(os.path.dirname(config)))
-
-    def test_a_bot_that_exits_and_one_that_is_not_ours(self):
-        foreign = ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr, flush=True)\n'
-                   'time.sleep(60)')
-        processes = []
-        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'),
-                                    ('import sys; sys.exit(2)', 2, '就加 --app'),
-                                    (foreign, 2, '没有通过校验'),
-                                    ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9')):
-            processes.append((self.command(self.bot(code, '%d.py' % len(processes))), status, words))
-        for process, status, words in processes:
-            err = process.communicate(timeout=20)[1].decode('utf-8')
-            self.assertEqual((process.returncode, words in err), (status, True), err)
-
-    def test_a_bot_that_runs_elsewhere(self):
-        server = make_server(**dict(self.wecom.settings, api_base=self.url))
-        host, port = server.start('127.0.0.1', 0)
-        server.stop()
-        url, stopping, self.wecom.verify_within = 'http://127.0.0.1:%d/weixin' % port, [], 0.2
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            thread = threading.Thread(target=simulator.serve, args=(self.wecom, 'shop', url, stopping))
-            thread.start()
-            while '没有回答' not in err.getvalue():
-                time.sleep(0.01)
-            server.start('127.0.0.1', port)
-            self.addCleanup(server.stop)
-            while '通过了校验' not in out.getvalue():
-                time.sleep(0.01)
-            stopping.append(1)
-            thread.join()
-        self.assertIn('[shop]\napi_base = %s\n' % self.url, out.getvalue())
-        self.assertEqual(err.getvalue().count('refused'), 1)
-
-    def test_the_help_in_the_c_locale_and_what_the_demo_lacks(self):
-        busy = socket.socket()
-        self.addCleanup(busy.close)
-        busy.bind(('0.0.0.0', 0))
-        busy.listen()
-        port = str(busy.getsockname()[1])
-        simulator.write_config(os.path.join(self.folder, 'demo.ini'), {'demo': self.wecom.settings})
-        processes = []
-        for script, args, code, words in (
-                ('simulator.py', ['--help'], 0, ''), ('demo.py', ['--port', port], 2, 'nosuch.ini'),
-                ('demo.py', ['--port', port], 3, 'demo: cannot listen on 0.0.0.0 port %s: ' % port)):
-            env = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', EASYWECHAT_CONFIG=os.path.join(
-                self.folder, 'demo.ini' if code == 3 else 'nosuch.ini'))
-            process = subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script)] + args, env=env,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            processes.append((process, code, words))
-        for process, code, words in processes:
-            err = process.communicate(timeout=20)[1].decode('utf-8')
-            self.assertEqual((process.returncode, err.count('\n'), words in err), (code, bool(words), True), err)
-
-    def test_what_was_said_to_it_is_checked(self):
-        for args in (['--with', 'nas'], ['--with', 'nosuch', 'bot.py'], ['--with', 'shop', self.bot('')],
-                     ['--url', 'http://x/', 'bot.py'], ['--url', 'x']):
-            err = io.StringIO()
-            with environment(EASYWECHAT_CONFIG=os.path.join(self.folder, 'config.ini')), \
-                    contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
-                simulator.arguments(args)
-            self.assertIn('error: --', err.getvalue())
-
-    def test_its_bots_say_where_they_listen(self):
-        for said, url in (b'0.0.0.0', '127.0.0.1'), (b'[::]', '[::1]'), (b'127.0.0.1', '127.0.0.1'):
-            line = b'EasyWeChat \xe5\x9c\xa8 http://' + said + b':80/weixin ,\xe5'
-            self.assertEqual(simulator.callback_url(line), 'http://%s:80/weixin' % url)
-        self.assertIsNone(simulator.callback_url(b'GET http://127.0.0.1:80/weixin'))
-
-
-def png_size(data):
-    """一张 PNG (bytes) → (宽, 高);每块的校验和像素的个数都对。"""
-    chunks, rest = [], data[8:]
-    while rest:
-        length, = struct.unpack('>I', rest[:4])
-        body, check = rest[4:8 + length], rest[8 + length:12 + length]
-        if struct.unpack('>I', check)[0] != zlib.crc32(body):
-            raise AssertionError('CRC of %r' % body[:4])
-        chunks.append((body[:4], body[4:]))
-        rest = rest[12 + length:]
-    width, height, depth, colour = struct.unpack('>IIBB', chunks[0][1][:10])
-    pixels = zlib.decompress(b''.join(body for kind, body in chunks if kind == b'IDAT'))
-    if (data[:8], [kind for kind, _ in chunks][::len(chunks) - 1], depth, colour, len(pixels)) != (
-            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 2, height * (1 + 3 * width)):
-        raise AssertionError('no PNG of 8 bit RGB')
-    return width, height
-
-
-class ExampleCase(ClientCase):
-    """一个示例和它的用户。程序、临时文件、配置、状态和 token 都在自己的目录里。"""
-
-    def setUp(self):
-        super().setUp()
-        self.bin, self.tmp = (os.path.join(self.folder, name) for name in ('bin', 'tmp'))
-        os.mkdir(self.bin)
-        os.mkdir(self.tmp)
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        stack.enter_context(environment(PATH=self.bin, XDG_CACHE_HOME=self.folder, XDG_STATE_HOME=self.folder,
-                                        EASYWECHAT_CONFIG=os.path.join(self.folder, 'config.ini')))
-        stack.enter_context(swapped(tempfile, 'tempdir', self.tmp))
-        stack.enter_context(swapped(nas_monitor, 'ROOT', os.path.join(self.folder, 'root')))
-        self.config()
-
-    def config(self, text='', **settings):
-        """写 config.ini (GB18030):[demo] 连着模拟器,后面是 ``text``。"""
-        settings = dict(self.wecom.settings, api_base=self.url, **settings)
-        with open(os.environ['EASYWECHAT_CONFIG'], 'w', encoding='gb18030') as f:
-            f.write('# 设置\n[demo]\n%s\n%s' % ('\n'.join('%s = %s' % i for i in settings.items()), text))
-        os.chmod(f.name, 0o600)
-
-    def program(self, name, script):
-        path = os.path.join(self.bin, name)
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write('#!/bin/sh\nPATH=/bin:/usr/bin\n' + script)
-        os.chmod(path, 0o755)
-
-    def bot(self, register, *args, cls=WeChatServer, **settings):
-        """开始服务;``register`` 登记回调。"""
-        self.server = cls('test', **dict(self.wecom.settings, api_base=self.url, **settings))
-        register(self.server, *args)
-        self.addCleanup(self.server.stop)
-        self.callback_url = 'http://%s:%d/weixin' % self.server.start('127.0.0.1', 0)
-
-    def ask(self, text, user='zhangsan'):
-        """用户说一句 → 被动回复,没有是 {}。"""
-        return self.wecom.deliver(self.callback_url, user=user, Content=text)
-
-    def say(self, text, user='zhangsan'):
-        """用户说一句 → 被动回复的文本,没有是 None。"""
-        return self.ask(text, user).get('Content')
-
-    def until(self, condition):
-        """等 ``condition()`` 成立,最多 10 秒 → 成立了没有。"""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            if condition():
-                return True
-            time.sleep(0.01)
-        return False
-
-    def see(self, count):
-        """等 zhangsan 看到 ``count`` 条 → [(类型, 内容)]。"""
-        self.until(lambda: len(self.wecom.inbox['zhangsan']) >= count)
-        return self.wecom.inbox['zhangsan']
-
-    def run_main(self, main, *args, **env):
-        """→ (退出码, stderr)。"""
-        err = io.StringIO()
-        with environment(**dict(os.environ, **env)), contextlib.redirect_stderr(err):
-            code = main(list(args))
-        LOG.write(err.getvalue())
-        return code, err.getvalue()
-
-    def serve(self, main, talk, *args, **env):
-        """``main`` 在服务的时候,在另一条线程里 ``talk()``,然后像 systemd 那样请它停下。"""
-        def conversation():
-            if self.until(lambda: signal.getsignal(signal.SIGTERM) is signal.default_int_handler):
-                port = re.search(':([0-9]+)/weixin', sys.stderr.getvalue()).group(1)
-                self.callback_url = 'http://127.0.0.1:%s/weixin' % port
-                try:
-                    talk()
-                finally:
-                    os.kill(os.getpid(), signal.SIGTERM)
-        thread, begin = threading.Thread(target=conversation), time.monotonic()
-        thread.start()
-        code, err = self.run_main(main, '--port', '0', *args, **env)
-        thread.join()
-        self.assertLess(time.monotonic() - begin, 4)        # 没有等谁等到时限
-        self.assertEqual((code, err.count('\n'), err[:10]), (0, 1, 'EasyWeChat'), err)
-
-
-class MonkeyTests(ExampleCase):
-
-    def setUp(self):
-        super().setUp()
-        self.touser('zhangsan|wangwu')
-
-    def touser(self, users):
-        self.bot(monkey_monitor.register, touser=users)
-
-    def picture(self, reply):
-        self.assertEqual(reply['MsgType'], 'image')
-        return self.wecom.media[reply['Image']['MediaId']]['data']
-
-    def test_without_a_camera_a_real_png_is_drawn(self):
-        data = self.picture(self.ask(' 拍照\n'))
-        self.assertEqual(png_size(data), (480, 320))
-        self.assertEqual(os.listdir(self.tmp), [])
-        times = [time.struct_time((2026, 12, 31, 23, 59, s, 0, 0, 0)) for s in (58, 59)]
-        self.assertNotEqual(*map(monkey_monitor.test_picture, times))
-
-    def test_the_state_of_the_machine_and_the_help(self):
-        for content, words in ('状态', '磁盘:可用'), ('你好', '拍照'), ('视频', '没有相机'):
-            self.assertIn(words, self.ask(content)['Content'])
-        self.assertEqual(self.wecom.calls, [])
-
-    def test_a_stranger_gets_one_sentence_and_no_picture(self):
-        self.program('rpicam-still', 'echo "$PWD" >> %s/asked; echo a picture > photo.jpg' % self.folder)
-        for content in '拍照', '视频', '状态', '你好':
-            with self.assertLogs('easywechat.monkey', 'WARNING') as logs:
-                reply = self.ask(content, 'lisi')
-            self.assertEqual((reply['MsgType'], reply['Content']), ('text', '这台机器只听它主人的话。'))
-            self.assertIn("refused 'lisi'", logs.output[0])
-        self.assertEqual((self.wecom.media, os.path.exists(self.folder + '/asked')), ({}, False))
-        for user, users in ('lisi', '@all'), ('LiSi', 'zhangsan | lisi'):
-            self.touser(users)
-            self.assertEqual(self.ask('拍照', user)['MsgType'], 'image')
-
-    def test_the_first_camera_that_works_takes_the_picture(self):
-        self.program('rpicam-still', 'echo half a picture > photo.jpg; echo x; echo no cameras available >&2; exit 255')
-        self.program('libcamera-still', '[ -e photo.jpg ] || : > photo.jpg')
-        self.program('raspistill', 'printf "\\377\\330\\377 by raspistill $*" > photo.jpg')
-        self.program('ffmpeg', 'echo never > photo.jpg')
-        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
-            data = self.picture(self.ask('拍照'))
-        self.assertEqual(data, b'\xff\xd8\xff by raspistill -n -t 1000 -w 1280 -h 720 -o photo.jpg')
-        self.assertEqual(len(logs.output), 2)
-        self.assertIn("rpicam-still failed with 255: 'no cameras available'", logs.output[0])
-        self.assertEqual(os.listdir(self.tmp), [])
-
-    def test_a_failing_and_a_hanging_camera_are_told(self):
-        self.program('rpicam-still', 'sleep 2; echo late > photo.jpg')
-        self.program('raspistill', 'exit 70')
-        begin = time.monotonic()
-        with swapped(monkey_monitor, 'PATIENCE', 0.15), \
-                self.assertLogs('easywechat.monkey', 'ERROR') as logs:
-            reply = self.ask('拍照')
-        self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
-        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.15 秒还没有拍完;'
-                         'raspistill 出错了(退出码 70)。')
-        self.assertEqual((len(logs.output), self.wecom.media, os.listdir(self.tmp)), (3, {}, []))
-
-    def test_a_slow_clip_is_pushed_and_nothing_stays_behind(self):
-        self.bot(monkey_monitor.register, cls=Hastier)
-        gate = os.path.join(self.folder, 'gate')
-        os.mkfifo(gate)
-        self.program('raspivid', 'cat %s > clip.h264' % gate)
-        self.program('ffmpeg', 'read line < clip.h264; echo "$line in mp4" > clip.mp4')
-        self.assertEqual(self.ask('视频'), {})
-        with open(gate, 'w') as f:
-            f.write('raw\n')
-        (kind, body), = self.see(1)
-        self.assertEqual((kind, self.wecom.media[body['media_id']]['data']), ('video', b'raw in mp4\n'))
-        self.assertEqual(os.listdir(self.tmp), [])
-
-    def test_two_users_at_once_do_not_collide(self):
-        self.program('rpicam-still', 'mkdir %s/busy || exit 9\nsleep 0.05\nrmdir %s/busy\n'
-                     'echo "one of $$" > photo.jpg' % (self.folder, self.folder))
-        users = 'zhangsan', 'wangwu'
-        threads = [threading.Thread(target=self.ask, args=('拍照', user)) for user in users]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        pictures = {self.wecom.inbox[user][0][1]['Image']['MediaId'] for user in users}
-        self.assertEqual(len({self.wecom.media[m]['data'] for m in pictures}), 2)
-
-    def test_a_picture_that_cannot_be_uploaded_is_told(self):
-        self.wecom.trusted = False
-        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
-            self.assertIn('203.0.113.9 加到「应用管理', self.ask('拍照')['Content'])
-        self.assertIn('(60020)', logs.output[0])
-        self.assertEqual(os.listdir(self.tmp), [])
-
-    def test_it_starts(self):
-        self.serve(monkey_monitor.main, lambda: self.say('状态'))
-        self.assertIn('负载', self.see(1)[0][1])
-
-
-class NasTests(ExampleCase):
-    """每一遍都是新的 --once,中间隔着一次重启;/proc、/sys 和程序都在自己的目录里。"""
-
-    def setUp(self):
-        super().setUp()
-        self.root = nas_monitor.ROOT
-        self.config('[nas]\nreport =\n')
-
-    def put(self, path, text):
-        path = os.path.join(self.root, path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write(text)
-
-    def once(self, **env):
-        """→ (退出码, stderr)。"""
-        return self.run_main(nas_monitor.main, '--once', **env)
-
-    def sent(self):
-        """用户到现在收到的,每条的第一行;收过的不再算。"""
-        messages, self.wecom.messages[:] = list(self.wecom.messages), []
-        return [m['text']['content'].partition('\n')[0] for m in messages]
-
-    def heat(self, *degrees):
-        """这么热的时候各看一遍 → 收到的。"""
-        for value in degrees:
-            self.put('sys/class/thermal/thermal_zone0/temp', '%d000\n' % value)
-            self.assertEqual(self.once(), (0, ''))
-        return self.sent()
-
-    def test_one_event_is_one_alert_and_one_recovery(self):
-        self.put('sys/class/thermal/thermal_zone0/type', 'cpu\n')
-        self.put('sys/class/hwmon/hwmon0/temp1_input', '-60000\n')
-        self.put('sys/class/hwmon/hwmon0/temp2_input', '255000\n')
-        self.assertEqual(self.heat(45, 75), [])
-        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
-        self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
-        self.assertEqual(self.heat(70), ['恢复正常:温度,70 °C(cpu)'])
-        self.assertEqual(self.heat(75, 79), [])
-        self.assertEqual(self.heat(81), ['⚠ 温度:81 °C(cpu)'])     # 同一秒的同一句,企业微信只送一次
-        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
-        self.assertEqual((self.once(), self.sent()), ((0, ''), []))
-
-    def test_the_thresholds_are_from_the_config(self):
-        self.config('[nas]\ntemperature = 50 # 夏天\ntemperature_ok = 40\nreport=\nload=0.5\nload_ok=0\n')
-        self.assertEqual(len(self.heat(49, 50, 41, 50, 40)), 2)
-        self.put('proc/loadavg', '0.00 %.2f 0.00 1/100 1\n' % (os.cpu_count() / 2))
-        self.once()
-        self.assertEqual(self.sent(), ['⚠ 负载:每核 0.50'])
-
-    def test_what_could_not_be_sent_is_sent_at_the_next_check(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.wecom.script('message/send', 'close', 'close', {'errcode': 60020, 'errmsg': 'x'})
-        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
-            self.assertEqual(self.once()[0], 3)
-            self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-            self.assertEqual(self.once()[0], 3)
-            self.wecom.script('message/send', {'errcode': 60020, 'errmsg': 'x'})
-            self.assertEqual(self.once()[0], 3)
-        self.assertEqual((len(logs.output), self.sent()), (4, []))
-        self.assertEqual(self.once(), (0, ''))
-        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()', '恢复正常:温度,50 °C()'])
-        self.assertEqual((self.once(), self.sent()), ((0, ''), []))
-
-    def test_what_may_have_arrived_is_repeated_word_for_word(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.wecom.script('message/send', 'lost')
-        with self.assertLogs('easywechat.nas', 'ERROR'):
-            self.assertEqual(self.once()[0], 3)
-        self.assertEqual(self.once(), (0, ''))
-        self.assertEqual(self.count('message/send'), 2)
-        for message in self.wecom.messages:     # 不管第二条给不给用户看
-            self.assertEqual(message, self.wecom.messages[0])
-            self.assertEqual((message['enable_duplicate_check'], message['duplicate_check_interval']), (1, 14400))
-
-    def test_raid(self):
-        form = ('Personalities : [raid1]\nmd0 : active raid1 sdb1[1] sda1[0]%s\n'
-                '      976630464 blocks super 1.2 [2/%d] [%s]%s\n      bitmap: 2/8 pages [8KB]\n\n'
-                'md1 : active raid0 sdc1[1] sdd1[0]\n      100 blocks 512k chunks\n\nunused devices: <none>\n')
-        rows = [(('', 2, 'UU', '\n      [=>...]  check = 7.9% (1/2) finish=9.9min'), []),
-                (('(F)', 1, '_U', ''), ['⚠ RAID md0:降级 [_U]']),
-                (('', 1, '_U', '\n      [==>..]  recovery = 12.6% (37/292) finish=127.5min'), []),
-                (('', 2, 'UU', ''), ['恢复正常:RAID md0,正常 [UU]'])]
-        for values, expected in rows:
-            self.put('proc/mdstat', form % values)
-            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
-            if 'recovery' in values[3]:
-                self.assertIn('⚠ RAID md0:降级 [_U] recovery 12.6%\nRAID md1:正常', self.status())
-        self.put('proc/mdstat', 'md0 : inactive sda1[0](S)\n      100 blocks super 1.2\n')
-        self.once()
-        self.assertEqual(self.sent(), ['⚠ RAID md0:停了'])
-
-    def test_ups(self):
-        for status, charge, expected in (
-                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电:停了,电池 87%']), ('OB DISCHRG', 60, []),
-                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量:快没了,电池 9%']), ('', 0, []),
-                ('OL CHRG', 55, ['恢复正常:UPS nas 市电,有,电池 55%', '恢复正常:UPS nas 电量,够,电池 55%'])):
-            self.program('upsc', '[ "$1" = -l ] && echo nas && exit\n[ "$1" = nas ] && echo "battery.charge: %d"\n'
-                         'echo "%s"' % (charge, status and 'ups.status: ' + status))
-            self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
-
-    def test_smart_is_asked_once_an_hour(self):
-        self.put('sys/block/sda/size', '1')
-        self.put('sys/block/loop0/size', '1')
-        self.once()                             # 有了放 state 的文件夹
-        client, settings, asked = self.make(), dict(nas_monitor.DEFAULTS, report=None), self.folder + '/asked'
-        for hour, answer, expected in (
-                (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
-                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), (4, 'exit 2', []),
-                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常']),
-                (2, 'echo "result: OK"; kill -2 $$', [])):
-            self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n'
-                     'echo x >> %s\n%s' % (asked, answer))
-            os.chmod(self.root + '/usr/sbin/smartctl', 0o755)
-            nas_monitor.check(client, nas_monitor.load(), settings, 1.8e9 + 3600 * hour)
-            self.assertEqual(self.sent(), expected)
-        self.assertEqual(os.path.getsize(asked), 2 * 7)
-
-    def test_the_real_mounts(self):
-        for folder in 'volume 1', 'bind', 'tmp', 'snap/x', 'tank', 'home':
-            os.makedirs(os.path.join(self.root, folder))
-        self.put('proc/mounts', '/dev/sda1 / ext4 rw 0 0\n/dev/sda1 /bind ext4 rw 0 0\nproc /proc proc rw 0 0\n'
-                 'tmpfs /tmp tmpfs rw 0 0\n/dev/md0 /volume\\0401 btrfs rw 0 0\n/dev/sdx /nosuch ext4 rw 0 0\n'
-                 '/dev/loop3 /snap/x squashfs ro 0 0\ntank /tank zfs rw 0 0\ntank/home /home zfs rw 0 0\n')
-        self.config('[nas]\nreport =\ndisk = 0.001\ndisk_ok = 0\n')
-        self.once()
-        self.assertEqual([re.sub(':.*', '', line) for line in self.sent()], [
-            '⚠ 磁盘 /', '⚠ 磁盘 /volume 1', '⚠ 磁盘 /tank'])
-        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1:用了 [0-9]+%,还有 [0-9.]+ GB')
-
-    def status(self, user='zhangsan'):
-        self.bot(nas_monitor.register, nas_monitor.load(), dict(nas_monitor.DEFAULTS))
-        return self.say('状态', user)
-
-    def test_strangers_are_not_answered(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-        self.assertIn('温度:50 °C', self.status())
-        with self.assertLogs('easywechat.nas', 'WARNING'):
-            self.assertEqual(self.status('lisi'), '这台机器只听它主人的话。')
-
-    def test_the_daily_report_comes_once_a_day(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-        self.once()
-        client, settings = self.make(), dict(nas_monitor.DEFAULTS)
-
-        def at(day, hour, minute):
-            now = time.mktime((2026, 12, day, hour, minute, 0, 0, 0, -1))
-            nas_monitor.check(client, nas_monitor.load(), settings, now)
-            return len(self.sent())
-        self.assertEqual([at(9, 7, 59), at(9, 8, 0), at(9, 8, 1), at(9, 7, 59), at(9, 23, 59)], [0, 1, 0, 0, 0])
-        self.assertEqual([at(10, 0, 1), at(10, 12, 0), at(9, 23, 59), at(10, 12, 1)], [0, 1, 0, 0])
-        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'}, 'lost')
-        with self.assertLogs('easywechat.nas', 'ERROR'):
-            self.assertEqual([at(11, 8, 0), at(11, 8, 1), at(11, 8, 2)], [0, 1, 0])
-        for year in 1970, 2040:                 # 没有校过的时钟;错了的时钟改回来,不会等到那一天
-            nas_monitor.check(client, nas_monitor.load(), settings, time.mktime((year, 5, 5, 9, 0, 0, 0, 0, -1)))
-        self.assertEqual([len(self.sent()), at(12, 8, 0), at(12, 8, 1)], [1, 1, 0])
-        settings['report'] = None
-        self.assertEqual(at(13, 8, 0), 0)
-
-    def test_the_report_now(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-        self.assertEqual(self.run_main(nas_monitor.main, '--report'), (0, ''))
-        self.assertIn('\n温度:50 °C', self.wecom.messages[0]['text']['content'])
-        self.wecom.script('message/send', 'close', {'errcode': 60020, 'errmsg': 'x'})
-        for code in 3, 1:
-            got, err = self.run_main(nas_monitor.main, '--report')
-            self.assertEqual(got, code)
-            self.assertRegex(err, r'^nas_monitor: message/send: [^\n]+\n$')
-
-    def test_a_wrong_config_is_one_line(self):
-        for text, words in (('disk = viel', 'disk must be a number'), ('disk = 90%', "'90%'"), ('disc = 90', "'disc'"),
-                            ('report = 24', 'an hour'), ('interval = 0', 'from 1'), ('disk_ok = 90', 'less than disk'),
-                            ('load = nan', 'load must'), ('disk = ', 'disk must'), ('disk = 1\ndisk = 2', 'line ')):
-            self.config('[nas]\n%s\n' % text)
-            code, err = self.once()
-            self.assertEqual(code, 2, text)
-            self.assertRegex(err, r'^nas_monitor: [^\n]+\n$')
-            self.assertIn(words, err)
-        self.assertEqual(self.wecom.calls, [])
-
-    def test_only_one_looks_at_a_time(self):
-        with nas_monitor.alone():
-            self.assertEqual(self.once(), (1, 'nas_monitor: another one is running already\n'))
-
-    def test_a_state_that_cannot_be_kept_stops_no_alert(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.once()
-        store = nas_monitor.kept()
-        store.set(nas_monitor.NAME, b'{"alerts": [')            # 坏了的
-        self.sent()
-        for degrees, words in (91, 'damaged'), (92, 'cannot save'):
-            self.put('sys/class/thermal/thermal_zone0/temp', '%d000' % degrees)
-            with self.assertLogs('easywechat.nas', 'ERROR') as logs:
-                self.assertEqual(self.once()[0], 0)
-            self.assertEqual(self.sent(), ['⚠ 温度:%d °C()' % degrees])
-            self.assertIn(words, logs.output[0])
-            if words == 'damaged':
-                os.unlink(store._path(nas_monitor.NAME))
-                os.mkdir(store._path(nas_monitor.NAME))         # 写不了
-
-    def test_a_folder_of_a_neighbour_harms_nothing(self):
-        shared, victim = os.path.join(self.folder, 'shared'), str(self.file('victim'))
-        os.mkdir(shared)
-        os.chmod(shared, 0o777)
-        theirs = os.path.join(shared, 'easywechat')
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        cases = [lambda: (os.mkdir(theirs), os.chmod(theirs, 0o777)), lambda: os.symlink(self.bin, theirs)]
-        if os.geteuid() == 0:
-            cases.append(lambda: (os.mkdir(theirs), os.chown(theirs, 65534, 65534)))
-        for make in cases:
-            make()
-            for name in 'nas_monitor.json', 'nas_monitor.json.new', 'nas_monitor.json.lock':
-                os.symlink(victim, os.path.join(theirs, name))
-            with self.assertLogs('easywechat.nas', 'WARNING'):
-                self.assertEqual(self.once(XDG_STATE_HOME=shared)[0], 0)
-            with contextlib.redirect_stderr(io.StringIO()):
-                self.assertRaises(ConfigError, lambda: self.open_tickets(shared))
-            with open(victim, 'rb') as f:
-                self.assertEqual(len(f.read()), 100)
-            for name in os.listdir(theirs):
-                os.unlink(os.path.join(theirs, name))
-            os.unlink(theirs) if os.path.islink(theirs) else os.rmdir(theirs)
-
-    def open_tickets(self, state):
-        with environment(**dict(os.environ, XDG_STATE_HOME=state)):
-            return ticket_watcher.open_state()
-
-    def test_a_disk_with_a_link_for_a_name(self):
-        self.put('proc/mdstat', 'md<a : inactive sda1[0]\n')
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.put('sys/class/thermal/thermal_zone0/type', '<a href="http://evil.example">点我</a>')
-        self.once()
-        self.assertIn('温度:90 °C(点我)', '\n'.join(self.sent()))
-
-    def test_without_a_place_for_the_state_alerts_still_come(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.config('[nas]\nreport = 0\n')
-        nowhere = os.path.join(os.devnull, 'x')
-        with self.assertLogs('easywechat.nas', 'WARNING') as logs:
-            self.assertEqual(self.once(XDG_STATE_HOME=nowhere), (0, ''))
-            self.assertEqual(self.run_main(nas_monitor.main, '--report', XDG_STATE_HOME=nowhere), (0, ''))
-        self.assertEqual(len(logs.output), 1)
-        self.assertIn('set XDG_STATE_HOME', logs.output[0])
-        self.assertEqual([line[:3] for line in self.sent()], ['⚠ 温', (platform.node() + ' 的')[:3]])
-
-    def test_it_watches_and_answers_in_one_process(self):
-        self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.serve(nas_monitor.main, lambda: (self.see(1), self.say('状态')))
-        (_, alert), (_, answer) = self.see(2)
-        self.assertIn('⚠ 温度:90 °C', alert)
-        self.assertIn('\n⚠ 温度:90 °C', answer)
-
-    def test_alerts_need_no_aes_and_no_callback(self):
-        code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "
-                "import nas_monitor; sys.exit(nas_monitor.main(['--report']))")
-        self.config(token='', encoding_aes_key='')
-        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE), 0)
-        self.assertEqual(len(self.wecom.messages), 1)
-
-
-def trickle(handler):
-    """一个 `stand_in` 的回答：一个字节一个字节，没完没了。"""
-    handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
-    while True:
-        handler.wfile.write(b':')
-        time.sleep(0.05)
-
-
-def stand_in(case, answer):
-    """本机的一个 HTTP 服务 → 它的 URL;``answer(handler)`` 自己写回答。"""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        log_message = staticmethod(lambda *args: None)
-
-        def do_GET(self):
-            with contextlib.suppress(OSError):      # 听的人走了
-                answer(self)
-
-        do_POST = do_GET
-    server = type('Server', (socketserver.ThreadingMixIn, http.server.HTTPServer), {'daemon_threads': True})(
-        ('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    case.addCleanup(server.server_close)
-    case.addCleanup(server.shutdown)
-    return 'http://127.0.0.1:%d' % server.server_address[1]
-
-
-class Fake12306:
-    """12306 的三个地址。没有先到 init 领 cookie 的,得到的是错误页面。"""
-
-    stations = ("var station_names ='@bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||"
-                '@bjd|北京东|BOP|beijingdong|bjd|1|0357|北京|||'
-                '@bji|北京|BJP|beijing|bj|2|0357|北京|||@bjn|北京南|VNP|beijingnan|bjn|3|0357|北京|||'
-                '@sha|上海|SHH|shanghai|sh|10|0712|上海|||@shq|上海虹桥|AOH|shanghaihongqiao|shhq|12|0712|上海|||'
-                '@tji|天津|TJP|tianjin|tj|15|0351|天津|||\';')
-
-    def __init__(self, case):
-        self.rows, self.mode, self.path, self.paths = [], None, 'leftTicket/queryA', []
-        self.cookie = 'JSESSIONID=1'
-        self.url = stand_in(case, self.answer)
-
-    def row(self, code, start='VNP', end='AOH', can='Y', **seats):
-        """一行余票;``seats`` 是 {'二等座': '有'}。"""
-        cells = [''] * 57
-        cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, 'HBB', 'SNH', start, end, '07:00', '11:32',
-                       '04:32', can, 'x', '20261231']
-        for name, left in seats.items():
-            cells[ticket_watcher.SEATS[name]] = left
-        return '|'.join(cells)
-
-    def answer(self, handler):
-        path, _, query = handler.path.partition('?')
-        path = path[len('/otn/'):]
-        self.paths.append(path)
-        kind, status = 'application/json;charset=UTF-8', 200
-        if self.mode:
-            status, text, kind = self.mode
-        elif path == 'leftTicket/init':
-            text, kind = "<script>var CLeftTicketUrl = 'leftTicket/queryA';</script>", 'text/html'
-        elif path == 'resources/js/framework/station_name.js':
-            text = self.stations
-        elif self.cookie not in handler.headers.get('Cookie', ''):
-            text, kind = '<html>请登录</html>', 'text/html'
-        elif path != self.path:
-            text = json.dumps({'c_url': self.path, 'c_name': 'CLeftTicketUrl', 'status': False})
-        else:
-            self.query = urllib.parse.parse_qsl(query)
-            text = json.dumps({'httpstatus': 200, 'data': {'result': self.rows, 'flag': '1', 'map': {
-                'VNP': '北京南', 'BJP': '北京', 'AOH': '上海虹桥', 'SHH': '上海'}}, 'messages': '', 'status': True})
-        data = zlib.compressobj(wbits=31)
-        data = data.compress(text.encode('utf-8')) + data.flush()
-        handler.send_response(status)
-        for item in (('Content-Type', kind), ('Content-Encoding', 'gzip'), ('Content-Length', str(len(data))),
-                     ('Location', '/otn/error.html')):
-            handler.send_header(*item)
-        if path == 'leftTicket/init':
-            handler.send_header('Set-Cookie', self.cookie + '; Path=/otn')
-        handler.end_headers()
-        handler.wfile.write(data)
-
-
-class TicketTests(ExampleCase):
-
-    def setUp(self):
-        super().setUp()
-        self.railway = Fake12306(self)
-        self.at(2026)
-        self.bot(lambda server: server.register_callback('text', lambda msg: self.watcher.answer(msg)))
-        self.restart()
-
-    def at(self, year):
-        self.clock = datetime.datetime(year, 12, 20, 10, tzinfo=ticket_watcher.CHINA).timestamp()
-
-    def restart(self):
-        """新的进程,同一个状态文件。"""
-        railway = ticket_watcher.Railway(self.railway.url)
-        self.state, watches = ticket_watcher.open_state()
-        self.watcher = ticket_watcher.Watcher(
-            railway, lambda text, user: self.server.client.send(text, to=user), self.state, watches)
-        railway._now = self.watcher._now = self.watcher._wall = lambda: self.clock
-        railway._sleep = self.sleep
-        self.watcher.step()         # 车站表
-
-    def state_file(self):
-        return self.state._path(ticket_watcher.NAME)
-
-    def sleep(self, seconds):
-        self.clock += seconds
-
-    def look(self, *rows, after=90):
-        """``after`` 秒以后 12306 上是 ``rows``;看一次 → 新收到的。"""
-        self.railway.rows = list(rows)
-        before = len(self.wecom.messages)
-        self.clock += after
-        self.watcher.step()
-        return [m['text']['content'] for m in self.wecom.messages[before:]]
-
-    def test_seats_are_told_once_and_again_when_they_come_back(self):
-        self.assertIn('开始监控 北京 → 上海 2026-12-31 G', self.say('监控 北京 上海 2026-12-31 G'))
-        row = self.railway.row
-        sold = (row('G1', 二等座='无', 商务座='候补'), row('D3', 二等座='有'),
-                row('G5', can='IS_TIME_NOT_BUY', 二等座='9'))
-        self.assertEqual(self.look(*sold), [])
-        self.assertEqual(self.railway.query, [
-            ('leftTicketDTO.train_date', '2026-12-31'), ('leftTicketDTO.from_station', 'BJP'),
-            ('leftTicketDTO.to_station', 'SHH'), ('purpose_codes', 'ADULT')])
-        seats = row('G1', 二等座='有', 一等座='3'), row('D3', 二等座='有')
-        text, = self.look(*seats)
-        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 3 张,二等座有\n', text)
-        self.assertNotIn('D3', text)
-        self.assertEqual(self.look(*seats), [])             # 还在
-        more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
-        self.assertIn('11:32:商务座 1 张\n', more)            # 只说新的
-        self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
-        self.assertIn('没有直达的车', self.say('列表'))
-        self.assertEqual(self.look(row('G1', 二等座='5', 一等座='2', 商务座='1')), [])
-        self.assertEqual(self.look(*sold), [])
-        self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
-        self.restart()
-        self.assertEqual(self.look(*seats), [])
-        self.assertIn('1. 北京 → 上海 2026-12-31 G(10:', self.say('列表'))
-        self.assertEqual(stat.S_IMODE(os.stat(self.state_file()).st_mode), 0o600)
-
-    def test_an_alert_that_was_not_sent_is_sent_later(self):
-        self.say('监控 北京 上海 2026-12-31')
-        seats = self.railway.row('G1', 二等座='有'),
-        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
-        with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(self.look(*seats), [])
-        self.assertEqual(len(self.look(*seats)), 1)
-        self.assertEqual(self.look(*seats), [])
-
-    def test_one_query_serves_all_watches_of_a_route(self):
-        self.say('监控 北京 上海 2026-12-31 G')
-        self.say('监控 北京南 上海虹桥 2026-12-31 一等', user='lisi')
-        self.say('监控 北京 上海 2026-12-31 D3', user='lisi')
-        row = self.railway.row
-        self.look(row('G1', 二等座='有', 一等座='2'), row('D31', 二等座='有'))
-        self.assertEqual(self.railway.paths.count('leftTicket/queryA'), 1)
-        self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan'])
-        self.look(row('G1', 二等座='有', 一等座='2'), row('G7', 'BJP', 一等座='2'), after=16)
-        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
-        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南,不是北京
-        self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan', 'lisi'])
-        before = len(self.railway.paths)
-        self.look(after=16)                                 # 两条路线都看过了,没到一分钟
-        self.assertEqual(len(self.railway.paths), before)
-
-    def test_requests_keep_their_distance_and_a_new_path_is_followed(self):
-        self.say('监控 北京 上海 2026-12-31')
-        self.railway.path = 'leftTicket/queryZ'
-        begin = self.clock
-        self.assertEqual(len(self.look(self.railway.row('G1', 无座='有'), after=60)), 1)
-        self.assertEqual(self.railway.paths[1:], ['leftTicket/init', 'leftTicket/queryA', 'leftTicket/queryZ'])
-        self.assertGreaterEqual(self.clock - begin - 60, 2 * 10)     # init、A、Z 之间
-        self.look()
-        self.assertEqual(self.railway.paths[4:], ['leftTicket/queryZ'])
-        self.railway.path = 'http://evil/queryZ'
-        with self.assertLogs('easywechat', 'WARNING'):
-            self.look()
-        self.assertEqual(self.railway.paths[5:], ['leftTicket/queryZ'])
-
-    def test_after_a_refusal_it_waits_longer_and_longer(self):
-        self.say('监控 北京 上海 2026-12-31')
-        self.look()
-        modes = [(200, '<html>系统忙', 'text/html'), (503, '', 'text/html'), (302, '', 'text/html'),
-                 (200, '', 'application/json'), (200, '{"data": {}, "status": true}', 'application/json'),
-                 (200, '[]', 'application/json')]
-        waits = []
-        for self.railway.mode in modes:
-            with self.assertLogs('easywechat', 'WARNING') as logs:
-                self.look(after=90 if not waits else 0)
-            self.assertIn('12306 refused %d times' % (len(waits) + 1), logs.output[0])
-            waits.append(self.watcher.railway.not_before - self.clock)
-            self.assertIn('12306 现在不答应', self.say('列表'))
-            self.look(after=waits[-1] - 1)                  # 还没到时候
-            self.assertEqual(len(self.railway.paths), 3 + len(waits))
-            self.clock += 61
-        for n, wait in enumerate(waits):
-            self.assertTrue(10 * 2 ** (n + 1) <= wait <= 15 * 2 ** (n + 1), waits)
-        self.railway.mode, self.railway.cookie = None, 'JSESSIONID=2'
-        self.assertEqual(len(self.look(self.railway.row('G1', 硬卧='12'), after=0)), 1)
-        self.assertEqual(self.watcher.railway.failures, 0)
-
-    def test_days_that_are_not_on_sale_wait_and_days_that_passed_end(self):
-        self.assertIn('2026-12-22 才开始卖', self.say('监控 北京 上海 2027-01-05'))
-        count = len(self.railway.paths)
-        seats = self.railway.row('G1', 二等座='有'),
-        self.assertEqual(self.look(*seats), [])
-        self.assertEqual(len(self.railway.paths), count)
-        self.assertIn('2026-12-22 开始卖', self.say('列表'))
-        self.assertEqual(len(self.look(*seats, after=2 * 86400)), 1)
-        self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
-        with self.assertLogs('easywechat', 'ERROR'):
-            self.look(after=15 * 86400)
-        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了,不再监控'])
-        self.assertEqual(self.say('列表'), '没有在监控的')
-
-    def test_wrong_input_gets_a_sentence(self):
-        for text, answer in [
-                ('你好', '监控 北京 上海 2026-12-31:有票了'), ('监控 北京', '写成:监控 北京 上海'),
-                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站,有:上海虹桥'),
-                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '「2026-02-30」不对'),
-                ('监控 北京 上海 2026-12-19', '已经过了'), ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」'),
-                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京,上海,2026-12-31,g1,二等', '开始监控'),
-                ('监控 北京 上海 2026-12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'),
-                ('取消 一', '写成:取消 2')]:
-            self.assertIn(answer, self.say(text), text)
-        for n in range(9):
-            self.say('监控 天津 上海 2026-12-31 G%d' % n)
-        self.assertIn('最多监控 10 个', self.say('监控 天津 上海 2026-12-31 K1'))
-        self.assertIn('开始监控', self.say('监控 天津 上海 2026-12-31 K1', user='lisi'))
-        self.assertEqual(self.say('取消 2'), '取消了:\n天津 → 上海 2026-12-31 G0')
-        self.assertEqual(self.say('取消').count('\n'), 9)
-        self.assertEqual((self.say('列表'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
-
-    def test_a_broken_state_file_is_set_aside(self):
-        for text in '{', '{"watches": [{"user": "x"}]}', '[]':
-            self.state.set(ticket_watcher.NAME, text.encode())
-            with self.assertLogs('easywechat', 'ERROR'):
-                self.restart()
-            self.assertEqual(self.state.get(ticket_watcher.NAME + '.broken'), text.encode())
-            self.assertEqual(self.say('列表'), '没有在监控的')
-
-    def test_without_the_table_of_stations_it_says_so(self):
-        self.railway.mode = 500, '', 'text/html'
-        with self.assertLogs('easywechat', 'WARNING'):
-            self.restart()
-        self.assertIn('没有车站表', self.say('监控 北京 上海 2026-12-31'))
-
-    def test_the_state_is_written_when_it_changed(self):
-        self.say('监控 北京 上海 2026-12-31')
-        seats = self.railway.row('G1', 二等座='有'),
-        files = []
-        for rows in (), seats, seats, ():
-            self.look(*rows)
-            files.append(os.stat(self.state_file()).st_ino)
-        self.assertEqual([a == b for a, b in zip(files, files[1:])], [False, True, True])
-        self.assertIn('10:', self.say('列表'))
-        self.assertNotIn('看过', self.state.get(ticket_watcher.NAME).decode('utf-8'))
-
-    def test_it_starts_watches_and_stops(self):
-        self.at(2020)
-        self.say('监控 北京 上海 2020-12-31')
-        route = '北京 → 上海 %s' % (datetime.datetime.now(ticket_watcher.CHINA) + datetime.timedelta(1)).date()
-        command = '监控 ' + route.replace('→ ', '')
-        self.config(touser='')                  # 谁的监控就发给谁
-        self.serve(ticket_watcher.main, lambda: (
-            self.see(2), self.until(lambda: '开始监控' in self.say(command))), '--base', self.railway.url + '/')
-        self.assertEqual(self.see(3)[1], ('text', '北京 → 上海 2020-12-31 过了,不再监控'))
-        self.restart()
-        self.assertEqual([ticket_watcher.describe(watch) for watch in self.watcher.watches], [route])
-
-
-class FakeLlm:
-    """OpenAI 兼容的接口:下一个回答在 ``script`` 里,一个一个片段地流出来;没有了就数这是第几问。"""
-
-    key = 'sk-' + PLANTED
-
-    def __init__(self, case):
-        self.script, self.asked, self.gate = [], [], threading.Event()
-        self.url = stand_in(case, self.answer) + '/v1'
-        case.addCleanup(self.gate.set)
-
-    def answer(self, handler):
-        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])).decode('utf-8'))
-        if handler.headers['Authorization'] != 'Bearer ' + self.key or body['stream'] is not True:
-            handler.send_error(418)
-            return
-        self.asked.append([m['content'] for m in body['messages']])
-        step = self.script.pop(0) if self.script else ['答 %d' % len(self.asked)]
-        if isinstance(step, int):
-            handler.send_response(step)
-            handler.send_header('Location', '/elsewhere')
-            handler.end_headers()
-            handler.wfile.write(('{"error": {"message": "Incorrect API key: %s"}}' % self.key).encode())
-            return
-        handler.protocol_version = 'HTTP/1.1'
-        handler.close_connection = True
-        handler.send_response(200)
-        handler.send_header('Transfer-Encoding', 'chunked')
-        handler.end_headers()
-        handler.wfile.write(b'e\r\n: keep-alive\n\n\r\n')
-        for piece in step + ['[DONE]']:
-            if piece is None:
-                self.gate.wait(10)
-            elif piece is Ellipsis:         # 断在半中间
-                return
-            elif piece.startswith('{') or piece == '[DONE]':
-                self.send(handler, piece)
-            else:
-                self.send(handler, json.dumps({'choices': [{'delta': {'content': piece}}]}, ensure_ascii=False))
-        handler.wfile.write(b'0\r\n\r\n')
-
-    def send(self, handler, data):
-        """一个事件,七个字节一块:总有断在一个字中间的。"""
-        data = ('data: %s\r\n\r\n' % data).encode('utf-8')
-        for n in range(0, len(data), 7):
-            handler.wfile.write(b'%x\r\n%s\r\n' % (len(data[n:n + 7]), data[n:n + 7]))
-
-
-class LlmTests(ExampleCase):
-
-    def setUp(self):
-        super().setUp()
-        self.llm = FakeLlm(self)
-        self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
-        self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
-        self.bot(llm_bot.register, self.chat)
-
-    def pushed(self, count):
-        """等到主动发来了 ``count`` 条。"""
-        self.until(lambda: len(self.wecom.messages) >= count)
-        return [m['text']['content'] for m in self.wecom.messages]
-
-    def test_a_short_answer_is_the_passive_reply_and_the_history_is_sent(self):
-        self.llm.script = [['你', '好', '😀', '!'], ['', '再见']]
-        self.assertEqual(self.say('在吗'), '你好😀!')
-        self.assertEqual(self.say('走了'), '再见')
-        self.assertEqual(self.say('谁', user='lisi'), '答 3')
-        self.assertEqual(self.llm.asked[1:], [['system', '在吗', '你好😀!', '走了'], ['system', '谁']])
-        self.assertEqual(self.wecom.messages, [])
-
-    def test_a_long_answer_comes_in_parts_while_it_is_written(self):
-        parts = ['第 %d 段。%s' % (n, '长长的话,' * 60) for n in range(4)]
-        parts[2] = '```\n' + 'a\n\n' * 200 + '```'
-        pieces = [piece for part in parts for piece in (part[:99], part[99:], '\n', '\n')]
-        self.llm.script = [pieces[:8] + [None] + pieces[8:]]
-        self.assertIsNone(self.say('讲讲'))
-        self.assertEqual(self.pushed(2), parts[:2])             # 后面的还没有写
-        self.assertIn('还没答完', self.say('快点'))
-        self.assertEqual(self.say('你呢', user='lisi'), '答 2')
-        self.llm.gate.set()
-        self.assertEqual(self.pushed(4), parts)
-        self.say('然后')
-        self.assertEqual(self.llm.asked[-1][1:], ['讲讲', ''.join(pieces), '然后'])
-
-    def test_an_endless_paragraph_is_cut_between_sentences(self):
-        text = ''.join('第 %d 句话在这里,没有空行。' % n for n in range(200))
-        self.llm.script = [[text[n:n + 10] for n in range(0, len(text), 10)]]
-        self.say('讲讲')
-        self.assertTrue(self.until(lambda: ''.join(self.pushed(5)) == text))
-        for part in self.pushed(0):
-            self.assertTrue(part.endswith('。') and len(part.encode('utf-8')) <= 2048, part)
-
-    def test_trouble_is_a_sentence_and_what_came_is_delivered(self):
-        key, cut = self.llm.key, '{"choices": [{"delta": {}, "finish_reason": "length"}]}'
-        for step, sentence in [
-                (401, '(接口不认这个密钥 (401)'), (429, '(问得太快,或额度用完了 (429)'), (503, '(接口出错了 (503)'),
-                (302, '(接口不收这个问题 (302)'), (400, '(接口不收这个问题 (400)'), ([...], '(回答没有完就断了)'),
-                (['一半', ...], '一半\n\n(回答没有完就断了)'), (['一半', cut], '一半\n\n(太长,没有说完)'),
-                (['{"error": {"message": "%s"}}' % key], '(接口出错了)'), (['{x'], '(接口答的看不懂)'),
-                (['{"choices": ["%s"]}' % key], '(接口答的看不懂)')]:
-            self.llm.script = [step]
-            with self.assertLogs('easywechat', 'ERROR') as logs:
-                self.assertIn(sentence, self.say('在吗'))
-            self.assertEqual(len(logs.output), 1)
-            self.assertNotIn(PLANTED, logs.output[0])
-        self.assertEqual(self.llm.asked[-1][1:], ['在吗', '一半'] * 2 + ['在吗'])      # 没有答的不记
-        self.llm.script = [['']]
-        self.assertEqual(self.say('在吗'), '(没有回答)')
-
-    def test_a_silent_or_missing_endpoint_is_a_sentence(self):
-        self.endpoint.timeout = 0.1
-        self.llm.script = [['一半', None]]
-        with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(self.say('在吗'), '一半\n\n(接口太久没有回答)')
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))        # 没有人听
-            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % s.getsockname()[1], 'm').stream
-            with self.assertLogs('easywechat', 'ERROR'):
-                self.assertEqual(self.say('在吗'), '(和接口的连接断了)')
-        self.chat._stream = self.endpoint.stream
-        self.endpoint.most = 3
-        self.llm.script = [['一二三', '四', '五']]
-        self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
-
-    def test_a_trickle_ends_at_the_limit(self):
-        endpoint = llm_bot.Endpoint('k', stand_in(self, trickle), 'm')
-        endpoint.within = 0.2
-        railway = ticket_watcher.Railway(stand_in(self, trickle))
-        railway.timeout = 0.2
-        begin = time.monotonic()
-        with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(llm_bot.Trouble):
-            list(endpoint.stream([]))
-        with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(ticket_watcher.Refused):
-            railway.load()
-        self.assertLess(time.monotonic() - begin, 4)
-
-    def test_it_forgets_when_told_and_after_a_while_and_the_oldest(self):
-        now = [1000]
-        self.chat._now = lambda: now[0]
-        self.say('一')
-        now[0] += 1800
-        self.say('二')
-        self.assertEqual(self.llm.asked[-1], ['system', '一', '答 1', '二'])
-        now[0] += 1801
-        self.say('三')
-        self.assertEqual(self.llm.asked[-1], ['system', '三'])
-        self.assertEqual(self.say('清除'), '好,都忘了')
-        self.say('四')
-        self.assertEqual(self.llm.asked[-1], ['system', '四'])
-        self.chat.turns = 2
-        for text in '五六七':
-            self.say(text)
-        self.assertEqual(self.llm.asked[-1], ['system', '五', '答 5', '六', '答 6', '七'])
-        self.chat.characters = 7
-        self.say('八')
-        self.say('九')
-        self.assertEqual(self.llm.asked[-1], ['system', '八', '答 8', '九'])
-        self.chat.users = 2
-        self.say('甲', user='lisi')
-        self.say('乙', user='wangwu')
-        self.assertEqual(list(self.chat._talks), ['lisi', 'wangwu'])
-        now[0] += 1801
-        self.say('丙')
-        self.assertEqual(list(self.chat._talks), ['zhangsan'])
-
-    def test_forgetting_holds_for_the_answer_under_way(self):
-        self.llm.script = [['一', None, '二']]
-        thread = threading.Thread(target=self.say, args=('讲讲',))
-        thread.start()
-        self.until(lambda: self.llm.asked)
-        self.assertEqual(self.say('清除'), '好,都忘了')
-        self.llm.gate.set()
-        thread.join()
-        self.assertEqual(self.wecom.inbox['zhangsan'][-1], ('text', '一二'))
-        self.say('好')
-        self.assertEqual(self.llm.asked[-1], ['system', '好'])
-        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='M')
-        self.assertEqual(reply['Content'], '只看得懂文字')
-
-    def test_the_last_answer_is_remembered_however_long(self):
-        self.chat.characters = 100
-        self.llm.script = [['答'], ['长' * 300]]
-        for text in '在吗', '讲讲', '然后':
-            self.say(text)
-        self.assertEqual(self.llm.asked[-1], ['system', '在吗', '答', '讲讲', '长' * 50, '然后'])
-        self.say('长' * 300)
-        self.say('好')
-        self.assertEqual(self.llm.asked[-1], ['system', '长' * 300, '答 4', '好'])
-
-    def test_it_starts_from_the_environment(self):
-        self.serve(llm_bot.main, lambda: self.say('在吗'), '--system', '话少', OPENAI_API_KEY=self.llm.key,
-                   OPENAI_BASE_URL=self.llm.url + '/', OPENAI_MODEL='m')
-        self.assertEqual((self.see(1), self.llm.asked), ([('text', '答 1')], [['话少', '在吗']]))
-
-    def test_the_section_of_the_file_comes_before_the_environment(self):
-        self.config('[llm]\napi_key = "%s"\nbase_url = %s/\n' % (self.llm.key, self.llm.url))
-        with environment(**dict(os.environ, OPENAI_API_KEY='x', OPENAI_MODEL='m')):
-            self.chat._stream = llm_bot.find_endpoint().stream
-        self.assertEqual(self.say('在吗'), '答 1')
-
-
-class ExampleTests(ExampleCase):
-    """四个示例都一样的。"""
-
-    needed = {llm_bot: 'corpid token', ticket_watcher: 'corpid token secret agentid',
-              monkey_monitor: 'corpid token secret agentid touser',
-              nas_monitor: 'corpid token secret agentid touser'}
-
-    def check(self, code, words, *args, examples=needed, **env):
-        """都以 ``code`` 结束,说一行,里面有 ``words`` (正则式)。"""
-        env = dict(dict(OPENAI_API_KEY='k', OPENAI_MODEL='m', OPENAI_BASE_URL=''), **env)
-        for example in examples:
-            got, err = self.run_main(example.main, *args, **env)
-            self.assertEqual((got, err.count('\n')), (code, 1), err)
-            self.assertRegex(err, '^%s: .*%s' % (example.__name__, words))
-
-    def test_a_missing_key_is_named(self):
-        for example, keys in self.needed.items():
-            for key in keys.split():
-                self.config(**{key: ''})
-                self.check(2, r'%s is missing: set it in \[demo\] of config.ini, or EASYWECHAT_%s\n' % (
-                    key, key.upper()), examples=[example])
-
-    def test_what_else_is_wrong_is_one_line(self):
-        self.config('[nas]\nreport =\n')
-        self.check(2, 'port must be 0-65535', '--port', '99999')
-        with socket.socket() as s:
-            s.bind(('0.0.0.0', 0))
-            s.listen(1)
-            port = str(s.getsockname()[1])
-            self.check(3, 'cannot listen on 0.0.0.0 port %s: .*; --port takes another\n' % port, '--port', port)
-        self.check(2, '--base takes http', '--base', 'kyfw.12306.cn', examples=[ticket_watcher])
-        self.check(2, 'cannot write ', examples=[ticket_watcher], XDG_STATE_HOME=os.path.join(os.devnull, 'x'))
-        self.check(2, r'OPENAI_API_KEY is missing: set it, or api_key in \[llm\] of config.ini\n',
-                   examples=[llm_bot], OPENAI_API_KEY='')
-        self.check(2, 'OPENAI_BASE_URL is not as it should be', examples=[llm_bot], OPENAI_BASE_URL=PLANTED)
-        self.config('x')
-        self.check(2, 'config.ini, line [0-9]+: ')
-        os.unlink(os.environ['EASYWECHAT_CONFIG'])
-        self.check(2, 'no configuration found; tried: ')
-
-    def test_help_needs_no_terminal_that_can_show_chinese(self):
-        env = dict(os.environ, PYTHONIOENCODING='ascii')
-        started = [subprocess.Popen([sys.executable, example.__file__, '--help'], env=env, stdout=subprocess.PIPE)
-                   for example in self.needed]
-        for process in started:
-            self.assertIn(b'\\u', process.communicate(timeout=20)[0])
-            self.assertEqual(process.returncode, 0)
-
-
 # ---- 文件对自己的许诺 -------------------------------------------------------------------------
 
 class PromiseTests(unittest.TestCase):
@@ -5658,9 +4305,13 @@ class PromiseTests(unittest.TestCase):
 
 
 def load_tests(loader, tests, pattern):
-    """节的顺序;许诺在最后,因为它们要看全部的日志。"""
-    order = sorted((n for n in globals() if n.endswith('Tests')), key=list(globals()).index)
-    return unittest.TestSuite(loader.loadTestsFromTestCase(globals()[n]) for n in order)
+    """节的顺序，示例的在后；许诺在最后，因为它们要看全部的日志。"""
+    sys.modules.setdefault('test_easywechat', sys.modules[__name__])
+    import test_examples
+    cases = [thing for module in (sys.modules[__name__], test_examples) for name, thing in vars(module).items()
+             if name.endswith('Tests') and thing.__module__ == module.__name__]
+    cases.sort(key=lambda case: case is PromiseTests)
+    return unittest.TestSuite(map(loader.loadTestsFromTestCase, cases))
 
 
 if __name__ == '__main__':
