@@ -65,18 +65,18 @@ try:
     import logging
     logger = logging.getLogger('easywechat')
 except ImportError:             # OpenWrt 没装 python3-logging:警告以上写到 stderr
-    class logger:               # 与 logging.Logger 同名的几个方法,只此而已
+    class _Stderr:              # 与 logging.Logger 同名的几个方法,只此而已
         debug = info = staticmethod(lambda msg, *args: None)
         warning = error = staticmethod(lambda msg, *args: print(
             'easywechat: ' + (msg % args if args else msg), file=sys.stderr))
-    logging = None
+    logger, logging = _Stderr, None     # type: ignore[assignment]
 
 # OpenWrt 没装 python3-codecs 时没有 idna,连 IP 地址都查不了;这个排在标准的后面,有它就轮不到。
 codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
     codecs.ascii_encode, codecs.ascii_decode, name='idna'))
 
 #: 对象 → {属性: 怎样造}：锁、计数、名单，每个进程一份。fork 出来的进程里没有别的线程，它们拿着的锁再也放不开。
-_per_process = weakref.WeakKeyDictionary()
+_per_process: 'weakref.WeakKeyDictionary[Any, Any]' = weakref.WeakKeyDictionary()
 _process = [os.getpid()]
 
 
@@ -104,6 +104,25 @@ __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMs
            'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config', 'get_section', 'state_folder', 'plain_text',
            'fetch', 'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
            'NetworkError']
+
+# 注解写成字符串，只给类型检查器和编辑器：运行的时候不导入 typing。没有注解的是这个文件自己的。
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-any-generics
+# mypy: no-check-untyped-defs, no-warn-return-any
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import (AbstractSet, Any, AsyncIterator, Awaitable, Callable, Deque, Dict, Iterator, List, Mapping,
+                        Optional, Sequence, Set, Tuple, TypeVar, Union, overload)
+    from typing_extensions import ParamSpec
+    from pathlib import Path
+    Message = Dict[str, Any]            # 收到的消息，企业微信的回答
+    Who = Union[None, str, int, Sequence[object], AbstractSet[object]]
+    Sendable = Union[None, str, Mapping[str, Any], os.PathLike[str], Sequence['Sendable'], Iterator['Sendable']]
+    # 回调返回的
+    Result = Union[Sendable, Sequence['Result'], Iterator['Result'], Awaitable['Result'], AsyncIterator['Result']]
+    Function = TypeVar('Function', bound=Callable[..., Result])
+    HTTPAnswer = Tuple[int, List[Tuple[str, str]], bytes]
+    Spawn = Optional[Callable[..., bool]]
+    P = ParamSpec('P')
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
@@ -150,15 +169,18 @@ class WeChatError(Exception):
     ``errcode`` (int) 是官方返回码或 HTTP 状态,``errmsg`` (str) 是一句英文;``status`` 是 HTTP 状态。
     """
 
-    def __init__(self, errcode, errmsg=None):
+    errcode: int
+    errmsg: str
+
+    def __init__(self, errcode: int, errmsg: 'Optional[str]' = None) -> None:
         super().__init__(errcode, errmsg or _ERRORS.get(errcode, (500, 'no errmsg'))[1])
         self.errcode, self.errmsg = self.args
 
-    def __str__(self):
+    def __str__(self) -> str:
         return '%s (%d)' % (self.errmsg, self.errcode)
 
     @property
-    def status(self):
+    def status(self) -> int:
         """回给对方的 HTTP 状态。"""
         return _ERRORS.get(self.errcode, _ERRORS[500])[0]
 
@@ -173,7 +195,7 @@ class FormatException(WeChatError):
 
 class ConfigError(WeChatError):
     """配置缺了什么或写错了;``errcode`` 是命令行的退出码 2。"""
-    def __init__(self, errmsg):
+    def __init__(self, errmsg: str) -> None:
         super().__init__(2, errmsg)
 
 
@@ -258,12 +280,15 @@ class APIError(WeChatError):
     ``hint`` (str) 是该怎么办。``str()`` 是英文的原话,一个破折号,怎么办。
     """
 
-    def __init__(self, errcode, errmsg, path='', hint=None):
+    path: str
+    hint: str
+
+    def __init__(self, errcode: int, errmsg: str, path: str = '', hint: 'Optional[str]' = None) -> None:
         super().__init__(errcode, errmsg)
         self.path = path
         self.hint = _advice(errcode, self.errmsg) if hint is None else hint
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = '%s%s (%d)' % (self.path and self.path + ': ', self.errmsg, self.errcode)
         return text + ' — ' + self.hint if self.hint else text
 
@@ -274,7 +299,7 @@ class NetworkError(APIError):
     ``maybe_sent`` 为真时请求可能已经到了,重发可能成了两条。
     """
 
-    def __init__(self, errcode, errmsg, path='', hint='', maybe_sent=False):
+    def __init__(self, errcode: int, errmsg: str, path: str = '', hint: str = '', maybe_sent: bool = False) -> None:
         super().__init__(errcode, errmsg + '; it may have been delivered' * maybe_sent, path, hint)
         self.maybe_sent = maybe_sent
 
@@ -291,7 +316,8 @@ _SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+|(//
 #: 密钥的字与字之间可能有的：换行、空白、看不见的，也可能已经写成转义。
 _GAP = r'(?:[^!-~]|\\{1,4}(?:[abfnrtv0]|x[0-9a-f]{2}|u[0-9a-f]{4}))'
 #: 用过的密钥，一直记着；用过的 access_token，最近的一百个。都从错误和日志里抹掉。
-_secrets, _tokens = set(), collections.deque(maxlen=100)
+_secrets: 'Set[str]' = set()
+_tokens: 'Deque[str]' = collections.deque(maxlen=100)
 
 
 def _redact(text):
@@ -421,7 +447,7 @@ def _parse_xml(text):
     return parser.close()
 
 
-def xml_to_dict(text):
+def xml_to_dict(text: 'Union[str, bytes]') -> 'Message':
     """把一个 XML 文档(str,或 UTF-8 的 bytes)读成 dict。
 
     >>> xml_to_dict('<xml><Content><![CDATA[007]]></Content><Item>a</Item><Item>b</Item></xml>')
@@ -466,7 +492,7 @@ def _write_element(name, value, depth):
                           '%d levels deep, got %s' % (name, _XML_DEPTH, type(value).__name__))
 
 
-def dict_to_xml(data):
+def dict_to_xml(data: 'Message') -> str:
     """`xml_to_dict` 的反函数:dict → 以 ``<xml>`` 为根的文档 (str)。
 
     >>> dict_to_xml({'Content': '<b>', 'CreateTime': 1700000000})
@@ -485,7 +511,7 @@ def _number(text):
     return float(text) if text.strip('-0123456789') else int(text)
 
 
-def json_to_dict(data):
+def json_to_dict(data: bytes) -> 'Message':
     """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、不是对象、超过 64 层、数字超过 40 位，抛 `ValueError`。
 
     >>> json_to_dict(b'{"errcode": 0}')
@@ -599,7 +625,7 @@ class _Freshness:
                               'apart, check NTP' % (what, moment, now, back if moment < now else ahead))
 
 
-def _code_and_value(method):
+def _code_and_value(method: 'Callable[P, str]') -> 'Callable[P, Tuple[int, Optional[str]]]':
     """官方方法的约定:返回 ``(返回码, 值)``,不抛异常。"""
     @functools.wraps(method)
     def answer(*args, **kwargs):
@@ -619,8 +645,9 @@ class WXBizMsgCrypt:
     ``sCorpId`` 是企业ID,第三方套件用 SuiteID,智能机器人用空字符串。
     密钥不对抛 `FormatException` (-40004),没有 AES 抛 `ImportError`,其中写着怎么装。
     """
+    _lock: 'threading.Lock'
 
-    def __init__(self, sToken, sEncodingAESKey, sCorpId):
+    def __init__(self, sToken: str, sEncodingAESKey: str, sCorpId: str) -> None:
         if not re.fullmatch('[A-Za-z0-9+/]{43}', sEncodingAESKey):
             others = len(re.findall('[^A-Za-z0-9+/]', sEncodingAESKey))
             raise FormatException(
@@ -637,13 +664,13 @@ class WXBizMsgCrypt:
     def _signature(self, timestamp, nonce, encrypt):
         return hashlib.sha1(b''.join(sorted([self._token, timestamp.encode(), nonce.encode(), encrypt]))).hexdigest()
 
-    def sign(self, timestamp, nonce, encrypt):
+    def sign(self, timestamp: str, nonce: str, encrypt: bytes) -> str:
         """密文 (bytes) 的签名,40 个小写十六进制字符 (str)。"""
         if not _TIMESTAMP.fullmatch(timestamp) or not _NONCE.fullmatch(nonce):
             raise CryptoError(ierror.WXBizMsgCrypt_ComputeSignature_Error)
         return self._signature(timestamp, nonce, encrypt)
 
-    def verify(self, msg_signature, timestamp, nonce, encrypt):
+    def verify(self, msg_signature: str, timestamp: str, nonce: str, encrypt: bytes) -> None:
         """签名或某一段的格式不对就抛 `CryptoError`;密文 (bytes) 在这以前不必可信。"""
         for name, value, form in (('msg_signature', msg_signature, _SIGNATURE),
                                   ('timestamp', timestamp, _TIMESTAMP), ('nonce', nonce, _NONCE)):
@@ -658,7 +685,7 @@ class WXBizMsgCrypt:
         if not hmac.compare_digest(expected.encode(), msg_signature.encode()):
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error)
 
-    def open(self, encrypt):
+    def open(self, encrypt: bytes) -> str:
         """密文 (base64, bytes) → 明文 (str)。先 `verify`,再 `open`。"""
         try:
             data = binascii.a2b_base64(encrypt)
@@ -685,7 +712,7 @@ class WXBizMsgCrypt:
         except UnicodeDecodeError:
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'not UTF-8') from None
 
-    def seal(self, message):
+    def seal(self, message: 'Union[str, bytes]') -> bytes:
         """明文 (str 或 UTF-8 的 bytes) → 密文 (base64, bytes)。"""
         try:
             data = message.encode('utf-8') if isinstance(message, str) else bytes(memoryview(message))
@@ -697,19 +724,20 @@ class WXBizMsgCrypt:
             data = self._encryptor.encrypt(data + bytes([padding]) * padding)
         return binascii.b2a_base64(data, newline=False)
 
-    def verify_url(self, msg_signature, timestamp, nonce, echostr):
+    def verify_url(self, msg_signature: str, timestamp: str, nonce: str, echostr: str) -> str:
         """「保存」时的 GET 校验 (path/90930)：返回要原样答出去的明文 (str)，1 到 64 个可见的 ASCII 字符。"""
         encrypt = _echostr(echostr)
         self.verify(msg_signature, timestamp, nonce, encrypt)
         return _echo_text(self.open(encrypt))
 
-    def decrypt_message(self, body, msg_signature, timestamp, nonce):
+    def decrypt_message(self, body: 'Union[str, bytes]', msg_signature: str, timestamp: str, nonce: str) -> str:
         """收到的信封 (str 或 bytes,XML 或 JSON) → 明文 (str)。"""
         encrypt = _cut_encrypt(body.encode('utf-8', 'replace') if isinstance(body, str) else body)
         self.verify(msg_signature, timestamp, nonce, encrypt)
         return self.open(encrypt)
 
-    def encrypt_message(self, message, nonce, timestamp=None):
+    def encrypt_message(self, message: 'Union[str, bytes]', nonce: str,
+                        timestamp: 'Union[None, str, int]' = None) -> str:
         """要回的明文 (str 或 bytes) → 信封 (str)。``timestamp`` 是 Unix 秒,默认现在。"""
         timestamp = str(timestamp or int(time.time()))
         encrypt = self.seal(message)
@@ -719,17 +747,18 @@ class WXBizMsgCrypt:
                                           _write_element('Nonce', nonce, 1)))
 
     @_code_and_value
-    def VerifyURL(self, sMsgSignature, sTimeStamp, sNonce, sEchoStr):
+    def VerifyURL(self, sMsgSignature: str, sTimeStamp: str, sNonce: str, sEchoStr: str) -> str:
         """`verify_url` 的官方形式:``(0, 明文)`` 或 ``(返回码, None)``。"""
         return self.verify_url(sMsgSignature, sTimeStamp, sNonce, sEchoStr)
 
     @_code_and_value
-    def DecryptMsg(self, sPostData, sMsgSignature, sTimeStamp, sNonce):
+    def DecryptMsg(self, sPostData: 'Union[str, bytes]', sMsgSignature: str, sTimeStamp: str, sNonce: str) -> str:
         """`decrypt_message` 的官方形式:``(0, 明文)`` 或 ``(返回码, None)``。"""
         return self.decrypt_message(sPostData, sMsgSignature, sTimeStamp, sNonce)
 
     @_code_and_value
-    def EncryptMsg(self, sReplyMsg, sNonce, timestamp=None):
+    def EncryptMsg(self, sReplyMsg: 'Union[str, bytes]', sNonce: str,
+                   timestamp: 'Union[None, str, int]' = None) -> str:
         """`encrypt_message` 的官方形式:``(0, 信封)`` 或 ``(返回码, None)``。"""
         return self.encrypt_message(sReplyMsg, sNonce, timestamp)
 
@@ -776,6 +805,8 @@ log_name = easywechat.log
 
 class _Settings(dict):
     """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来。"""
+    sources: 'Dict[str, str]'
+
     def __repr__(self):
         return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
 
@@ -856,7 +887,8 @@ def _sources(appname, path, settings):
     return sources
 
 
-def get_config(appname, ini_name=None, **settings):
+def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' = None,
+               **settings: 'Union[None, str, int]') -> 'Dict[str, str]':
     """应用 ``appname`` 的设置,一个 dict;没写的键是 ``''``,``agentid`` 与 ``appid`` 相同。
 
     依次找 ``ini_name``，否则环境变量 ``EASYWECHAT_CONFIG``，否则脚本的目录、当前目录（只有自己或 root 能改的才算）、
@@ -870,7 +902,7 @@ def get_config(appname, ini_name=None, **settings):
         raise TypeError('no such setting: %s' % ', '.join(sorted(unknown)))
     path, here, paths = _find_config(ini_name)
     given = {k: str(v) for k, v in settings.items() if v is not None}
-    values = _Settings.fromkeys(_APP_KEYS + _SYSTEM_KEYS, '')
+    values = _Settings(dict.fromkeys(_APP_KEYS + _SYSTEM_KEYS, ''))
     values.sources = {}
     for source, found in _sources(appname, path, settings) + [('keyword', given)]:
         for key, value in found.items():
@@ -885,12 +917,12 @@ def get_config(appname, ini_name=None, **settings):
                               'file in EASYWECHAT_CONFIG' % (key, path, key.upper()))
     for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
         if not values[key]:
-            values[key], values.sources[key] = values[other], values.sources.get(other)
+            values[key], values.sources[key] = values[other], values.sources.get(other, '')
     _secrets.update(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot') if len(values[k]) > 5)
     return values
 
 
-def get_section(name, ini_name=None):
+def get_section(name: str, ini_name: 'Optional[str]' = None) -> 'Dict[str, str]':
     """同一个 config.ini 里别的一节,例如自己的程序的阈值 → dict,值是 str;没有文件、没有这一节是 ``{}``。"""
     path = _find_config(ini_name)[0]
     ini = _read_ini(path) if path else configparser.ConfigParser()
@@ -1119,13 +1151,18 @@ class _Pages(collections.deque):
 class MemoryStore:
     """进程内的存储，按条数和字节数封顶，最旧的先出去。任何线程都可以用。
 
-    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了 ``b''``；所以跑过的消息总是记得。
-    """
-    max_entries, max_bytes = 10000, 4 << 20  #: 最多多少条；名字和小的值、大的值，各最多多少字节。
+    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了 ``b''``；所以跑过的消息总是记得。上限::
 
+        max_entries = 10000         # 条
+        max_bytes = 4 << 20         # 字节：名字和小的值、大的值，各这么多
+    """
+    max_entries: int = 10000
+    max_bytes: int = 4 << 20
+
+    _lock: 'threading.Lock'
     _clock = staticmethod(time.monotonic)
 
-    def __init__(self):
+    def __init__(self) -> None:
         # 名字 → (到期的时刻, 值，None 是在 _large 里)；名字 → 大的值
         self._pages, self._large = _Pages(), _Pages()
         _fresh(self, _lock=threading.Lock)
@@ -1137,7 +1174,7 @@ class MemoryStore:
             found = found[0], self._large.page_of(name).pop(name, b'')
         return found if found and found[0] > self._clock() else None
 
-    def get(self, name):
+    def get(self, name: str) -> 'Optional[bytes]':
         """``name`` (str) 的值 (bytes)；没有或到期了是 None。"""
         with self._lock:
             ends, value = self._pages.page_of(name).get(name, (0, None))
@@ -1145,7 +1182,7 @@ class MemoryStore:
                 return None
             return self._large.page_of(name).get(name, b'') if value is None else value
 
-    def set(self, name, value, ex=None, nx=False):
+    def set(self, name: str, value: bytes, ex: 'Optional[float]' = None, nx: bool = False) -> 'Optional[bool]':
         """记下 ``value`` (bytes)，``ex`` 秒后到期；``nx`` 为真时只在没有的时候记。记了返回 True，否则 None。"""
         with self._lock:
             if nx and self._pages.page_of(name).get(name, (0, None))[0] > self._clock():
@@ -1157,16 +1194,16 @@ class MemoryStore:
                 self._large.put(name, value, len(value), self)
             return True
 
-    def delete(self, name):
+    def delete(self, name: str) -> int:
         """删掉 ``name``；返回删了几条 (int)。"""
         with self._lock:
             return int(self._take(name) is not None)
 
-    def claim(self, name, lease):
+    def claim(self, name: str, lease: float) -> 'Optional[bool]':
         """认领 ``name``：值是 ``-`` 的一条记录，``lease`` 秒到期；已经有记录返回 None。"""
         return self.set(name, b'-', ex=int(-(-lease // 1)), nx=True)
 
-    def hold(self, name, lease):
+    def hold(self, name: str, lease: float) -> None:
         """认领还算数：续租。"""
         self.set(name, b'-', ex=int(-(-lease // 1)))
 
@@ -1200,7 +1237,7 @@ def _private(folders):
     raise failure
 
 
-def state_folder():
+def state_folder() -> str:
     """记事情的目录 (str)：``$XDG_STATE_HOME/easywechat`` 或 ``~/.local/state/easywechat``，没有就建 (0700)。
 
     ``FileStore(state_folder())`` 是重启以后还在的存储。是别人的、别人能写的、符号链接、写不了，抛 `OSError`。
@@ -1246,9 +1283,12 @@ class FileStore:
     # 锁用 lockf：fork 出来的子进程不会把它带走，进程一死就松开。它不分线程，关掉这个文件的任何一个描述符都会松开它：
     # 本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
 
+    _locks: 'Dict[str, threading.Lock]'
+    _owners: 'Dict[str, Tuple[Optional[int], Optional[str]]]'
+
     _now, _clock = staticmethod(time.time), staticmethod(time.monotonic)
 
-    def __init__(self, folder=None):
+    def __init__(self, folder: 'Optional[str]' = None) -> None:
         self._folders = [folder] if folder else None
         self._folder = None             # 第一次用到才建
         self._swept = 0
@@ -1358,7 +1398,7 @@ class FileStore:
                         os.unlink(path)
 
     @contextlib.contextmanager
-    def lock(self, name, within=20, kind='lock'):
+    def lock(self, name: str, within: float = 20, kind: str = 'lock') -> 'Iterator[bool]':
         """同一时刻这台机器上只有一个在里面：得到 True；``within`` 秒还轮不到，得到 False。
 
         锁文件一种十六个，从不删除。
@@ -1386,7 +1426,7 @@ class FileStore:
                 os.close(fd)
             mutex.release()
 
-    def get(self, name):
+    def get(self, name: str) -> 'Optional[bytes]':
         """``name`` (str) 的值 (bytes)；没有或到期了是 None。"""
         return self._read(self._path(name))
 
@@ -1399,11 +1439,11 @@ class FileStore:
             self._write(path, value, ex, claim)
             return True
 
-    def set(self, name, value, ex=None, nx=False):
+    def set(self, name: str, value: bytes, ex: 'Optional[float]' = None, nx: bool = False) -> 'Optional[bool]':
         """同 `MemoryStore.set`。"""
         return self._again(self._set, name, value, ex, nx)
 
-    def delete(self, name):
+    def delete(self, name: str) -> int:
         """删掉 ``name``；返回删了几条 (int)。"""
         path = self._path(name)
         found = self._read(path) is not None
@@ -1411,11 +1451,11 @@ class FileStore:
             os.unlink(path)
         return int(found)
 
-    def claim(self, name, lease):
+    def claim(self, name: str, lease: float) -> 'Optional[bool]':
         """认领 ``name``，到这个进程结束为止（锁不了文件时 ``lease`` 秒）；已经有记录返回 None。"""
         return self._again(self._set, name, b'-', lease, True, True)
 
-    def hold(self, name, lease):
+    def hold(self, name: str, lease: float) -> None:
         """认领还算数：锁不了文件时续租；目录、主人文件被人删过，再写一次。"""
         path = self._path(name)
         if not self._again(self._owner) or self._read(path) is None:
@@ -1563,7 +1603,7 @@ class _Message(dict):
 _TAG = re.compile('<[/!?]?[A-Za-z][^<>]*>')
 
 
-def plain_text(text):
+def plain_text(text: str) -> str:
     """别人起的名字、写的字 (str) → 没有标签的：文本消息里的 ``<a href=…>`` 是能点的链接。"""
     return _TAG.sub(lambda m: '\uff1c' + m.group()[1:], _TAG.sub('', text))    # 去掉一层，里面的又成了一个：不要它的 <
 
@@ -2038,6 +2078,9 @@ _FAILURES = OSError, http.client.HTTPException, ValueError, ImportError, Attribu
 
 class _Answer:
     """`fetch` 的回答：``status`` (int)、``headers``，和还没有读的正文。"""
+    status: int
+    headers: http.client.HTTPMessage
+
     def __init__(self, attempt, host, idle):
         self._attempt, self._host, self._idle = attempt, host, idle
         self._response = self._do(attempt.open)
@@ -2050,11 +2093,11 @@ class _Answer:
             failure = _failure(e, self._host, self._attempt.socket)
         raise failure       # 在 except 以外：不把带着网址的异常挂在后面
 
-    def read(self, most=2 << 20):
+    def read(self, most: int = 2 << 20) -> bytes:
         """正文 (bytes)；超过 ``most`` 字节、短了的是错误。"""
         return self._do(lambda: b''.join(_blocks(self._response, most)))
 
-    def __iter__(self):
+    def __iter__(self) -> 'Iterator[bytes]':
         """一行一行 (bytes，至多 64 KiB)，到了就给。"""
         return iter(lambda: self._do(lambda: self._response.readline(1 << 16), self._idle), b'')
 
@@ -2069,7 +2112,8 @@ def _split_url(url):
 
 
 @contextlib.contextmanager
-def fetch(url, body=None, headers=None, within=15, idle=float('inf'), proxies=None):
+def fetch(url: str, body: 'Optional[bytes]' = None, headers: 'Optional[Mapping[str, str]]' = None, within: float = 15,
+          idle: float = float('inf'), proxies: 'Optional[Mapping[str, str]]' = None) -> 'Iterator[_Answer]':
     """别的网站的一个 HTTP 请求；不管对方多慢，``within`` 秒是总数，DNS、连接、正文都在内，走一个字节不会重新计时。
 
         with easywechat.fetch('https://example.com/api', within=15) as answer:
@@ -2185,13 +2229,20 @@ _UNREACHED = 'invaliduser', 'invalidparty', 'invalidtag', 'unlicenseduser'      
 
 
 class _Caller:
-    """`WeChatClient` 和 `WeChatRobot` 共用的；子类的 ``_authorized`` 带着自己的凭据调用。类属性都可以在子类里改。"""
-    connect_within, call_within, media_within = 5, 15, 120  #: 连接的时限,秒;JSON 调用、上传下载的时限,都是总数。
-    tries, pause = 3, 1  #: 连不上、企业微信繁忙 (-1) 时一共试几次;第 n 次以后停 ``pause * 2 ** (n - 1)`` 秒。
-    max_answer, max_download = 2 << 20, 50 << 20  #: JSON 回答、下载的文件最多多少字节。
-    per_minute = 30  #: 每分钟最多给一个收件人发几条:再多的,企业微信不报错就丢掉。
-    progress = None  #: 上传时每发一块调用一次:``progress(sent, total)``,字节。
-    retry_within = 0  #: 连不上时一直试到这么多秒,例如断网时的警报;0 是只试 ``tries`` 次。
+    """`WeChatClient` 和 `WeChatRobot` 共用的；子类的 ``_authorized`` 带着自己的凭据调用。"""
+    connect_within: float = 5
+    call_within: float = 15
+    media_within: float = 120
+    tries: int = 3
+    pause: float = 1
+    max_answer: int = 2 << 20
+    max_download: int = 50 << 20
+    per_minute: int = 30
+    retry_within: float = 0
+    progress: 'Optional[Callable[[int, int], object]]' = None
+
+    settings: 'Dict[str, str]'
+    api_base: str
 
     _clock = staticmethod(time.monotonic)
     _sleep = staticmethod(time.sleep)
@@ -2244,7 +2295,7 @@ class _Caller:
         return answer
 
 
-def _code_and_message(method):
+def _code_and_message(method: 'Callable[P, Message]') -> 'Callable[P, Message]':
     """旧接口的约定：返回企业微信的 dict，网络或参数不对时 errcode 是 -1；不抛异常。"""
     @functools.wraps(method)
     def answer(*args, **kwargs):
@@ -2279,13 +2330,32 @@ class WeChatClient(_Caller):
     ``appname``、``ini_name`` 和设置同 `get_config`,要有 corpid 和 secret,发消息还要 agentid;``store``
     放 access_token,默认是 `FileStore`。所有线程可以共用一个。
     被拒绝抛 `APIError`,没有回答抛 `NetworkError`,它是前者的一种;缺了配置抛 `ConfigError`。
+
+    时限和上限，在子类里改，或给实例；单位是秒和字节，时限都是总数::
+
+        connect_within = 5          # 连接
+        call_within = 15            # 一次 JSON 调用
+        media_within = 120          # 一次上传、下载
+        tries = 3                   # 连不上、企业微信繁忙 (-1) 时一共试几次
+        pause = 1                   # 第一次以后停多久，以后每次加倍
+        retry_within = 0            # 连不上时一直试到这么久，例如断网时的警报；0 是只试 tries 次
+        per_minute = 30             # 每分钟最多给一个收件人发几条：再多的，企业微信不报错就丢掉
+        max_answer = 2 << 20        # JSON 回答
+        max_download = 50 << 20     # 下载的文件
+        progress = None             # 上传时每发一块调用一次 progress(sent, total)，字节
+        token_margin = 300          # access_token 提前多久换新的
+        refused_within = 60         # Secret 被拒绝以后多久不再问：问多了，企业微信会封 IP 一小时
+        store_within = 1            # 等存储（`MemoryStore` 以外的）；再慢就当它坏了，先用内存
     """
 
-    token_margin = 300  #: access_token 提前多少秒换新的。
-    refused_within = 60  #: Secret 被拒绝以后,多少秒之内不再问:问多了,企业微信会封 IP 一小时。
-    store_within = 1  #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
+    token_margin: float = 300
+    refused_within: float = 60
+    store_within: float = 1
 
-    def __init__(self, appname='demo', ini_name=None, store=None, **settings):
+    trusted: 'Optional[bool]'
+
+    def __init__(self, appname: 'Union[str, Dict[str, str]]' = 'demo', ini_name: 'Optional[str]' = None,
+                 store: 'Any' = None, **settings: 'Union[None, str, int]') -> None:
         super().__init__(appname, ini_name, ('corpid', 'secret'), settings)
         inner = getattr(store, 'store', store)          # `_Steady` 里面的
         self._machine = inner if isinstance(inner, FileStore) else FileStore()
@@ -2347,7 +2417,7 @@ class WeChatClient(_Caller):
             _tokens.append(token)
         return token
 
-    def get_token(self, stale=None):
+    def get_token(self, stale: 'Optional[str]' = None) -> str:
         """access_token (str),从存储里,或向企业微信要(path/91039);一台机器上同时只有一个去要。
 
         ``stale`` 是已经不能用的那个:存着的还是它,才要新的。最多等 ``call_within`` 秒。
@@ -2370,7 +2440,7 @@ class WeChatClient(_Caller):
                     raise
             stale = token
 
-    def call(self, path, body=None, **query):
+    def call(self, path: str, body: 'Optional[Mapping[str, Any]]' = None, **query: object) -> 'Message':
         """企业微信的任何 API → 它的回答 (dict)。
 
         ``path`` 是 /cgi-bin/ 后面的，例如 'user/get'；``body`` (dict) 给了就是 POST，否则 GET；其余的参数进查询串。
@@ -2380,7 +2450,8 @@ class WeChatClient(_Caller):
             raise ValueError('not the path of an API: %s' % _show(path))
         return self._authorized(path, query, body)
 
-    def send(self, message, to=None, party=None, tag=None, **fields):
+    def send(self, message: 'Sendable', to: 'Who' = None, party: 'Who' = None, tag: 'Who' = None,
+             **fields: object) -> 'Message':
         """发一条或几条消息,依次;返回企业微信对最后一条的回答 (dict,有 msgid)。
 
         ``message``:str(超过 2048 字节就分成几条)、`pathlib.Path`(上传,按后缀当作图片、语音、视频、文件)、
@@ -2412,13 +2483,15 @@ class WeChatClient(_Caller):
         return who, dict(message, agentid=int(agentid))
 
     @_code_and_message
-    def send_media(self, media_type, media_content, touser, toparty='', totag=''):
+    def send_media(self, media_type: str, media_content: 'Union[str, Mapping[str, Any]]', touser: 'Who',
+                   toparty: 'Who' = '', totag: 'Who' = '') -> 'Message':
         """旧接口:``media_content`` 是这种消息的 dict,或 str(正文、media_id)。返回 dict,不抛异常。"""
         if isinstance(media_content, str):
             media_content = {'content' if media_type in _TEXT_LIMITS else 'media_id': media_content}
         return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
 
-    def upload(self, path, kind=None, name=None):
+    def upload(self, path: 'Union[str, os.PathLike[str]]', kind: 'Optional[str]' = None,
+               name: 'Optional[str]' = None) -> str:
         """上传临时素材(path/90253)→ media_id (str),三天有效。边读边发,不占内存。
 
         ``kind`` 是 image（10 MB，JPG、PNG）、voice（2 MB，AMR）、video（10 MB，MP4）、file（20 MB），默认按后缀；
@@ -2427,11 +2500,11 @@ class WeChatClient(_Caller):
         return self._upload('media/upload', path, kind, name)['media_id']
 
     @_code_and_message
-    def upload_media(self, file_type, file_path):
+    def upload_media(self, file_type: str, file_path: 'Union[str, os.PathLike[str]]') -> 'Message':
         """旧接口:上传,返回企业微信的 dict,不抛异常。"""
         return self._upload('media/upload', file_path, file_type)
 
-    def download(self, media_id, folder=None):
+    def download(self, media_id: str, folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
         """下载素材 (path/90254) 到 ``folder`` → `pathlib.Path`；至多 50 MiB，不占内存。
 
         ``folder`` 默认是 `state_folder` 里的 downloads，只有自己能进 (0700)。文件名由企业微信给，去掉路径和危险的字符，
@@ -2457,12 +2530,14 @@ class WeChatRobot(_Caller):
 
         WeChatRobot('693a91f6-…').send('构建失败', mention='@all')
 
-    ``key`` 是 Webhook 地址里 key= 后面的,或整个地址;不给就是配置里的 robot。错误同 `WeChatClient`。
+    ``key`` 是 Webhook 地址里 key= 后面的,或整个地址;不给就是配置里的 robot。
+    错误、时限和上限同 `WeChatClient`，只有 ``per_minute`` 是 20。
     """
 
-    per_minute = 20
+    per_minute: int = 20
 
-    def __init__(self, key=None, appname='demo', ini_name=None, **settings):
+    def __init__(self, key: 'Optional[str]' = None, appname: 'Union[str, Dict[str, str]]' = 'demo',
+                 ini_name: 'Optional[str]' = None, **settings: 'Union[None, str, int]') -> None:
         if key:
             settings['robot'] = key
         super().__init__(appname, ini_name, ('robot',), settings)
@@ -2474,7 +2549,7 @@ class WeChatRobot(_Caller):
     def _authorized(self, path, query, body, within=None):
         return _Call(self, path, dict(key=self._key, **query), body, within=within).run()
 
-    def send(self, message, mention=None):
+    def send(self, message: 'Sendable', mention: 'Who' = None) -> 'Message':
         """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
 
         ``message``:str、官方的 JSON、`pathlib.Path`(2 MB 以内的 JPG、PNG 是图片,AMR 是语音,别的是文件),
@@ -2504,7 +2579,7 @@ class WeChatRobot(_Caller):
         kind = kind if kind == 'voice' else 'file'
         return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
 
-    def upload(self, path, kind='file', name=None):
+    def upload(self, path: 'Union[str, os.PathLike[str]]', kind: str = 'file', name: 'Optional[str]' = None) -> str:
         """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
         return self._upload('webhook/upload_media', path, kind, name)['media_id']
 
@@ -2536,10 +2611,11 @@ def _name_of(func):
 
 class Callbacks:
     """登记的函数；最具体的优先。"""
-    def __init__(self):
-        self._functions, self._patterns = {}, []
+    def __init__(self) -> None:
+        self._functions: 'Dict[str, Callable[..., Result]]' = {}
+        self._patterns: 'List[Tuple[re.Pattern[str], Callable[..., Result]]]' = []
 
-    def add(self, msg_type, func, pattern):
+    def add(self, msg_type: str, func: 'Any', pattern: 'Union[None, str, re.Pattern[str]]') -> 'Any':
         """登记 ``func``，返回它；没有给 (`_MISSING`)，返回装饰器。写错了的抛 `TypeError`、`ValueError`。"""
         if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
             raise ValueError("no message type: %r; write @server.register_callback('text')" % (msg_type,))
@@ -2572,7 +2648,7 @@ class Callbacks:
             raise ValueError('pattern goes with text only, not with %s' % msg_type)
         return func
 
-    def find(self, msg):
+    def find(self, msg: 'Message') -> 'Tuple[Optional[Callable[..., Result]], Tuple[str, ...]]':
         """→ (函数, 附加的参数)；没有登记是 (None, ())。"""
         kind = str(msg.get('MsgType', ''))
         if kind == 'text' and self._patterns:
@@ -2655,7 +2731,10 @@ class Once:
     """每条消息一次运行。``limits`` 有 store 和各种时限：它是 `Dispatcher`。"""
     deliveries = 3  #: 同一条消息最多几次投递一起等。
 
-    def __init__(self, replies, limits):
+    _runs: 'Dict[str, _Run]'
+    _wake: 'threading.Event'
+
+    def __init__(self, replies: 'Any', limits: 'Any') -> None:
         self._replies, self._limits = replies, limits
         # 在另一条线程上跑回调；同时跑几个由 _busy 管
         self.spawn = functools.partial(_Threads(float('inf')).submit, 0)
@@ -2663,7 +2742,8 @@ class Once:
         # _runs：存储里的名字 → _Run，先来的在前；_busy：谁的几个回调在跑；_watching：有一条线程在看时间，_wake 叫醒它
         _fresh(self, _lock=threading.Lock, _runs=dict, _busy=collections.Counter, _watching=bool, _wake=threading.Event)
 
-    def deliver(self, key, message, answer, spawn):
+    def deliver(self, key: str, message: 'Message', answer: 'Callable[[Optional[bytes]], object]',
+                spawn: 'Spawn') -> None:
         """一次投递。``answer(bytes)`` 是答复，b'' 是没有；``answer(None)`` 是现在没有答案。
 
         ``spawn(job, *args)`` 去跑回调，跑不了返回 False；None 是在这里跑。
@@ -2772,7 +2852,8 @@ class Once:
         run.expire(float('inf'), True)
         self._finish(run) if run.leased else self._forget(run)
 
-    def look(self):
+    def look(self) -> None:
+        """有了变化：看时间的线程现在就看。"""
         self._wake.set()
 
     def _watch(self):
@@ -2934,7 +3015,9 @@ class Replies:
     """`Once` 的 replies，一个应用的。``owner`` 是它的 `Dispatcher`。"""
     most = 100  #: 一次运行最多多少条没有送出的；再多，回调就等。
 
-    def __init__(self, owner, callbacks):
+    _under_way: 'Set[Any]'
+
+    def __init__(self, owner: 'Any', callbacks: Callbacks) -> None:
         self._owner, self._callbacks = owner, callbacks
         self._errands = _Threads(4)     # 问能不能主动发送
         self._outbox = _Outbox(self._push)
@@ -2942,11 +3025,12 @@ class Replies:
         # _asking：正在问能不能主动发送；_ask_at：这时以前不再问；_under_way：在跑的 async def
         _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int, _under_way=set)
 
-    def expect(self, run):
+    def expect(self, run: _Run) -> None:
+        """认领到了：它的东西，按消息来的先后送。"""
         run.parcel = _Parcel(run)
         self._outbox.join(run.parcel)
 
-    def make(self, run):
+    def make(self, run: _Run) -> None:
         """跑回调，它给的一条一条收下。出错记日志；企业微信得到空的 200，否则它会再投递。"""
         parcel = run.parcel
         func, args = self._callbacks.find(run.message)
@@ -2958,7 +3042,7 @@ class Replies:
         self._settle(parcel)
         self._outbox.kick(parcel.user)
 
-    def late(self, run, up, last):
+    def late(self, run: _Run, up: bool, last: bool) -> None:
         """回调慢了：先问好能不能主动发送。``up``：该答在等的投递了；``last``：不会再有投递了。"""
         parcel = run.parcel
         if up and parcel:
@@ -2966,7 +3050,7 @@ class Replies:
         else:
             self._can_send()
 
-    def cancel(self):
+    def cancel(self) -> None:
         """``async def`` 的，还在跑的，不等了。"""
         for future in list(self._under_way):
             future.cancel()
@@ -3143,21 +3227,35 @@ class Dispatcher:
     """一个应用的回调：登记函数，把 HTTP 请求变成回答。
 
     ``appname``、``ini_name`` 和设置同 `get_config`；缺少 corpid、token 或 encoding_aes_key，抛 `ConfigError`。
-    本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。类属性都可以在子类里改，或在开始服务以前改。
+    本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
+
+    时限和上限，在子类里改，或在开始服务以前给实例；单位是秒和字节::
+
+        answer_within = 4.5         # 一次投递等回调：企业微信等 5 秒。到时还没有结果，能主动发送的回空的 200，有了再发
+        hold_within = 6             # 不能主动发送的等到这时：企业微信先断开，再投递，接着等；隔着代理也一样
+        max_body = 1 << 20          # 请求正文
+        max_skew = 300              # 请求里的时间与本机最多差多少；0 是不检查
+        max_callbacks = 32          # 同时跑多少个回调，一个人的最多四分之一；轮不到的由企业微信再投递
+        lease = 3                   # 认领的租期：活着的进程一直续，死了的到期由下一次投递接手；`FileStore` 靠锁，不靠它
+        store_within = 1            # 等存储（`MemoryStore` 以外的）；再慢就当它坏了，先用内存
     """
 
-    max_body = 1 << 20  #: 请求正文的上限,字节。
-    max_skew = 300  #: 请求里的时间与本机最多差多少秒;0 是不检查。
-    #: 一次投递等回调的秒数:企业微信等 5 秒。到时还没有结果,能主动发送的应用回空的 200,有了结果再发。
-    answer_within = 4.5
-    hold_within = 6  #: 不能主动发送的应用等到这时:企业微信断开、再投递,接着等。它断开而不是我们,隔着代理也一样。
-    lease = 3  #: 认领的租期，秒：活着的进程一直续，死了的到期由下一次投递接手。`FileStore` 不靠它，靠锁。
-    max_callbacks = 32  #: 同时最多跑多少个回调，一个人的最多四分之一；再多的等前面的，等不到的由企业微信重新投递。
-    store_within = WeChatClient.store_within  #: 等存储（`MemoryStore` 以外的）最多多少秒；再慢就当它坏了，先用内存。
+    max_body: int = 1 << 20
+    max_skew: int = 300
+    answer_within: float = 4.5
+    hold_within: float = 6
+    lease: float = 3
+    max_callbacks: int = 32
+    store_within: float = WeChatClient.store_within
+
+    settings: 'Dict[str, str]'
+    debug: bool
+    store: 'Any'
 
     _now = staticmethod(time.time)
 
-    def __init__(self, appname='demo', ini_name=None, store=None, **settings):
+    def __init__(self, appname: str = 'demo', ini_name: 'Optional[str]' = None, store: 'Any' = None,
+                 **settings: 'Union[None, str, int]') -> None:
         self.appname = appname
         self.settings = get_config(appname, ini_name, **settings)
         for key in 'corpid', 'token', 'encoding_aes_key':
@@ -3185,21 +3283,31 @@ class Dispatcher:
         return '<%s %s, corpid %s>' % (type(self).__name__, self.appname, _mask(self.settings['corpid']))
 
     @property
-    def app(self):
+    def app(self) -> 'Dispatcher':
         """自己：WSGI 可调用对象，例如 ``gunicorn bot:server``。"""
         return self
 
     @property
-    def client(self):
+    def client(self) -> 'WeChatClient':
         """同一个应用的 `WeChatClient`;没有 secret 抛 `ConfigError`。"""
         return self._client or WeChatClient(self.settings)
 
     @property
-    def kept(self):
+    def kept(self) -> int:
         """跑过的消息记多少秒 (int)；比这还早的 (CreateTime) 不收。所以重放的，不是太早，就是记得。"""
         return max(2 * self.max_skew, 600)
 
-    def register_callback(self, msg_type, func=_MISSING, pattern=None):
+    if TYPE_CHECKING:
+        @overload
+        def register_callback(self, msg_type: str, *, pattern: 'Union[None, str, re.Pattern[str]]' = None
+                              ) -> 'Callable[[Function], Function]': ...
+
+        @overload
+        def register_callback(self, msg_type: str, func: 'Function',
+                              pattern: 'Union[None, str, re.Pattern[str]]' = None) -> 'Function': ...
+
+    def register_callback(self, msg_type: str, func: 'Any' = _MISSING,
+                          pattern: 'Union[None, str, re.Pattern[str]]' = None) -> 'Any':
         """登记回调;不给 ``func`` 就是装饰器。
 
         ``msg_type``:消息类型 ``'text'``、``'image'``…,``'event'``,某个事件 ``'event:click'``
@@ -3213,7 +3321,7 @@ class Dispatcher:
         """
         return self._callbacks.add(msg_type, func, pattern)
 
-    def finish(self, deadline):
+    def finish(self, deadline: float) -> None:
         """等在跑的回调、在发的，至多到 ``deadline`` (monotonic 秒)：``async def`` 的最后取消；没有送到的写日志。"""
         _check_fork()
         deadline = max(deadline, time.monotonic() + 0.2)
@@ -3256,13 +3364,13 @@ class Dispatcher:
             reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
         return _answer(200, 'xml', reply)
 
-    def refuse(self, error, client=''):
+    def refuse(self, error: WeChatError, client: str = '') -> 'HTTPAnswer':
         """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""
         if error.status != 503:
             self._refusals.write(client, error)
         return _answer(error.status, 'plain', b'', *[('Allow', 'GET, HEAD, POST')] * (error.status == 405))
 
-    def open_request(self, method, target, body=b'', client=''):
+    def open_request(self, method: str, target: str, body: bytes = b'', client: str = '') -> 'Tuple[Any, Any]':
         """打开一个请求 → ``(消息, 回答)``，不抛异常；不碰存储，不跑回调。参数同 `handle`。
 
         消息是 None：``回答`` 是完整的 ``(status, headers, body)``。否则它是一个 dict，交给 `deliver`，
@@ -3285,7 +3393,8 @@ class Dispatcher:
             logger.error('internal error%s', _traceback())
             return None, self.refuse(WeChatError(500), client)
 
-    def deliver(self, msg, answer, send, spawn=None):
+    def deliver(self, msg: 'Message', answer: 'Callable[[Optional[bytes]], HTTPAnswer]',
+                send: 'Callable[..., object]', spawn: 'Spawn' = None) -> None:
         """投递 `open_request` 打开的消息；恰好一次 ``send(status, headers, body)``，它不许阻塞，不许抛异常。
 
         回调就在这条线程上跑，跑完才返回（``spawn(job, *args)`` 可以把它交给别的线程，交不出去返回 False）：它慢，
@@ -3293,12 +3402,16 @@ class Dispatcher:
         """
         self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn)
 
-    def respond(self, method, target, body, client, send, spawn=None):
+    def respond(self, method: str, target: str, body: bytes, client: str, send: 'Callable[..., object]',
+                spawn: 'Spawn' = None) -> None:
         """一个请求，打开并投递 → 恰好一次 ``send(status, headers, body)``，不抛异常。参数同 `handle` 和 `deliver`。"""
         msg, answer = self.open_request(method, target, body, client)
-        return send(*answer) if msg is None else self.deliver(msg, answer, send, spawn)
+        if msg is None:
+            send(*answer)
+        else:
+            self.deliver(msg, answer, send, spawn)
 
-    def handle(self, method, target, body=b'', client=''):
+    def handle(self, method: str, target: str, body: bytes = b'', client: str = '') -> 'HTTPAnswer':
         """一个请求 → ``(status, headers, body)``,不抛异常。任何线程都可以用。
 
         ``method`` 和 ``target``(路径和查询串,没有解码过)是 str,``body`` 是 bytes,``client`` 是对方的
@@ -3317,7 +3430,7 @@ class Dispatcher:
             return self.refuse(WeChatError(503), client)
         return answers[0]
 
-    def __call__(self, environ, start_response):
+    def __call__(self, environ: 'Dict[str, Any]', start_response: 'Callable[..., object]') -> 'List[bytes]':
         client = environ.get('REMOTE_ADDR', '')
         method = environ['REQUEST_METHOD']
         path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
@@ -3622,18 +3735,30 @@ class WeChatServer(Dispatcher):
         server.register_callback('text', lambda msg: msg)
         server.run(port=8000)
 
-    没有 TLS:那是反向代理的事。
+    没有 TLS：那是反向代理的事。又有这些时限和上限，别的同 `Dispatcher`；时限都是总数，走一个字节不会重新计时::
+
+        max_connections = 64        # 同时还在读的连接（描述符上限的四分之一以内）；满了就关最旧的
+        max_reading = 8 << 20       # 所有还没读完的正文，加起来
+        max_line = 8 << 10          # 请求行
+        max_head = 16 << 10         # 请求行和头部
+        head_within = 5             # 读完头部
+        request_within = 10         # 读完请求
+        write_within = 5            # 写完回答
+        stop_within = 5             # 停下时等正在回答的
     """
 
-    max_connections = 64  #: 同时最多多少个还在读的连接(描述符上限的四分之一以内);满了就关最旧的。
-    max_reading = 8 << 20  #: 所有还没读完的正文,加起来最多多少字节。
-    max_line, max_head = 8 << 10, 16 << 10  #: 请求行、整个头部的上限,字节。
-    head_within, request_within, write_within = 5, 10, 5  #: 读完头部、读完请求、写完回答的时限,秒;都是总数。
-    stop_within = 5  #: 停下时等正在回答的,最多多少秒。
+    max_connections: int = 64
+    max_reading: int = 8 << 20
+    max_line: int = 8 << 10
+    max_head: int = 16 << 10
+    head_within: float = 5
+    request_within: float = 10
+    write_within: float = 5
+    stop_within: float = 5
 
-    _http = None
+    _http: 'Any' = None
 
-    def start(self, host='0.0.0.0', port=8000):
+    def start(self, host: str = '0.0.0.0', port: int = 8000) -> 'Tuple[str, int]':
         """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
 
         ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。
@@ -3643,10 +3768,10 @@ class WeChatServer(Dispatcher):
         if self._http and self._http.process == os.getpid():
             raise RuntimeError('already started')
         _log_to_file(self.settings)
-        self._http = server = _HTTPServer(self, host, port)
-        return server.server_address[:2]
+        self._http = _HTTPServer(self, host, port)
+        return self._http.server_address[:2]
 
-    def stop(self):
+    def stop(self) -> None:
         """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
         deadline = time.monotonic() + self.stop_within
         server, self._http = self._http, None
@@ -3654,7 +3779,7 @@ class WeChatServer(Dispatcher):
             server.close(deadline)
         self.finish(deadline)
 
-    def run(self, host='0.0.0.0', port=8000, debug=False, threaded=True):
+    def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
         """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
 
         ``debug`` 见 `debug` 属性;``threaded`` 只为旧程序保留,总是多线程。
@@ -3888,7 +4013,7 @@ def _check_settings(settings):
             odd = '里面有空白、全角或看不见的字符:' if re.search('[^!-~]', value) else ''
             yield False, '%s (来自 %s) 不像:%s应该是%s,现在有 %d 个字符;照「%s」重新抄' % (
                 key, settings.sources[key], odd, rule, len(value), page)
-    for source in sorted(set(settings.sources.values()) - {None}):
+    for source in sorted(set(settings.sources.values()) - {''}):
         path = source.rpartition(' [')[0]
         if path and os.name == 'posix' and os.stat(path).st_mode & 0o007:
             yield False, '%s 别人也能读：chmod o= %s' % (path, path)
@@ -3976,7 +4101,7 @@ def _arguments(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: 'Optional[Sequence[str]]' = None) -> int:
     """命令行;返回退出码 (int)。"""
     try:
         args = _arguments(sys.argv[1:] if argv is None else list(argv))

@@ -8,10 +8,13 @@ import ast
 import binascii
 import collections
 import contextlib
+import doctest
 import errno
+import functools
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -2554,6 +2557,9 @@ class AsyncTests(HastyCase):
         import asyncio              # easywechat 自己只在用到的时候导入
         self.asyncio = asyncio
 
+    def say(self, url, user):
+        self.wecom.deliver(url, user=user, Content='?')
+
     def task(self):
         return getattr(self.asyncio, 'current_task', None) or self.asyncio.Task.current_task    # 3.6 的
 
@@ -2592,9 +2598,9 @@ class AsyncTests(HastyCase):
                 answer = opened(ask_socket(where, *delivery(message(Content='%d' % n)))[2])
                 if answer['Content'] != '%d' % n:
                     wrong.append((n, answer))
+        at_rest = threading.active_count()
         with swapped(easywechat._Seats, 'idle', 0.05):
             for half in range(2):
-                at_rest = threading.active_count()
                 for thread in self.at_once(ask, [range(half * 500 + i, half * 500 + 500, 8) for i in range(8)]):
                     thread.join()
                 self.assertTrue(self.wait_for(lambda: threading.active_count() <= at_rest + 1))     # 看时间的那条
@@ -2629,7 +2635,7 @@ class AsyncTests(HastyCase):
             with self.subTest(what):
                 user = self.users(n + 1)[n]
                 server.register_callback('text', callback)
-                self.wecom.deliver(url, user=user, Content='?')
+                self.say(url, user)
                 self.assertEqual(self.see(user, len(expected)), expected)
 
     def test_an_error_of_one_is_its_own(self):
@@ -2638,7 +2644,7 @@ class AsyncTests(HastyCase):
             raise ValueError('boom')
         _, url = self.server(broken)
         with self.assertLogs('easywechat', 'ERROR') as logs:
-            self.wecom.deliver(url, user='zhangsan', Content='?')
+            self.say(url, 'zhangsan')
             self.assertEqual(self.see('zhangsan', 1), ['first'])
         self.assertIn('ValueError: boom', logs.output[0])
 
@@ -2668,7 +2674,7 @@ class AsyncTests(HastyCase):
                 server, url = self.server(callback, cls=cls, secret='')
                 users = self.users(12)
                 with self.assertLogs('easywechat', 'WARNING') as logs:
-                    for thread in self.at_once(lambda user: self.wecom.deliver(url, user=user, Content='?'), users):
+                    for thread in self.at_once(functools.partial(self.say, url), users):
                         thread.join()
                     self.assertEqual(len(begun), 8)
                     begin = time.monotonic()
@@ -4206,7 +4212,7 @@ class PromiseTests(unittest.TestCase):
         out = subprocess.run([sys.executable, '-c', code], cwd=HERE, stdout=subprocess.PIPE,
                              check=True).stdout.decode().split()
         roots = {name.split('.')[0] for name in out}
-        self.assertFalse(roots & {'Crypto', 'Cryptodome', 'argparse', 'asyncio', 'concurrent',
+        self.assertFalse(roots & {'Crypto', 'Cryptodome', 'argparse', 'asyncio', 'concurrent', 'typing', 'queue',
                                   'uuid', 'decimal', 'sqlite3', 'dataclasses', 'multiprocessing'})
 
     def test_it_runs_without_what_small_routers_leave_out(self):
@@ -4246,6 +4252,33 @@ class PromiseTests(unittest.TestCase):
             for attribute, value in vars(thing).items() if isinstance(thing, type) else ():
                 if callable(value) and not attribute.startswith('_'):
                     self.assertTrue(value.__doc__, '%s.%s' % (name, attribute))
+
+    def test_every_public_name_is_typed(self):
+        for module_name, thing in vars(easywechat).items():
+            if getattr(thing, '__module__', '') != 'easywechat' or module_name.startswith('_'):
+                continue
+            for name, value in vars(thing).items() if isinstance(thing, type) else [('', thing)]:
+                value = inspect.unwrap(getattr(value, 'fget', getattr(value, '__func__', value)))
+                if inspect.isfunction(value) and (name in ('__init__', '__call__', '__iter__') or name[:1] != '_'):
+                    with self.subTest(module_name + '.' + name):
+                        wanted = set(inspect.signature(value).parameters) - {'self'} | {'return'}
+                        self.assertEqual(wanted, set(value.__annotations__))
+
+    @unittest.skipIf(sys.flags.optimize > 1, '-OO 去掉了 docstring')
+    def test_help_shows_every_limit_as_it_is(self):
+        for cls in easywechat.MemoryStore, WeChatClient, easywechat.Dispatcher, WeChatServer:
+            told = dict(re.findall(r'^    (\w+) = (.*?) +# ', inspect.cleandoc(cls.__doc__), re.M))
+            own = dict(vars(easywechat._Caller) if cls is WeChatClient else {}, **vars(cls))
+            limits = {name: value for name, value in own.items()
+                      if name[:1] != '_' and (value is None or isinstance(value, (int, float)))}
+            with self.subTest(cls.__name__):
+                self.assertEqual({name: eval(text, {}) for name, text in told.items()}, limits)
+
+    @unittest.skipIf(sys.flags.optimize > 1, '-OO 去掉了 docstring')
+    def test_the_examples_of_the_docstrings_are_true(self):
+        found = doctest.DocTestFinder().find(easywechat, 'easywechat')
+        results = [doctest.DocTestRunner().run(test) for test in found if test.examples]
+        self.assertEqual([failed for failed, _ in results], [0] * 3)
 
     def test_functions_are_short(self):
         for node in ast.walk(self.tree):
