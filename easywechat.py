@@ -2876,9 +2876,10 @@ class Once:
                     return
                 self._watching = True
             limits, now = self._limits, time.monotonic()
-            # 刚来的，最早也要过这么久才有事：所以睡这么久，谁的时候都不会错过
-            wake = now + min(limits.lease, limits.answer_within, limits.hold_within) / 3
+            wake = now + 0.1
             try:
+                # 刚来的，最早也要过这么久才有事：所以睡这么久，谁的时候都不会错过
+                wake = now + min(limits.lease, limits.answer_within, limits.hold_within) / 3
                 wake = min([wake] + [t for run in runs for t in self._look_at(run, now) if t > now])
                 self._replies.look()
             except Exception:           # 本文件的错；别的消息还要有人看着

@@ -2034,26 +2034,31 @@ class OnceTests(HastyCase):
             self.assertEqual([server.handle(*delivery(message()))[0] for _ in range(4)], [200] * 4)
 
     def test_an_error_in_the_clock_does_not_stop_it(self):
-        server = make_server(lambda msg: time.sleep(0.5), Hastier)
-        look, errors = server._replies.late, []
+        errors = []
 
-        def broken(*args):
-            if not errors:
-                errors.append(1)
-                raise RuntimeError('x')
-            return look(*args)
-        server._replies.late = broken
+        class Broken(Hastier):
+            @property
+            def hold_within(self):      # 看时间的线程第一次问的时候坏一次
+                if threading.current_thread() is not threading.main_thread() and not errors:
+                    errors.append(1)
+                    raise RuntimeError('x')
+                return 0.2
+        server = make_server(lambda msg: time.sleep(0.5), Broken)
         with self.assertLogs('easywechat', 'ERROR'):
             begin = time.monotonic()
             self.assertEqual(server.handle(*delivery(message()))[0], 503)
         self.assertLess(time.monotonic() - begin, 0.45)
 
     def test_an_interrupt_goes_through(self):
+        class Interrupted(MemoryStore):
+            def claim(self, name, lease):
+                raise KeyboardInterrupt
         server = make_server(lambda msg: 'x', Hasty)
-        server._replies.expect = lambda run: sys.exit(3)
-        with self.assertRaises(SystemExit):
-            server.handle(*delivery(message()))
-        self.assertEqual(server._once._runs, {})
+        server.store, store = Interrupted(), server.store
+        with self.assertRaises(KeyboardInterrupt):
+            server.handle(*delivery(message(MsgId='7')))
+        server.store = store            # 什么也没有留下
+        self.assertEqual(opened(server.handle(*delivery(message(MsgId='7')))[2])['Content'], 'x')
 
     def test_what_stop_cuts_off_is_in_the_log(self):
         go = threading.Event()
@@ -3502,18 +3507,6 @@ class ServerTests(unittest.TestCase):
             server.stop()
             self.assertLess(time.monotonic() - begin, 2)
 
-    def test_without_a_thread_a_connection_is_closed_and_nothing_starts(self):
-        def fails(*args):
-            raise RuntimeError("can't start new thread")
-        server, address = self.start()
-        with swapped(easywechat._Threads, 'submit', lambda *args: False):
-            self.assertEqual(ask_socket(address, 'GET', '/weixin'), (0, {}, b''))
-        self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
-        other = make_server()
-        with swapped(easywechat._Seats, 'start', fails):
-            self.assertRaises(RuntimeError, other.start, '127.0.0.1', 0)
-        self.assertIsNone(other._http)
-
     def test_accepting_never_ends_by_an_error(self):
         class Faulty:
             def __init__(self, sock):
@@ -3884,6 +3877,21 @@ class ForkTests(HastyCase):
         self.assertEqual(answers, [(200, 'forks'), (200, 'waits')])
         self.assertLess(time.monotonic() - begin, 1)
         self.assertEqual(os.waitpid(children[0], os.WNOHANG), (0, 0))       # 它还活着
+
+    def test_without_a_thread_a_connection_is_closed_and_nothing_starts(self):
+        def fails(*args):
+            raise RuntimeError("can't start new thread")
+
+        def works():                    # 新的进程里没有空闲的线程
+            server, other = make_server(), make_server()
+            address = server.start('127.0.0.1', 0)
+            with swapped(threading.Thread, 'start', fails):
+                self.assertEqual(ask_socket(address, 'GET', '/weixin'), (0, {}, b''))
+                self.assertRaises(RuntimeError, other.start, '127.0.0.1', 0)
+            self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
+            other.start('127.0.0.1', 0)         # 那一次什么也没有开始
+            return True
+        self.assertEqual(os.waitpid(self.fork(works), 0)[1], 0)
 
     def test_a_child_has_a_loop_of_its_own(self):
         async def callback(msg):
