@@ -1554,30 +1554,98 @@ _ROBOT_LIMITS = {'text': 2048, 'markdown': 4096, 'markdown_v2': 4096}
 _MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
           'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
 
-_PARAGRAPH, _LINE = re.compile(r'\n\s*\n'), re.compile('\n')
-_SENTENCE = re.compile('[\u3002!?\uff01\uff1f;\uff1b\u2026]+|[.] |[,\uff0c\u3001 ]')
+#: 在哪里断开，好的在前：段落、行、句子（连同后面的引号、括号）、分句的后面。
+_BREAKS = [re.compile(form) for form in (
+    r'\n\s*\n', r'\n',
+    '[\u3002\uff01\uff1f\uff1b\u2026!?;]+[\u201d\u2019\u300d\u300f\uff09"\')]*|[.] ', '[,\uff0c\u3001\uff1a ]')]
+#: 不从中间断开的：网址，Markdown 的链接，整个 <a>，别的标签，几个码点的一个字（音调、变体、肤色、旗子）。
+_WHOLE = re.compile(
+    r'(?i)[a-z][a-z0-9+.-]{0,15}://[!#-;=?-_a-~]+|!?\[[^][\n]{0,300}\]\([^()\s]{1,1000}\)'
+    r'|<a [^<>]*>[^<]*</a>|<[/!?@]?[a-z0-9][^<>\n]*>|\r\n|[\U0001f1e6-\U0001f1ff]{2}|.(?:\u200d.|'
+    '[\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u3099\u309a\ufe00-\ufe0f'
+    '\ufe20-\ufe2f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f\U000e0100-\U000e01ef])+')
+#: 断在里面，后一段就要重新开始的：代码（``` 的一行），表格（头两行），<font>。
+_AGAIN = re.compile(
+    r'(?im)^ {0,3}(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)(?:\n|\Z)|(?P<font><font [^<>]*>)|(?P<end></font>)'
+    r'|^(?P<head>[^\n|]*\|[^\n]*\n'
+    r'(?=[^\n]*\|)[ \t]*(?:\|[ \t]*)?:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*(?:\|[ \t]*)?\n)')
+_ROW = re.compile(r'[^\n|]*\|[^\n]*(?:\n|\Z)')
+
+
+def _markup(text, limit):
+    """→ 两个 deque，按先后：[(从, 到)：不断在里面], [(从, 到, 后一段的开头, 前一段的结尾)：断在里面就补上]。"""
+    whole, lines, again = [m.span() for m in _WHOLE.finditer(text)], [], []
+    fence = font = None
+    table = 0                       # 最近的表格到哪里为止
+    for m in _AGAIN.finditer(text):
+        if m.group('fence') and not fence:
+            fence = m
+            lines.append(m.span())
+        elif fence and (m.group('fence') or '').startswith(fence.group('fence')) and not m.group('info').strip():
+            again.append((fence.end(), m.start() + 1, fence.group(), '\n' + fence.group('fence')))
+            fence = None
+            lines.append(m.span())
+        elif fence:                 # 代码里的
+            continue
+        elif m.group('font'):
+            font = m
+        elif m.group('end') and font:
+            again.append((font.end(), m.start() + 1, font.group(), m.group()))
+            font = None
+        elif m.group('head') and m.start() >= table:
+            lines.append(m.span())
+            table, row = m.end(), _ROW.match(text, m.end())
+            while row and row.group():
+                lines.append(row.span())
+                table, row = row.end(), _ROW.match(text, row.end())
+            again.append((m.end(), table, m.group(), ''))
+    if fence:
+        again.append((fence.end(), len(text), fence.group(), '\n' + fence.group('fence')))
+    whole += [(start, end) for start, end in lines if 4 * (end - start) < limit]
+    again = [a for a in again if 4 * len((a[2] + a[3]).encode('utf-8')) < limit]
+    return collections.deque(sorted(whole)), collections.deque(sorted(again))
 
 
 def _split_text(text, limit=2048):
-    """长文本 → 一段一段的 (生成器),每段至多 ``limit`` 字节,段首尾的空行去掉。
+    """长文本 → 一段一段的 (生成器)，每段至多 ``limit`` 字节，段首尾的空行去掉。
 
-    依次在段落、行、句子之间分,找不到才在字与字之间;太靠前的断点不用,免得分得太碎。
+    依次在段落、行、句子、分句之后分，找不到才在字与字之间；太靠前的断点不用，免得分得太碎。网址、标签、一个表情不断开；
+    断在代码、表格、<font> 里的，前一段补上结尾，后一段补上开头。
     """
-    text, begin = _xml_chars(text), 0
+    text, begin, head = _xml_chars(text), 0, ''
     if text and len(text.encode('utf-8')) <= limit:
         yield text
         return
+    whole, again = _markup(text, limit)
     while begin < len(text):
-        piece = text[begin:begin + limit].encode('utf-8')[:limit].decode('utf-8', 'ignore')
-        if begin + len(piece) < len(text):
-            for separator in _PARAGRAPH, _LINE, _SENTENCE:
-                ends = [m.end() for m in separator.finditer(piece, len(piece) // 2)]
-                if ends:
-                    piece = piece[:ends[-1]]
-                    break
-        begin += len(piece)
+        room = limit - len(head.encode('utf-8'))
+        piece = text[begin:begin + room]
+        if begin + room < len(text) or len(piece.encode('utf-8')) > room:
+            room -= max([len(a[3]) for a in again if a[0] < begin + room and a[1] > begin] or [0])
+            most = begin + len(piece.encode('utf-8')[:room].decode('utf-8', 'ignore'))
+            piece = text[begin:_where(text, begin, most, whole, again)]
+        end = begin + len(piece)
+        for passed in whole, again:
+            while passed and passed[0][1] <= end:
+                passed.popleft()
+        inside = [a for a in again if a[0] <= end < a[1]]
         if piece.strip():
-            yield piece.strip('\r\n')
+            yield head + piece.strip('\r\n') + ''.join(a[3] for a in inside[::-1])
+        begin, head = end, ''.join(a[2] for a in inside)
+
+
+def _where(text, begin, end, whole, again):
+    """在 ``begin`` 和 ``end`` 之间哪里断开最好；都不好就是 ``end``。"""
+    near = list(itertools.takewhile(lambda span: span[0] < end, whole))
+    edges = {edge for a in again if a[0] < end and a[1] > begin for edge in (a[0], a[1] - 1)}     # 补的会是空的
+    for form in _BREAKS:
+        for m in reversed(list(form.finditer(text, begin + (end - begin) // 2, end))):
+            if m.end() not in edges and not any(a < m.end() < b for a, b in near):
+                return m.end()
+    for a, b in reversed(near):
+        if begin < a < end < b:
+            end = a
+    return end
 
 
 class _Message(dict):

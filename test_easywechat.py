@@ -979,6 +979,49 @@ class FileStoreTests(unittest.TestCase):
 
 # ---- 消息 Messages ----------------------------------------------------------------------------
 
+#: 一段文字的零件：字、标点 (全角的写成转义)、几个码点的一个字。
+PIECES = [
+    '告警', '磁盘', 'disk', 'error: x', '今天天气很好', '\uff0c', '\u3002', '\uff01', '\uff1f', '\uff1b', '\u3001',
+    ', ', '. ', ' ', '\n', '\n\n', '中', '😀', '👨\u200d👩\u200d👧', '🇨🇳', '👍🏽', 'e\u0301', '\uff08说明\uff09',
+    '\u201c好\u3002\u201d']
+WHOLE = re.compile(
+    'https://[!#-;=?-_a-~]+|<a [^>]*>[^<]*</a>|\\[看[^]]*\\]\\([^)]*\\)|👨\u200d👩\u200d👧|🇨🇳|👍🏽|e\u0301')
+
+
+def long_text(rng):
+    """随便一段长文字：有网址、标签、代码、表格、emoji。"""
+    def words(most):
+        return ''.join(rng.choice(PIECES) for _ in range(rng.randint(1, most)))
+
+    def block():
+        n = rng.randint(1, 60)
+        return rng.choice((
+            lambda: words(150), lambda: words(150),
+            lambda: 'https://nas.example/%s?id=%d&x=%s' % ('p/' * n, n, 'q' * n),
+            lambda: '<a href="https://e.x/%s">重试%s</a>' % ('t' * n, '一次' * n),
+            lambda: '<font color="warning">%s</font>' % words(200),
+            lambda: '[看%s](https://e.x/%s)' % ('这里' * n, 'u' * n),
+            lambda: '\n```%s\n%s```\n' % (rng.choice(('', 'py')), 'x = [1, 2] # 说明\u3002\n\n' * n),
+            lambda: '\n\n| 名 | 值 |\n|---|:-:|\n%s\n' % ''.join('| n%d | %s |\n' % (i, '值' * n) for i in range(n))))()
+    return ' '.join(block() for _ in range(rng.randint(1, 25)))
+
+
+def check_parts(case, text, limit):
+    """分成的几段：够短，该完整的都完整，每一段自己读得懂，去掉补上的就是原文。"""
+    def bare(text):
+        text = re.sub(r'(?m)^```\w*$|^\| 名 \| 值 \|$|^\|---\|:-:\|$', '', text)
+        return re.sub(r'\s|</?font[^>]*>', '', text)
+    parts = list(easywechat._split_text(text, limit))
+    for part in parts:
+        case.assertLessEqual(len(part.encode('utf-8')), limit)
+        case.assertEqual(len(re.findall('(?m)^```', part)) % 2, 0, part)
+        case.assertEqual(part.count('<font'), part.count('</font>'), part)
+        case.assertFalse(part.startswith('| n'), part)
+    case.assertEqual(bare('\n'.join(parts)), bare(text))
+    case.assertEqual([whole for part in parts for whole in WHOLE.findall(part)], WHOLE.findall(text))
+    return parts
+
+
 class MessageTests(unittest.TestCase):
 
     def made(self, result, kind='text'):
@@ -1034,6 +1077,39 @@ class MessageTests(unittest.TestCase):
             parts = split(text)
             self.assertTrue(all(0 < len(p.encode()) <= 30 for p in parts))
             self.assertEqual(re.sub(r'\s', '', ''.join(parts)), re.sub(r'\s', '', text))
+
+    def test_what_must_stay_whole_does(self):
+        url, link = 'https://nas.example/task?id=1&do=restart&host=nas-in-the-cellar', '<a href="https://e.x/y">重试一次</a>'
+        clause = '今天天气很好适合出门走走'
+        for what, text, begins, ends in (
+                ('a URL', '告警' * 335 + ' ' + url + '\u3002' + '说明' * 100, url, ' '),
+                ('a link', '告警' * 340 + link + '说明' * 100, link, '告警'),
+                ('a font', '<font color="info">' + '告警' * 500 + '</font>', '<font color="info">', '</font>'),
+                ('code', '```py\n' + 'line of code\n' * 200 + '```', '```py\nline', 'code\n```'),
+                ('a table', '| 名 | 值 |\n|---|:-:|\n' + '| 1 | 2 |\n' * 300, '| 名 | 值 |\n|---|:-:|\n|', '| 1 | 2 |'),
+                ('a flag', 'x' * 2044 + '🇨🇳' + 'x' * 99, '🇨🇳', 'x'),
+                ('a family', 'x' * 2040 + PIECES[18] + 'x' * 99, PIECES[18], 'x'),
+                *(('a clause', (clause + mark) * 100, clause, mark)
+                  for mark in '\uff0c\u3002\uff01\uff1f\uff1b\u3001\uff1a')):
+            with self.subTest(what):
+                parts = check_parts(self, text, 2048)
+                self.assertEqual(len(parts), 2)
+                self.assertTrue(parts[1].startswith(begins), parts[1][:40])
+                self.assertTrue(parts[0].endswith(ends), parts[0][-40:])
+        self.assertEqual(''.join(easywechat._split_text('https://e.x/' + 'p' * 9000)), 'https://e.x/' + 'p' * 9000)
+
+    def test_any_text_is_split_so_that_each_part_reads_well(self):
+        rng = random.Random(5)
+        for n in range(150):
+            with self.subTest(n):
+                check_parts(self, long_text(rng), rng.choice((700, 2048, 4096)))
+
+    def test_splitting_takes_linear_time(self):
+        for text in ('[', '<a ', '<font x>', '|', '|a\n|-|\n', '```\n', ' ', '\n', 'a\u0301', 'http://', '[a', '](x)'):
+            with self.subTest(text):
+                begin = time.process_time()
+                list(easywechat._split_text('| a |\n' + text * (200000 // len(text)) + 'x|'))
+                self.assertLess(time.process_time() - begin, 3)
 
     def test_everything_that_may_be_given_becomes_messages(self):
         path = pathlib.Path(SOURCE)

@@ -343,7 +343,7 @@ class Watcher:
 
     def answer(self, msg):
         """回调:一句话 → 一句话。"""
-        words = re.findall(r'[^\s,,、]+', msg['Content']) or ['']
+        words = re.findall('[^\\s,\uff0c\u3001]+', msg['Content']) or ['']
         commands = {'监控': self._add, '取消': self._cancel, '列表': self._list}
         if words[0] not in commands:
             return HELP
