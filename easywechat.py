@@ -45,6 +45,7 @@ import hmac
 import http.client
 import http.server
 import importlib
+import io
 import itertools
 import json
 import os
@@ -110,13 +111,16 @@ __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMs
 # mypy: no-check-untyped-defs, no-warn-return-any
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import (AbstractSet, Any, AsyncIterator, Awaitable, Callable, Deque, Dict, Iterator, List, Mapping,
-                        Optional, Sequence, Set, Tuple, TypeVar, Union, overload)
+    from typing import (
+        AbstractSet, Any, AsyncIterator, Awaitable, BinaryIO, Callable, Deque, Dict, Iterator, List, Mapping, Optional,
+        Sequence, Set, Tuple, TypeVar, Union, overload)
     from typing_extensions import ParamSpec
     from pathlib import Path
     Message = Dict[str, Any]            # 收到的消息，企业微信的回答
     Who = Union[None, str, int, Sequence[object], AbstractSet[object]]
-    Sendable = Union[None, str, Mapping[str, Any], os.PathLike[str], Sequence['Sendable'], Iterator['Sendable']]
+    File = Union[str, bytes, os.PathLike[str], BinaryIO]        # 路径；文件对象，bytes 要另给名字
+    Sendable = Union[
+        None, str, Mapping[str, Any], os.PathLike[str], BinaryIO, Sequence['Sendable'], Iterator['Sendable']]
     # 回调返回的
     Result = Union[Sendable, Sequence['Result'], Iterator['Result'], Awaitable['Result'], AsyncIterator['Result']]
     Function = TypeVar('Function', bound=Callable[..., Result])
@@ -205,7 +209,8 @@ class ConfigError(WeChatError):
 #: (错误码, 原因, 怎么办),管理后台的说法。README「出错了?」的表由它生成。
 _CATALOGUE = (
     ((-1,), '企业微信系统繁忙', '已经试过几次;过一会儿再发'),
-    ((40001,), 'Secret 不对', '到「应用管理 → 自建 → 应用」重新查看 Secret;要和 corpid 是同一个企业,应用没有停用'),
+    ((40001,), 'Secret 不对，或 access_token 作废了',
+     '到「应用管理 → 自建 → 应用」重新查看 Secret;要和 corpid 是同一个企业,应用没有停用'),
     ((40003, 46004, 60111), 'UserID 不对，没有这个成员', '用「通讯录 → 成员」里的「账号」，不是姓名'),
     ((40004, 40005), '媒体类型或文件类型不对', '图片 JPG、PNG,语音 AMR,视频 MP4,别的当作 file 发'),
     ((40006, 40009, 40011, 45001), '文件大小不对', '大于 5 字节;图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
@@ -318,6 +323,11 @@ _GAP = r'(?:[^!-~]|\\{1,4}(?:[abfnrtv0]|x[0-9a-f]{2}|u[0-9a-f]{4}))'
 #: 用过的密钥，一直记着；用过的 access_token，最近的一百个。都从错误和日志里抹掉。
 _secrets: 'Set[str]' = set()
 _tokens: 'Deque[str]' = collections.deque(maxlen=100)
+
+
+def _remember(*secrets):
+    """这些密钥从此不进错误和日志；太短的不算，不然什么字都成了星号。"""
+    _secrets.update(secret for secret in secrets if len(secret) > 5)
 
 
 def _redact(text):
@@ -918,7 +928,7 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
     for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
         if not values[key]:
             values[key], values.sources[key] = values[other], values.sources.get(other, '')
-    _secrets.update(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot') if len(values[k]) > 5)
+    _remember(*(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot')))
     return values
 
 
@@ -1648,6 +1658,10 @@ def _where(text, begin, end, whole, again):
     return end
 
 
+def _is_file(value):
+    return isinstance(value, os.PathLike) or hasattr(value, 'read')
+
+
 class _Message(dict):
     """内部的形式：官方的 JSON。``own``：是写消息的人自己写的官方 JSON，能主动发送就主动发送。"""
     own = False
@@ -1657,10 +1671,10 @@ class _Message(dict):
         return self.get(_REPLIES[kind][1] if kind in _REPLIES else kind)
 
     def file(self):
-        """还没有上传的文件 (Path)；没有是 None。"""
+        """还没有上传的文件 (路径，或文件对象)；没有是 None。"""
         body = self.body()
-        path = body.get('media_id') if isinstance(body, dict) else None
-        return path if isinstance(path, os.PathLike) else None
+        file = body.get('media_id') if isinstance(body, dict) else None
+        return file if _is_file(file) else None
 
     def with_body(self, **fields):
         new = _Message(self, **{_REPLIES.get(self['msgtype'], (0, self['msgtype']))[1]: dict(self.body(), **fields)})
@@ -1678,7 +1692,7 @@ def plain_text(text: str) -> str:
 
 def _is_several(result):
     """是几条 (list、tuple、生成器)，不是一条。"""
-    return isinstance(result, (list, tuple)) or hasattr(result, '__next__')
+    return isinstance(result, (list, tuple)) or hasattr(result, '__next__') and not _is_file(result)
 
 
 def _flat(result):
@@ -1734,7 +1748,7 @@ def _reply_body(kind, item):
         return {'articles': [{k.lower(): v for k, v in a.items()} for a in value]}
     _need(isinstance(value, dict) and value, 'a reply of type %s needs %s, a dict' % (kind, name))
     if kind in _MEDIA:
-        _need(isinstance(value.get('MediaId'), (str, os.PathLike)), '%s needs MediaId, a str' % name)
+        _need(isinstance(value.get('MediaId'), str) or _is_file(value.get('MediaId')), '%s needs MediaId, a str' % name)
         value = {k: value[k] for k in ('MediaId', 'Title', 'Description') if k in value}
     return _snake_case(value)
 
@@ -1771,13 +1785,14 @@ def _message_of(item, default):
     if isinstance(item, _Message):
         return item
     if not isinstance(item, dict):
-        raise TypeError('expected str, dict, Path or a list of these, got %s' % type(item).__name__)
+        raise TypeError("bytes have no name: client.upload(data, name='photo.jpg') takes them" if isinstance(
+            item, (bytes, bytearray)) else 'expected str, dict, Path or a list of these, got %s' % type(item).__name__)
     message = _Message(item) if 'msgtype' in item else _from_reply(item, default)
     if 'msgtype' in item:
         message.own = True
         _need(isinstance(item['msgtype'], str), 'msgtype must be a str')
         json.dumps(item, allow_nan=False, default=lambda value: _need(      # 不是 JSON 的，只有还没上传的文件可以
-            isinstance(value, os.PathLike), 'a message takes no %s' % type(value).__name__))
+            _is_file(value), 'a message takes no %s' % type(value).__name__))
     if message['msgtype'] != 'text':
         _passive(message, '', '', 0)
     return message
@@ -1873,6 +1888,7 @@ _NETWORK_ADVICE = (
     ('CERTIFICATE_VERIFY_FAILED', '证书验证不了:时钟不对 (NTP),没有 CA 证书 (ca-bundle、ca-certificates),api_base '
      '不是这个域名,或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
+    ('SOCKS', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；或把 qyapi.weixin.qq.com 写进 no_proxy'),
     ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
 _STATUS_ADVICE = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
                   413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}
@@ -1918,7 +1934,15 @@ def _make_opener(ca_file, proxies=None):
     """urllib 的 opener：只有 http 和 https；不跟随重定向，什么状态都原样返回。``proxies`` 默认是标准的环境变量里的。"""
     from urllib import request as web
     proxies = web.getproxies() if proxies is None else proxies
-    _secrets.update(m.group(1) for m in (re.search('([^/@]*:[^/@]*)@', url) for url in proxies.values()) if m)
+    if proxies.get('all'):
+        proxies = dict({'http': proxies['all'], 'https': proxies['all']}, **proxies)
+    _remember(*(m.group(1) for m in (re.search('([^/@]*:[^/@]*)@', url) for url in proxies.values()) if m))
+
+    class Proxy(web.ProxyHandler):
+        def proxy_open(self, req, proxy, kind):
+            if proxy.lower().startswith('socks') and not (req.host and web.proxy_bypass(req.host)):
+                raise OSError('SOCKS is not supported here')
+            return super().proxy_open(req, proxy, kind)
 
     class Transport(web.HTTPHandler):
         https_request = web.HTTPHandler.http_request
@@ -1932,7 +1956,7 @@ def _make_opener(ca_file, proxies=None):
             return self.do_open(functools.partial(_connection, 'HTTPSConnection', req.attempt), req, context=self.tls)
     opener = web.OpenerDirector()
     opener.addheaders = [('User-Agent', 'EasyWeChat')]
-    opener.add_handler(web.ProxyHandler(proxies))
+    opener.add_handler(Proxy(proxies))
     opener.add_handler(Transport())
     return opener
 
@@ -1975,58 +1999,80 @@ def _local():
         raise _Local(e) from None
 
 
+class _File:
+    """要上传的：路径、二进制的文件对象、bytes。``name`` 是文件名，``suffix`` 像 ``.jpg``，``size`` 是字节。"""
+    def __init__(self, source, name=None):
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            source = io.BytesIO(source)
+        _need(not isinstance(source, io.TextIOBase), "a file object must be opened with 'rb'")
+        self._source, is_path = source, not hasattr(source, 'read')
+        path = os.fsdecode(source) if is_path else getattr(source, 'name', None)
+        path = path if isinstance(path, str) else name
+        _need(path, "what has no name needs one: upload(data, name='photo.jpg')")
+        self.name, self.suffix = os.path.basename(name or path), os.path.splitext(path)[1].lower()
+        self.size = os.path.getsize(path) if is_path else source.seek(0, os.SEEK_END)
+
+    @contextlib.contextmanager
+    def open(self):
+        """→ 打开了的，从头开始；别人的文件对象不关。"""
+        if hasattr(self._source, 'read'):
+            self._source.seek(0)
+            yield self._source
+        else:
+            with open(self._source, 'rb') as f:
+                yield f
+
+
 class _Upload:
-    """``multipart/form-data`` 里的一个文件,边读边发;每次迭代都从头。"""
-    def __init__(self, path, name, progress):
-        self._path, self._progress = path, progress
-        self._size = os.path.getsize(path)
+    """``multipart/form-data`` 里的一个 `_File`，边读边发；每次迭代都从头。"""
+    def __init__(self, file, progress):
+        self._file, self._progress = file, progress
         boundary = 'EasyWeChat' + binascii.hexlify(os.urandom(16)).decode()
         escapes = str.maketrans({'"': '%22', '\r': '%0D', '\n': '%0A', '\\': '_'})
-        name = _UNPRINTABLE.sub('_', _decoded(name).translate(escapes))
+        name = _UNPRINTABLE.sub('_', _decoded(file.name).translate(escapes))
         self._head = ('--%s\r\nContent-Disposition: form-data; name="media"; filename="%s"; filelength=%d\r\n'
-                      'Content-Type: application/octet-stream\r\n\r\n' % (boundary, name, self._size)).encode('utf-8')
+                      'Content-Type: application/octet-stream\r\n\r\n' % (boundary, name, file.size)).encode('utf-8')
         self._tail = ('\r\n--%s--\r\n' % boundary).encode()
-        length = len(self._head) + self._size + len(self._tail)
+        length = len(self._head) + file.size + len(self._tail)
         self.headers = {'Content-Type': 'multipart/form-data; boundary=' + boundary, 'Content-Length': str(length)}
 
     def __iter__(self):
         sent = 0
-        with _local(), open(self._path, 'rb') as f:
+        with _local(), self._file.open() as f:
             yield self._head
             for block in iter(functools.partial(f.read, 1 << 16), b''):
                 sent += len(block)
-                if sent > self._size:
+                if sent > self._file.size:
                     break
                 yield block
                 if self._progress:
-                    self._progress(sent, self._size)
-            if sent != self._size:
-                raise OSError(errno.EBUSY, 'changed while it was sent', self._path)
+                    self._progress(sent, self._file.size)
+            if sent != self._file.size:
+                raise OSError(errno.EBUSY, 'changed while it was sent', self._file.name)
         yield self._tail
 
 
-def _media_kind(path, kind=None):
-    """文件按后缀和大小该当作什么发;``kind`` 给了就检查它。不合规定抛 `APIError`。"""
-    size, suffix = os.path.getsize(path), os.path.splitext(path)[1].lower()
-    name = os.path.basename(path)
+def _media_kind(file, kind=None):
+    """`_File` 按后缀和大小该当作什么发;``kind`` 给了就检查它。不合规定抛 `APIError`。"""
     if kind not in _MEDIA and kind is not None:
         raise APIError(40004, '%r is none of %s' % (kind, ', '.join(_MEDIA)), 'media/upload')
     if kind is None:
-        kind = next((k for k, (most, suffixes) in _MEDIA.items() if suffix in suffixes and size <= most), 'file')
+        fits = (k for k, (most, suffixes) in _MEDIA.items() if file.suffix in suffixes and file.size <= most)
+        kind = next(fits, 'file')
     most, suffixes = _MEDIA[kind]
-    if size <= 5:
-        raise APIError(44001, '%s has %d bytes, at least 6 are needed' % (name, size), 'media/upload')
-    if size > most:
-        raise APIError(40006, '%s has %d bytes, %s takes %d' % (name, size, kind, most), 'media/upload')
-    if suffixes and suffix not in suffixes:
-        raise APIError(40005, '%s: %s takes %s' % (name, kind, ', '.join(suffixes)), 'media/upload')
+    if file.size <= 5:
+        raise APIError(44001, '%s has %d bytes, at least 6 are needed' % (file.name, file.size), 'media/upload')
+    if file.size > most:
+        raise APIError(40006, '%s has %d bytes, %s takes %d' % (file.name, file.size, kind, most), 'media/upload')
+    if suffixes and file.suffix not in suffixes:
+        raise APIError(40005, '%s: %s takes %s' % (file.name, kind, ', '.join(suffixes)), 'media/upload')
     return kind
 
 
 def _made(item, default='text', limits=_TEXT_LIMITS):
-    """`_official`，也收 Path：按后缀和大小是图片、语音、视频或文件，还没有上传。"""
-    if not isinstance(item, (str, dict)) and isinstance(item, os.PathLike):
-        kind = _media_kind(item)
+    """`_official`，也收 Path、文件对象：按后缀和大小是图片、语音、视频或文件，还没有上传。"""
+    if not isinstance(item, (str, dict)) and _is_file(item):
+        kind = _media_kind(_File(item))
         return [_Message({'msgtype': kind, kind: {'media_id': item}})]
     return _official(item, default, limits)
 
@@ -2037,17 +2083,34 @@ _RUNNABLE = re.compile(
     r'|pif|lnk|cpl|ps1|vb[se]?|jse?|ws[fh]|msc|hta|reg|jar)$')
 
 
+#: 没有后缀的文件，按 Content-Type 给它。
+_SUFFIXES = {'audio/amr': '.amr', 'image/jpeg': '.jpg', 'image/png': '.png', 'video/mp4': '.mp4'}
+
+
+def _name_in(headers):
+    """Content-Disposition 里的文件名，没有是 None。http.client 把 UTF-8 读成了 latin-1：先改回来，再解析。"""
+    import email.message
+    value = headers.get('Content-Disposition') or ''
+    with contextlib.suppress(UnicodeError):
+        value = value.encode('latin-1').decode('utf-8')
+    parsed = email.message.Message()
+    parsed['Content-Disposition'] = value
+    return parsed.get_filename()
+
+
 def _safe_name(headers, default):
     """Content-Disposition 里的文件名，只留最后一段，去掉危险的和看不见的；没有就是 ``default``。"""
-    name = headers.get_filename() or default
-    with contextlib.suppress(UnicodeError):     # http.client 把 UTF-8 读成了 latin-1
-        name = name.encode('latin-1').decode('utf-8')
-    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', name)[-1]).lstrip(' .').rstrip(' .')
+    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', _name_in(headers) or default)[-1]).lstrip(' ').rstrip(' .')
     stem, suffix = os.path.splitext(re.sub('[<>:"|?*]', '_', name))
+    if any(stem.lower() in suffixes for _, suffixes in _MEDIA.values()):        # '.amr'：只有后缀
+        stem, suffix = '', stem
+    kind = headers.get_content_type()
+    stem, suffix = stem.lstrip(' .'), suffix or _SUFFIXES.get(kind, '')
     if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
         stem = '_' + stem
     suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
-    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore') or 'file'
+    stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
+    stem = stem or {'audio': 'voice', 'image': 'image', 'video': 'video'}.get(kind.partition('/')[0], 'file')
     name = stem + suffix + '_' * bool(_RUNNABLE.search(stem + suffix))
     return os.fsdecode(name.encode('utf-8'))        # LANG=C 时也是 UTF-8
 
@@ -2292,6 +2355,7 @@ class _Pace:
         return slot
 
 
+_AGENT = re.compile('[0-9]{1,18}')
 _RECEIVERS = 'touser', 'toparty', 'totag'       #: JSON 里收件人的三个字段。
 _UNREACHED = 'invaliduser', 'invalidparty', 'invalidtag', 'unlicenseduser'      #: 回答里没收到的人。
 
@@ -2355,9 +2419,9 @@ class _Caller:
         return answer
 
     def _upload(self, api, path, kind, name=None):
-        path = os.fspath(path)
-        query, body = {'type': _media_kind(path, kind)}, _Upload(path, name or os.path.basename(path), self.progress)
-        answer = self._authorized(api, query, body, within=self.media_within)
+        file = _File(path, name)
+        query = {'type': _media_kind(file, kind)}
+        answer = self._authorized(api, query, _Upload(file, self.progress), within=self.media_within)
         if not isinstance(answer.get('media_id'), str):
             raise NetworkError(502, 'an answer without media_id', 'media/upload')
         return answer
@@ -2379,7 +2443,9 @@ def _code_and_message(method: 'Callable[P, Message]') -> 'Callable[P, Message]':
 
 
 def _joined(who):
-    return '|'.join(map(str, who)) if isinstance(who, (list, tuple, set)) else str(who or '')
+    """收件人 (str，或它们的 list) → ``'a|b'``；逗号、分号、顿号，全角的也行：UserID 里没有这些。"""
+    text = '|'.join(map(str, who)) if hasattr(who, '__iter__') and not isinstance(who, str) else str(who or '')
+    return '|'.join(filter(None, re.split('[|,;\\s\uff5c\uff0c\uff1b\u3001]+', text)))
 
 
 #: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
@@ -2502,9 +2568,9 @@ class WeChatClient(_Caller):
                 self.trusted = True
                 return answer
             except APIError as e:
-                if e.errcode in _CANNOT_SEND:
+                if e.errcode in _CANNOT_SEND and (last or e.errcode != 40001):
                     self.trusted = False
-                if last or e.errcode not in (40014, 42001):
+                if last or e.errcode not in (40001, 40014, 42001):      # gettoken 的 40001 不到这里
                     raise
             stale = token
 
@@ -2522,9 +2588,10 @@ class WeChatClient(_Caller):
              **fields: object) -> 'Message':
         """发一条或几条消息,依次;返回企业微信对最后一条的回答 (dict,有 msgid)。
 
-        ``message``:str(超过 2048 字节就分成几条)、`pathlib.Path`(上传,按后缀当作图片、语音、视频、文件)、
+        ``message``:str(超过 2048 字节就分成几条)、`pathlib.Path` 或有名字的文件对象（上传，类型看后缀）、
         官方的 JSON ``{'msgtype': …}``(path/90236)、被动回复那样的 dict,或它们的 list、生成器。
-        ``to``、``party``、``tag``:list 或 ``'a|b'``;都没有就是消息里写的,再没有是配置里的 touser。
+        ``to``、``party``、``tag``:list 或 ``'a|b'``（逗号、分号、顿号也行）;都没有就是消息里写的,再没有是
+        配置里的 touser。
         ``fields`` 是 JSON 最外层别的字段,例如 ``safe=1``。
         部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
         """
@@ -2541,12 +2608,12 @@ class WeChatClient(_Caller):
             message = {k: v for k, v in message.items() if k not in _RECEIVERS}
             message.update((key, who) for key, who in given.items() if who)
         elif not any(message.get(key) for key in _RECEIVERS):
-            message['touser'] = self.settings['touser']
+            message['touser'] = _joined(self.settings['touser'])
         who = [key + i for key in _RECEIVERS for i in str(message.get(key) or '').split('|') if i]
         if not who:
             raise APIError(82001, 'no receiver', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
-        if not re.fullmatch('[0-9]{1,18}', agentid):
+        if not _AGENT.fullmatch(agentid):
             raise ConfigError('agentid is missing or no number: set it in config.ini, or EASYWECHAT_AGENTID')
         return who, dict(message, agentid=int(agentid))
 
@@ -2558,17 +2625,18 @@ class WeChatClient(_Caller):
             media_content = {'content' if media_type in _TEXT_LIMITS else 'media_id': media_content}
         return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
 
-    def upload(self, path: 'Union[str, os.PathLike[str]]', kind: 'Optional[str]' = None,
+    def upload(self, path: 'File', kind: 'Optional[str]' = None,
                name: 'Optional[str]' = None) -> str:
         """上传临时素材(path/90253)→ media_id (str),三天有效。边读边发,不占内存。
 
+        ``path`` 是路径，或二进制的文件对象、bytes：它们没有名字，就要给 ``name``，否则 `TypeError`。
         ``kind`` 是 image（10 MB，JPG、PNG）、voice（2 MB，AMR）、video（10 MB，MP4）、file（20 MB），默认按后缀；
         ``name`` 是显示的文件名。读不了文件抛 `OSError`，大小、类型不对抛 `APIError`。
         """
         return self._upload('media/upload', path, kind, name)['media_id']
 
     @_code_and_message
-    def upload_media(self, file_type: str, file_path: 'Union[str, os.PathLike[str]]') -> 'Message':
+    def upload_media(self, file_type: str, file_path: 'File') -> 'Message':
         """旧接口:上传,返回企业微信的 dict,不抛异常。"""
         return self._upload('media/upload', file_path, file_type)
 
@@ -2593,6 +2661,10 @@ class WeChatClient(_Caller):
                 os.unlink(part)
 
 
+def _mentions(who):
+    return ''.join('<@%s>' % i.lstrip('@') for i in who) + '\n' * bool(who)
+
+
 class WeChatRobot(_Caller):
     """群机器人(path/91770):一个 key,没有 token,没有可信 IP。
 
@@ -2609,10 +2681,13 @@ class WeChatRobot(_Caller):
         if key:
             settings['robot'] = key
         super().__init__(appname, ini_name, ('robot',), settings)
-        self._key = re.sub('.*[?&]key=([^&#]*).*', r'\1', self.settings['robot'])
+        base, slash, query = self.settings['robot'].rpartition('/cgi-bin/webhook/')
+        if slash:                       # 整个地址：私有部署的，就问它自己
+            self.api_base = _normal_base(base)
+        self._key = re.sub('.*[?&]key=([^&#]*).*', r'\1', query)
         if not re.fullmatch('[0-9A-Za-z_-]{1,128}', self._key):
             raise ConfigError('robot must be the key of the webhook, or its whole URL')
-        _secrets.add(self._key)
+        _remember(self._key)
 
     def _authorized(self, path, query, body, within=None):
         return _Call(self, path, dict(key=self._key, **query), body, within=within).run()
@@ -2621,33 +2696,37 @@ class WeChatRobot(_Caller):
         """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
 
         ``message``:str、官方的 JSON、`pathlib.Path`(2 MB 以内的 JPG、PNG 是图片,AMR 是语音,别的是文件),
-        或它们的 list。``mention`` 只用于文本:userid、手机号或 ``'@all'``,list 或 ``'a|b'``。
+        或它们的 list。``mention`` 用于文本和 markdown（不是 markdown_v2）：userid 或 ``'@all'``，文本也可以是手机号，
+        list 或 ``'a|b'``；只在第一条里提醒。
         """
         who = [i for i in _joined(mention).split('|') if i]
-        return self._send_each('webhook/send', message, _ROBOT_LIMITS, functools.partial(self._prepare, who))
+        limits = dict(_ROBOT_LIMITS, markdown=4096 - len(_mentions(who).encode('utf-8')))
+        return self._send_each('webhook/send', message, limits, functools.partial(self._prepare, who))
 
     def _prepare(self, who, n, message):
-        who = who if n == 0 else []     # 只在第一条里提醒
-        if who and message['msgtype'] != 'text':
-            raise TypeError('mention goes with text only')
-        body = self._file(message.file()) if message.file() else dict(message)
-        if who:
+        kind, who = message['msgtype'], who if n == 0 else []
+        if who and kind not in ('text', 'markdown'):
+            raise TypeError('mention goes with text and markdown, not with ' + kind)
+        if who and kind == 'markdown':
+            message = message.with_body(content=_mentions(who) + message.body()['content'])
+        elif who:
             phones = [i for i in who if re.fullmatch('[0-9]{11}', i)]
-            body['text'] = dict(body['text'], mentioned_mobile_list=phones,
-                                mentioned_list=[i for i in who if i not in phones])
-        return ['robot'], body
+            message = message.with_body(mentioned_mobile_list=phones,
+                                        mentioned_list=[i for i in who if i not in phones])
+        return ['robot'], self._file(message.file()) if message.file() else dict(message)
 
     def _file(self, path):
-        kind = _media_kind(path)
-        if kind == 'image' and os.path.getsize(path) <= 2 << 20:
-            with open(path, 'rb') as f:
+        file = _File(path)
+        kind = _media_kind(file)
+        if kind == 'image' and file.size <= 2 << 20:
+            with file.open() as f:
                 data = f.read()
             base64 = binascii.b2a_base64(data, newline=False).decode()
             return {'msgtype': 'image', 'image': {'base64': base64, 'md5': hashlib.md5(data).hexdigest()}}
         kind = kind if kind == 'voice' else 'file'
         return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
 
-    def upload(self, path: 'Union[str, os.PathLike[str]]', kind: str = 'file', name: 'Optional[str]' = None) -> str:
+    def upload(self, path: 'File', kind: str = 'file', name: 'Optional[str]' = None) -> str:
         """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
         return self._upload('webhook/upload_media', path, kind, name)['media_id']
 
@@ -3000,13 +3079,13 @@ class Once:
 
 class _Parcel:
     """一次运行给出的东西，和给谁。"""
-    __slots__ = 'run', 'kind', 'user', 'corp', 'id', 'code', 'xml', 'held', 'items', 'way'
+    __slots__ = 'run', 'kind', 'user', 'corp', 'id', 'code', 'agent', 'xml', 'held', 'items', 'way'
 
     def __init__(self, run):
         self.run, msg = run, run.message        # 回调可以改它的 dict，所以先记下
         self.user = run.sender
-        self.kind, self.corp, self.id, self.code = [
-            str(msg.get(k, '')) for k in ('MsgType', 'ToUserName', 'MsgId', 'ResponseCode')]
+        self.kind, self.corp, self.id, self.code, self.agent = [
+            str(msg.get(k, '')) for k in ('MsgType', 'ToUserName', 'MsgId', 'ResponseCode', 'AgentID')]
         self.xml = not isinstance(msg, _JsonMessage)    # JSON 的消息没有被动回复
         self.held = []                  # 还没有定怎样送的
         self.items = []                 # 等着主动发送的；第一条可能正在发
@@ -3091,6 +3170,7 @@ class Replies:
         self._errands = _Threads(4)     # 问能不能主动发送
         self._outbox = _Outbox(self._push)
         self.look, self.left = self._outbox.look, self._outbox.left
+        self._not_ours = None           # 这个应用不能用我们的 Secret 发
         # _asking：正在问能不能主动发送；_ask_at：这时以前不再问；_under_way：在跑的 async def
         _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int, _under_way=set)
 
@@ -3246,17 +3326,29 @@ class Replies:
                 parcel.items.extend(rest)
             self._outbox.kick(parcel.user)
 
+    def _send(self, parcel, message):
+        """以他问的那个应用的身份发；Secret 只能用配置里的那个，就以它，说一次。"""
+        client, kind, ours = self._owner.client, message['msgtype'], self._owner.settings['agentid']
+        other = parcel.agent if _AGENT.fullmatch(parcel.agent) and parcel.agent not in (ours, self._not_ours) else None
+        for agent in filter(None, (other, ours)):
+            try:
+                if message.own or kind not in ('update_button', 'update_template_card'):
+                    return client.send(message, to=parcel.user, **{} if 'agentid' in message else {'agentid': agent})
+                return client.call('message/update_template_card', {
+                    'userids': [parcel.user], 'response_code': parcel.code, _REPLIES[kind][1]: message.body(),
+                    'agentid': int(agent)})
+            except APIError as e:
+                if agent != other or e.errcode not in (40056, 48002, 60011, 301002):
+                    raise
+                self._not_ours = other
+                logger.warning('the secret is not of the app %s that %s asked, answering as %s: give each app its own '
+                               'section and server', other, _show(parcel.user), ours)
+
     def _push(self, parcel, message):
         """发给那个用户。还在等的投递，发到了得到空的；肯定没有发到，就还来得及做被动回复。"""
         error = reply = None
-        client, kind = self._owner.client, message['msgtype']
         try:
-            if message.own or kind not in ('update_button', 'update_template_card'):
-                client.send(message, to=parcel.user)
-            else:
-                client.call('message/update_template_card', {
-                    'userids': [parcel.user], 'response_code': parcel.code, _REPLIES[kind][1]: message.body(),
-                    'agentid': int(self._owner.settings['agentid'])})
+            self._send(parcel, message)
         except Exception as e:          # 别人的代码、别人的网络；别的还要接着发
             error = e
             if isinstance(e, APIError) and not getattr(e, 'maybe_sent', False):
@@ -4060,7 +4152,7 @@ def _run_send(args):
 #: 键 → (该是什么样,一句话,在后台的哪一页)。
 _SHAPES = {
     'corpid': ('w[wx][0-9A-Za-z]{16}', 'ww 开头,18 个字符', '我的企业 → 企业信息'),
-    'agentid': ('[0-9]{1,18}', '一个数字', '应用管理 → 自建 → 应用'),
+    'agentid': (_AGENT.pattern, '一个数字', '应用管理 → 自建 → 应用'),
     'secret': ('[0-9A-Za-z_-]{43}', '43 个字符', '应用管理 → 自建 → 应用'),
     'token': ('[0-9A-Za-z]{1,32}', '至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
     'encoding_aes_key': ('[0-9A-Za-z]{43}', '恰好 43 个字母和数字', '应用 → 接收消息 → 设置API接收'),

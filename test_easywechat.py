@@ -1422,6 +1422,21 @@ class RetryTests(ClientCase):
         self.assertEqual(error.errcode, 40014)
         self.assertEqual((self.count('message/send'), self.count('gettoken')), (2, 2))
 
+    def test_a_token_that_was_refused_as_40001_is_replaced_once(self):
+        client, refusal = self.make(), {'errcode': 40001, 'errmsg': 'invalid credential, access_token is invalid'}
+        client.send('1')
+        media = client.upload(self.file('b.png'))
+        for path, call in (('message/send', lambda: client.send('2')), ('media/get', lambda: client.download(media)),
+                           ('media/upload', lambda: client.upload(self.file('a.png')))):
+            before = self.count('gettoken')
+            self.wecom.script(path, refusal)
+            call()
+            self.assertEqual((self.count('gettoken'), client.trusted), (before + 1, True), path)
+        self.wecom.script('message/send', refusal, refusal)
+        with raises(APIError) as caught:
+            client.send('3')
+        self.assertEqual((caught[0].errcode, caught[0].path, client.trusted), (40001, 'message/send', False))
+
     def test_a_wrong_secret_is_not_asked_again_and_again(self):
         client = self.make()
         client.settings['secret'] = PLANTED
@@ -1466,6 +1481,18 @@ class TransportTests(ClientCase):
             client = self.make()
             client.api_base = 'http://nosuch.invalid'
             self.assertEqual(client.send('x')['errcode'], 0)
+        with environment(all_proxy=self.url):
+            client = self.make()
+            client.api_base = 'http://nosuch.invalid'
+            self.assertEqual(client.send('x')['errcode'], 0)
+
+    def test_a_socks_proxy_is_named(self):
+        for variables in {'http_proxy': 'socks5://127.0.0.1:9'}, {'all_proxy': 'socks5h://127.0.0.1:9'}:
+            with environment(**variables), raises(NetworkError) as caught:
+                self.make().send('x')
+            self.assertIn('SOCKS', str(caught[0]))
+            with environment(no_proxy='127.0.0.1', **variables):
+                self.make().send('x')
 
     def test_tls_is_verified_and_the_words_help(self):
         ssl = __import__('ssl')
@@ -1609,6 +1636,17 @@ class SendTests(ClientCase):
         self.assertEqual('\n'.join(parts), text + '\nend')
         self.assertTrue(all(len(p.encode()) <= 2048 for p in parts))
 
+    def test_receivers_as_people_type_them(self):
+        client = self.make()
+        self.wecom.users.update(a='a', b='b')
+        for who in ('a|b', 'a,b', 'a;b', 'a\uff0cb', 'a\uff1bb', 'a\u3001b', 'a\uff5cb', ' a , b ', ['a', 'b'], ['a,b'],
+                    ('a', 'b')):
+            client.send('x', to=who)
+            self.assertEqual(self.wecom.messages[-1]['touser'], 'a|b', who)
+        client = self.make(touser='a\uff0cb')
+        client.send('x')
+        self.assertEqual(self.wecom.messages[-1]['touser'], 'a|b')
+
     def test_nobody_is_never_everybody(self):
         client = self.make(touser='')
         for sender, kwargs in ((client, {}), (self.make(), {'to': ''}), (self.make(), {'to': []})):
@@ -1708,7 +1746,8 @@ class MediaTests(ClientCase):
                 client.upload(self.file(name, size), kind)
             self.assertEqual(caught[0].errcode, errcode)
         self.assertEqual(self.wecom.calls, [])
-        self.assertEqual(easywechat._media_kind(str(self.file('big.mp4', (10 << 20) + 1))), 'file')
+        client.send(self.file('big.mp4', (10 << 20) + 1))
+        self.assertEqual(self.wecom.messages[-1]['msgtype'], 'file')
         self.assertRaises(FileNotFoundError, client.upload, os.path.join(self.folder, 'nosuch'))
 
     def test_a_download_stays_in_its_folder(self):
@@ -1730,6 +1769,40 @@ class MediaTests(ClientCase):
             got = client.download('M', folder)
             self.assertEqual((os.listdir(os.fsencode(folder)), got.read_bytes()),
                              ([name.encode('utf-8')], b'data'), repr(given))
+
+    def test_a_downloaded_file_has_the_suffix_of_its_type(self):
+        client = self.make()
+        head = 'HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Disposition: attachment; filename="%s"\r\n\r\ndata'
+        for kind, given, name in (('audio/amr', '.amr', 'voice.amr'), ('audio/amr', 'voice', 'voice.amr'),
+                                  ('image/jpeg', '', 'M.jpg'), ('video/mp4; x=y', 'a.b.mp4', 'a.b.mp4'),
+                                  ('text/plain', '扩充', '扩充'), ('image/png', '待删', '待删.png')):
+            with self.subTest(given):
+                self.wecom.script('media/get', (head % (kind, given)).encode())
+                folder = tempfile.mkdtemp(dir=self.folder)
+                self.assertEqual(os.path.basename(str(client.download('M', folder))), os.fsdecode(name.encode()))
+
+    def test_bytes_and_file_objects_go_out_by_their_name(self):
+        client, data = self.make(), os.urandom(100)
+        named = io.BytesIO(data)
+        named.name, named_at_its_end = 'cam.jpg', named
+        named_at_its_end.seek(0, 2)
+        with open(str(self.file('b.png')), 'rb') as f:
+            for source, name, shown in ((data, 'a.png', 'a.png'), (io.BytesIO(data), 'x/b.png', 'b.png'),
+                                        (named_at_its_end, None, 'cam.jpg'), (f, None, 'b.png'),
+                                        (f, '照.png', '照.png')):
+                with self.subTest(shown):
+                    media = self.wecom.media[client.upload(source, name=name)]
+                    self.assertEqual((media['type'], media['name'], len(media['data'])), ('image', shown, 100))
+            client.send(named)
+            client.send([f])
+            self.assertEqual([m['msgtype'] for m in self.wecom.messages], ['image', 'image'])
+            self.assertFalse(f.closed)
+        for wrong in data, io.BytesIO(data), io.StringIO('x'), None:
+            with raises(TypeError):
+                client.upload(wrong)
+        with raises(TypeError) as caught:
+            client.send(data)
+        self.assertIn("name='photo.jpg'", str(caught[0]))
 
     def test_a_download_without_a_folder_is_nothing_that_python_imports(self):
         client = self.make()
@@ -1780,7 +1853,7 @@ class RobotTests(ClientCase):
         return WeChatRobot(key or self.wecom.settings['robot'], api_base=self.url)
 
     def test_every_type(self):
-        robot = self.robot('https://qyapi.weixin.qq.com/cgi-bin/webhook/send?key=' + self.wecom.settings['robot'])
+        robot = self.robot()
         robot.send('构建失败', mention='@all|13800000000')
         self.assertEqual(self.wecom.robot_messages[0]['text'], {
             'content': '构建失败', 'mentioned_list': ['@all'], 'mentioned_mobile_list': ['13800000000']})
@@ -1795,7 +1868,27 @@ class RobotTests(ClientCase):
         for name, kind in ('a.png', 'image'), ('b.amr', 'voice'), ('c.zip', 'file'), ('d.mp4', 'file'):
             robot.send(self.file(name))
             self.assertEqual(self.wecom.robot_messages[-1]['msgtype'], kind)
-        self.assertRaises(TypeError, robot.send, self.file('a.png'), '@all')
+
+    def test_a_whole_webhook_keeps_its_host(self):
+        key = self.wecom.settings['robot']
+        for webhook in '%s/cgi-bin/webhook/send?key=%s', '%s/cgi-bin/webhook/send?a=b&key=%s&c=d#e':
+            WeChatRobot(webhook % (self.url, key), api_base='https://nosuch.invalid').send('x')
+        self.assertEqual(len(self.wecom.robot_messages), 2)
+        for webhook, base in (('https://wework.corp.example:8443/p/cgi-bin/webhook/send?key=abcdefab',
+                               'https://wework.corp.example:8443/p'),
+                              ('qyapi.weixin.qq.com/cgi-bin/webhook/send?key=a', 'https://qyapi.weixin.qq.com'),
+                              ('abcdefab', 'https://relay.example')):
+            self.assertEqual(WeChatRobot(webhook, api_base='relay.example').api_base, base)
+
+    def test_mentions(self):
+        robot = self.robot()
+        robot.send({'msgtype': 'markdown', 'markdown': {'content': 'x' * 4090}}, mention='zhangsan\uff0c@all')
+        contents = [m['markdown']['content'] for m in self.wecom.robot_messages]
+        self.assertEqual((contents[0][:21], ''.join(contents)[21:]), ('<@zhangsan><@all>\nxxx', 'x' * 4087))
+        for message in self.file('a.png'), {'msgtype': 'markdown_v2', 'markdown_v2': {'content': 'x'}}:
+            with raises(TypeError):
+                robot.send(message, '@all')
+        self.assertEqual(len(self.wecom.robot_messages), 2)
 
     def test_errors(self):
         for key in 'key=', 'a b', '中':
@@ -2462,6 +2555,19 @@ class ReplyTests(ClientCase):
         for secret in planted:
             self.assertNotIn(secret, reply)
             self.assertNotIn(secret, logs.output[0])
+
+    def test_who_asked_another_app_is_answered_by_it(self):
+        server = self.server(lambda msg: ['a', {'Content': 'b'}])
+        self.wecom._check_agent = lambda agentid: None          # 一个什么应用都能用的 Secret
+        self.ask(server, AgentID='1000003')
+        self.assertEqual([m['agentid'] for m in self.wecom.messages], [1000003] * 2)
+        del self.wecom._check_agent
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.ask(server, AgentID='1000003')
+            self.ask(server, AgentID='1000003')
+        self.assertEqual([m['agentid'] for m in self.wecom.messages[2:]], [1000002] * 4)
+        self.assertEqual(len(logs.output), 1)
+        self.assertRegex(logs.output[0], '1000003.*1000002')
 
     def test_a_json_event_has_no_passive_reply(self):
         seen = []
