@@ -21,7 +21,7 @@
 从上往下读，每一节只用上面讲过的东西::
 
     错误 → 错误码 → 日志 → XML → 加解密 → 配置 → 线程 → 存储 → 消息 → 请求 → 主动模式
-         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 命令行
+         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 信 → 命令行
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
     gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数(dict)
@@ -35,7 +35,6 @@ MIT License, EasyWeChat contributors.
 import binascii
 import codecs
 import collections
-import configparser
 import contextlib
 import copy
 import errno
@@ -65,6 +64,17 @@ import xml.etree.ElementTree as ET
 try:
     import logging
     logger = logging.getLogger('easywechat')
+
+    class _OnStderr(logging.StreamHandler):
+        """程序自己没有管日志：警告以上的写到 stderr，带着时间和级别。"""
+        def emit(self, record):
+            if not logging.root.handlers and logger.handlers[0] is self and type(logger.handlers[-1]) is type(self):
+                self.stream = sys.stderr
+                super().emit(record)
+    _handler = _OnStderr()
+    _handler.setLevel(logging.WARNING)
+    _handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S'))
+    logger.addHandler(_handler)
 except ImportError:             # OpenWrt 没装 python3-logging:警告以上写到 stderr
     class _Stderr:              # 与 logging.Logger 同名的几个方法,只此而已
         debug = info = staticmethod(lambda msg, *args: None)
@@ -202,6 +212,9 @@ class ConfigError(WeChatError):
     def __init__(self, errmsg: str) -> None:
         super().__init__(2, errmsg)
 
+    def __str__(self) -> str:
+        return self.errmsg
+
 
 # ---- 错误码 Codes -----------------------------------------------------------------------------
 # 企业微信说了什么（path/90313），该怎么办。
@@ -274,7 +287,7 @@ def _advice(errcode, errmsg):
     for codes, cause, advice in _CATALOGUE:
         if errcode in codes:
             ip = re.search('from ip: ?([0-9a-fA-F.:]+)', errmsg)
-            return '%s:%s' % (cause, advice.replace('{ip}', ip.group(1) if ip else '出口 IP'))
+            return '%s：%s' % (cause, advice.replace('{ip}', ip.group(1) if ip else '出口 IP'))
     return ''
 
 
@@ -282,7 +295,7 @@ class APIError(WeChatError):
     """企业微信拒绝了一次调用。
 
     ``errcode`` 和 ``errmsg`` 是它的原话(path/90313),``path`` (str) 是 API,例如 'message/send',
-    ``hint`` (str) 是该怎么办。``str()`` 是英文的原话,一个破折号,怎么办。
+    ``hint`` (str) 是出了什么事、该怎么办。``str()`` 先说它，再在括号里说原话和错误码。
     """
 
     path: str
@@ -294,8 +307,8 @@ class APIError(WeChatError):
         self.hint = _advice(errcode, self.errmsg) if hint is None else hint
 
     def __str__(self) -> str:
-        text = '%s%s (%d)' % (self.path and self.path + ': ', self.errmsg, self.errcode)
-        return text + ' — ' + self.hint if self.hint else text
+        text = '%s%s, %d' % (self.path and self.path + ': ', self.errmsg, self.errcode)
+        return '%s（%s）' % (self.hint, text) if self.hint else text
 
 
 class NetworkError(APIError):
@@ -774,8 +787,8 @@ class WXBizMsgCrypt:
 
 
 # ---- 配置 Configuration -----------------------------------------------------------------------
-# config.ini:每个应用一节,[system] 放其余的;文件里没写的由环境变量 EASYWECHAT_<大写的键> 补上,
-# 关键字参数优先于两者。首尾的空白和引号去掉;'%' 不是特殊字符。
+# config.ini：每个应用一节，[system] 放其余的；文件里没写的由环境变量 EASYWECHAT_<大写的键> 补上，关键字参数优先于两者。
+# 一行是 [节]、键 = 值（也可以是 :）、# 注释，或空的；缩进、首尾的空白和引号去掉，键不分大小写和下划线。
 
 _APP_KEYS = tuple('corpid secret appid agentid token encoding_aes_key touser robot api_base ca_file'.split())
 _SYSTEM_KEYS = 'route_name', 'log_path', 'log_name'
@@ -814,8 +827,9 @@ log_name = easywechat.log
 
 
 class _Settings(dict):
-    """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来。"""
+    """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来；``unknown``：不认得的键。"""
     sources: 'Dict[str, str]'
+    unknown: 'List[str]'
 
     def __repr__(self):
         return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
@@ -833,67 +847,160 @@ def _only_ours(path):
 def _find_config(ini_name):
     """→ (要读的 config.ini 的路径，没有是 None；它只是因为在当前目录里才找到的；试过的路径)。"""
     if ini_name or os.environ.get('EASYWECHAT_CONFIG'):
-        path = os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])
-        return path if os.path.isfile(path) else None, False, [path]
-    script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
-    ours = [os.path.abspath(os.path.dirname(f)) for f in (script, __file__)]
-    folders = list(dict.fromkeys([ours[0], os.getcwd(), ours[1]]))
-    paths = [os.path.join(folder, 'config.ini') for folder in folders]
-    for folder, path in zip(folders, paths):
+        paths, ours = [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])], None
+    else:
+        script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
+        ours = [os.path.abspath(os.path.dirname(f)) for f in (script, __file__)]
+        paths = [os.path.join(f, 'config.ini') for f in dict.fromkeys([ours[0], os.getcwd(), ours[1]])]
+    for path in paths:
+        here = ours is not None and os.path.dirname(path) not in ours
+        if os.path.isdir(path):
+            raise ConfigError('%s 是一个目录，不是文件：Docker 要挂载的文件不存在时会这样；删掉它，写好文件再挂载'
+                              % path)
         if os.path.isfile(path):
-            if folder in ours or _only_ours(path):
-                return path, folder not in ours, paths
+            if not here or _only_ours(path):
+                return path, here, paths
             logger.warning('%s is not read: others can change it or its folder, and we only happen to be in it; '
                            'chmod go-w both, or name it in EASYWECHAT_CONFIG', path)
     return None, False, paths
 
 
-def _read_ini(path):
-    """ini 文件（UTF-8，可有 BOM，否则 GB18030）→ `ConfigParser`。里面有密钥：别人能改就不读，能读就提醒。"""
+def _keeps_modes(folder):
+    """这里的文件能不能只给自己：FAT、exFAT、有的挂载不能，什么都是 0777。"""
+    import tempfile
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as f:
+        return not os.fstat(f.fileno()).st_mode & 0o077
+    return True
+
+
+def _text_of(data):
+    """bytes → str：UTF-8（可有 BOM）、有 BOM 的 UTF-16，否则 GB18030；都不是抛 `UnicodeError`。"""
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return data.decode('utf-16')
     try:
-        mode = os.stat(path).st_mode if os.name == 'posix' else 0
-        if mode & 0o002:
-            raise ConfigError('%s can be changed by anybody, not read: chmod 600 it' % path)
-        if mode & 0o004:
-            logger.warning('%s can be read by anybody: chmod 600 it', path)
-        with open(path, 'rb') as f:
-            data = f.read(1 << 20)
-    except OSError as e:
-        raise ConfigError('cannot read %s: %s' % (path, e.strerror)) from None
-    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-    try:
-        try:
-            text = data.decode('utf-8-sig')
-        except UnicodeDecodeError:
-            text = data.decode('gb18030')
-        parser.read_string(text)
-    except (UnicodeDecodeError, LookupError):
-        raise ConfigError('%s is neither UTF-8 nor GB18030' % path) from None
-    except configparser.Error as e:         # 它的文字里有出错的那一行,可能是密钥
-        line = getattr(e, 'lineno', None) or (getattr(e, 'errors', None) or [['?']])[0][0]
-        raise ConfigError('%s, line %s: %s' % (path, line, type(e).__name__)) from None
-    return parser
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        with contextlib.suppress(LookupError):      # 小系统没有 gb18030
+            return data.decode('gb18030')
+        raise
 
 
 def _clean(value):
     value = value.strip(_BLANKS)
-    if len(value) > 1 and value[0] == value[-1] and value[0] in '\'"':
-        value = value[1:-1].strip(_BLANKS)
+    for left, right in '""', "''", '\u201c\u201d', '\u2018\u2019':
+        if len(value) > 1 and value[0] == left and value[-1] == right:
+            return value[1:-1].strip(_BLANKS)
     return value
 
 
-def _sources(appname, path, settings):
+_INI_SECTION = re.compile(r'\[([^][]+)\]\s*(?:[#;].*)?')
+_INI_VALUE = re.compile('([^][\\s=:\uff1d\uff1a]+)\\s*[=:]\\s*(.*)')
+#: 两样都不是的一行，不对在哪里。
+_INI_WRONG = [(re.compile(form), advice) for form, advice in (
+    ('//', '注释要以 # 开头'), ('\uff03', '# 要用半角的'),
+    ('[\u3010\u3014\uff3b]', '节名要用半角的方括号，例如 [demo]'),
+    (r'\[', '节名要单独一行，写在一对方括号里，例如 [demo]'), ('[^=:]*[\uff1d\uff1a]', '等号要用半角的 ='),
+    ('[=:]', '等号左边没有键，应该是 键 = 值'), ('', '没有等号，应该是 键 = 值'))]
+
+
+def _parse_ini(text, path):
+    """ini 文件的文字 → {节: {键: 值}}，键是小写的；读不懂的抛 `ConfigError`，说第几行，不说内容：它可能是密钥。"""
+    sections, lines, section, key = {}, {}, None, None
+    for n, raw in enumerate(re.split('\r\n|\r|\n', text), 1):
+        line, wrong = raw.strip(_BLANKS), ''
+        head, pair = _INI_SECTION.fullmatch(line), _INI_VALUE.fullmatch(line)
+        if not line or line[0] in '#;':
+            continue
+        if head:
+            section = head.group(1).strip(_BLANKS)
+            if section in sections:
+                wrong = '第 %d 行已经有这一节了，合成一节' % lines[section]
+            sections[section], lines[section], key = {}, n, None
+        elif key and not pair and raw[:1] in ' \t':         # 缩进的，没有等号：上一个值的又一行，例如一段提示词
+            sections[section][key] += '\n' + line
+        elif line.startswith('//') or not pair:
+            wrong = next(advice for form, advice in _INI_WRONG if form.match(line))
+        elif section is None:
+            wrong = '前面还没有节名，例如 [demo]'
+        else:
+            key = pair.group(1).lower()
+            if key in sections[section]:
+                wrong = '第 %d 行已经写过这个键了，留一个' % lines[section, key]
+            sections[section][key], lines[section, key] = _clean(re.split(r'\s[#;]', ' ' + pair.group(2))[0]), n
+        if wrong:
+            raise ConfigError('%s 第 %d 行：%s' % (path, n, wrong))
+    return sections
+
+
+def _read_ini(path):
+    """→ {节: {键: 值}}。里面有密钥：别人能改就不读，能读就提醒。"""
+    try:
+        mode = os.stat(path).st_mode if os.name == 'posix' else 0
+        if mode & 0o006 and not _keeps_modes(os.path.dirname(path)):
+            logger.warning('%s is on a file system that keeps no modes, everybody can read it: keep the secrets '
+                           'elsewhere, e.g. in EASYWECHAT_SECRET, EASYWECHAT_TOKEN, EASYWECHAT_ENCODING_AES_KEY', path)
+        elif mode & 0o002:
+            raise ConfigError('谁都能改 %s，所以不读：请执行 chmod 600 %s，看看里面有没有被改过' % (path, path))
+        elif mode & 0o004:
+            logger.warning('%s can be read by anybody: chmod 600 it', path)
+        with open(path, 'rb') as f:
+            data = f.read((1 << 20) + 1)
+    except OSError as e:
+        raise ConfigError('读不了 %s：%s' % (path, e.strerror)) from None
+    if len(data) > 1 << 20:
+        raise ConfigError('%s 有一兆多，不是配置：看看路径写对没有' % path)
+    try:
+        return _parse_ini(_text_of(data), path)
+    except UnicodeError:
+        raise ConfigError('%s 不是文本：另存为 UTF-8' % path) from None
+
+
+def _joined(who):
+    """收件人 (str，或它们的 list) → ``'a|b'``；逗号、分号、顿号，全角的也行：UserID 里没有这些。"""
+    text = '|'.join(map(str, who)) if hasattr(who, '__iter__') and not isinstance(who, str) else str(who or '')
+    return '|'.join(filter(None, re.split('[|,;\\s\uff5c\uff0c\uff1b\u3001]+', text)))
+
+
+def _plain(key):
+    """键的各种写法：EncodingAESKey、CorpSecret、corp-id。"""
+    key = re.sub('[_-]', '', key).lower()
+    return 'secret' if key == 'corpsecret' else key
+
+
+def _known(found, keys, where, unknown):
+    """一节里认得的 → {键: 值}；不认得的说一次，记在 ``unknown`` 里。"""
+    values, names = {}, {_plain(key): key for key in keys}
+    for key, value in found.items():
+        name = names.get(_plain(key))
+        if name in values:
+            raise ConfigError('%s：%s 写了两次，留一个' % (where, name))
+        if name and '\n' in value:
+            raise ConfigError('%s：%s 下面的一行没有等号，应该是 键 = 值' % (where, name))
+        if name:
+            values[name] = value
+            continue
+        import difflib
+        close = difflib.get_close_matches(_plain(key), names, 1, 0.5)
+        shown = key if re.fullmatch('[a-z_-]{1,24}', key) else '一个'       # 可能是写错了地方的密钥
+        unknown.append('%s：没有 %s 这个键%s' % (where, shown, '，是不是 %s？' % names[close[0]] if close else ''))
+        logger.warning('unknown key, %s', unknown[-1])
+    return values
+
+
+def _sources(appname, path, settings, unknown):
     """→ [(从哪里来, {键: 值})],前面的优先:文件的两节、环境变量。"""
     keys = _APP_KEYS + _SYSTEM_KEYS
     sources = [('environment', {k: os.environ.get('EASYWECHAT_' + k.upper(), '') for k in keys})]
     if path:
         ini = _read_ini(path)
-        if not ini.has_section(appname) and not settings:
-            raise ConfigError('no [%s] in %s; it has: %s' % (
-                appname, path, ', '.join('[%s]' % _show(s) for s in ini.sections())))
+        if appname not in ini and not settings:
+            names = ['[%s]' % name for name in ini if re.fullmatch(r'[\w .-]{1,32}', name)]
+            raise ConfigError('%s 里没有 [%s] 这一节，%s' % (path, appname, '有的是：' + '、'.join(names) if ini else
+                              '一节也没有：python easywechat.py --init --config 文件 会写一个新的'))
         for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
-            if ini.has_section(section):
-                sources.insert(0, ('%s [%s]' % (path, section), {k: ini.get(section, k, fallback='') for k in keys}))
+            where = '%s [%s]' % (path, section)
+            if section in ini:
+                sources.insert(0, (where, _known(ini[section], keys, where, unknown)))
     return sources
 
 
@@ -907,36 +1014,37 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
     """
     if isinstance(appname, _Settings):
         return appname
-    unknown = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)
-    if unknown:
-        raise TypeError('no such setting: %s' % ', '.join(sorted(unknown)))
+    wrong = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)
+    if wrong:
+        raise TypeError('no such setting: %s' % ', '.join(sorted(wrong)))
     path, here, paths = _find_config(ini_name)
-    given = {k: str(v) for k, v in settings.items() if v is not None}
+    given = {k: _clean(str(v)) for k, v in settings.items() if v is not None}
     values = _Settings(dict.fromkeys(_APP_KEYS + _SYSTEM_KEYS, ''))
-    values.sources = {}
-    for source, found in _sources(appname, path, settings) + [('keyword', given)]:
+    values.sources, values.unknown = {}, []
+    for source, found in _sources(appname, path, settings, values.unknown) + [('keyword', given)]:
         for key, value in found.items():
             if source == 'keyword' or not values[key]:
-                values[key], values.sources[key] = _clean(value), source
+                values[key], values.sources[key] = value, source
     if not path and (ini_name or not any(values[k] for k in _APP_KEYS)):
-        raise ConfigError('no configuration found; tried: %s' % ', '.join(paths))
+        raise ConfigError('没有找到配置，找过：%s；python easywechat.py --init 会写一个'
+                          % '、'.join(paths))
     for key in ('api_base', 'ca_file') * here:      # 别人写的 config.ini 里的 api_base，不能得到环境变量里的密钥
         if values[key] and values.sources[key].startswith(path) and any(
                 values[k] and not values.sources[k].startswith(path) for k in ('secret', 'robot')):
-            raise ConfigError('%s of %s does not go with credentials from elsewhere: set EASYWECHAT_%s, or name the '
-                              'file in EASYWECHAT_CONFIG' % (key, path, key.upper()))
+            raise ConfigError('%s 里的 %s 得不到别处的密钥：设置 EASYWECHAT_%s，或用 EASYWECHAT_CONFIG 指定这个文件'
+                              % (path, key, key.upper()))
     for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
         if not values[key]:
             values[key], values.sources[key] = values[other], values.sources.get(other, '')
+    values['touser'] = _joined(values['touser'])
     _remember(*(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot')))
     return values
 
 
 def get_section(name: str, ini_name: 'Optional[str]' = None) -> 'Dict[str, str]':
-    """同一个 config.ini 里别的一节,例如自己的程序的阈值 → dict,值是 str;没有文件、没有这一节是 ``{}``。"""
+    """同一个 config.ini 里别的一节,例如自己的程序的阈值 → dict,键是小写的，值是 str;没有文件、没有这一节是 ``{}``。"""
     path = _find_config(ini_name)[0]
-    ini = _read_ini(path) if path else configparser.ConfigParser()
-    return {k: _clean(v) for k, v in ini.items(name)} if ini.has_section(name) else {}
+    return _read_ini(path).get(name, {}) if path else {}
 
 
 # ---- 线程 Threads -----------------------------------------------------------------------------
@@ -1616,6 +1724,20 @@ def _markup(text, limit):
     return collections.deque(sorted(whole)), collections.deque(sorted(again))
 
 
+def _where(text, begin, end, whole, again):
+    """在 ``begin`` 和 ``end`` 之间哪里断开最好；都不好就是 ``end``。"""
+    near = list(itertools.takewhile(lambda span: span[0] < end, whole))
+    edges = {edge for a in again if a[0] < end and a[1] > begin for edge in (a[0], a[1] - 1)}     # 补的会是空的
+    for form in _BREAKS:
+        for m in reversed(list(form.finditer(text, begin + (end - begin) // 2, end))):
+            if m.end() not in edges and not any(a < m.end() < b for a, b in near):
+                return m.end()
+    for a, b in reversed(near):
+        if begin < a < end < b:
+            end = a
+    return end
+
+
 def _split_text(text, limit=2048):
     """长文本 → 一段一段的 (生成器)，每段至多 ``limit`` 字节，段首尾的空行去掉。
 
@@ -1642,20 +1764,6 @@ def _split_text(text, limit=2048):
         if piece.strip():
             yield head + piece.strip('\r\n') + ''.join(a[3] for a in inside[::-1])
         begin, head = end, ''.join(a[2] for a in inside)
-
-
-def _where(text, begin, end, whole, again):
-    """在 ``begin`` 和 ``end`` 之间哪里断开最好；都不好就是 ``end``。"""
-    near = list(itertools.takewhile(lambda span: span[0] < end, whole))
-    edges = {edge for a in again if a[0] < end and a[1] > begin for edge in (a[0], a[1] - 1)}     # 补的会是空的
-    for form in _BREAKS:
-        for m in reversed(list(form.finditer(text, begin + (end - begin) // 2, end))):
-            if m.end() not in edges and not any(a < m.end() < b for a, b in near):
-                return m.end()
-    for a, b in reversed(near):
-        if begin < a < end < b:
-            end = a
-    return end
 
 
 def _is_file(value):
@@ -1890,8 +1998,8 @@ _NETWORK_ADVICE = (
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
     ('SOCKS', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；或把 qyapi.weixin.qq.com 写进 no_proxy'),
     ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
-_STATUS_ADVICE = {301: '中转要的是 https:照它改 api_base', 302: '中转要的是别的地址:照它改 api_base',
-                  413: '中转嫌文件大:nginx 里写 client_max_body_size 21m'}
+_STATUS_ADVICE = {301: '中转要的是 https，照它改 api_base', 302: '中转要的是别的地址，照它改 api_base',
+                  413: '中转嫌文件大，nginx 里写 client_max_body_size 21m'}
 
 # 被放弃的请求（比如 DNS 不答）还占着一条，直到它自己结束；别的网站的 (`fetch`) 不占企业微信的
 _REQUESTS, _FETCHES = _Threads(64), _Threads(64)
@@ -1903,7 +2011,7 @@ def _normal_base(text):
     form = r'https?://([A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?(/[!-~]*)?'
     match = re.fullmatch(form, base)
     if not match or int(match.group('port') or 0) > 65535 or re.search('[?#@]', base):
-        raise ConfigError('api_base must look like https://vps.example.com[:port][/path]')
+        raise ConfigError('api_base 应该像 https://vps.example.com[:端口][/路径]')
     return base
 
 
@@ -1926,7 +2034,7 @@ def _tls(ca_file):
         if ca_file:
             context.load_verify_locations(ca_file)
     except OSError as e:
-        raise ConfigError('cannot use ca_file %s: %s' % (ca_file, e.strerror or e)) from None
+        raise ConfigError('用不了 ca_file %s：%s；它应该是一个 PEM 文件' % (ca_file, e.strerror or e)) from None
     return context
 
 
@@ -1983,7 +2091,8 @@ def _read_json(call, response):
     status, kind = response.status, _show(response.headers.get('Content-Type'))
     raise NetworkError(
         502, '%s answered %d %s, not JSON of WeCom' % (call.host, status, kind), call.path,
-        _STATUS_ADVICE.get(status, '中转没有转发 /cgi-bin/%s:让它转发整个 /cgi-bin/,不改路径' % call.path),
+        '%s 回答的不是企业微信：%s' % (call.host, _STATUS_ADVICE.get(
+            status, '中转没有转发 /cgi-bin/%s，让它转发整个 /cgi-bin/，不改路径' % call.path)),
         (status == 200 or status >= 500) and not call.harmless)
 
 
@@ -2098,21 +2207,19 @@ def _name_in(headers):
     return parsed.get_filename()
 
 
-def _safe_name(headers, default):
-    """Content-Disposition 里的文件名，只留最后一段，去掉危险的和看不见的；没有就是 ``default``。"""
-    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', _name_in(headers) or default)[-1]).lstrip(' ').rstrip(' .')
+def _file_name(text, kind):
+    """一个文件名的最后一段，去掉危险的和看不见的；没有的部分按类型 ``kind`` 给。"""
+    name = _UNPRINTABLE.sub('', re.split(r'[/\\]', text)[-1]).lstrip(' ').rstrip(' .')
     stem, suffix = os.path.splitext(re.sub('[<>:"|?*]', '_', name))
     if any(stem.lower() in suffixes for _, suffixes in _MEDIA.values()):        # '.amr'：只有后缀
         stem, suffix = '', stem
-    kind = headers.get_content_type()
     stem, suffix = stem.lstrip(' .'), suffix or _SUFFIXES.get(kind, '')
     if re.fullmatch('(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]', stem.partition('.')[0]):
         stem = '_' + stem
     suffix = suffix.encode('utf-8')[:20].decode('utf-8', 'ignore')
     stem = stem.encode('utf-8')[:110 - len(suffix.encode('utf-8'))].decode('utf-8', 'ignore')
     stem = stem or {'audio': 'voice', 'image': 'image', 'video': 'video'}.get(kind.partition('/')[0], 'file')
-    name = stem + suffix + '_' * bool(_RUNNABLE.search(stem + suffix))
-    return os.fsdecode(name.encode('utf-8'))        # LANG=C 时也是 UTF-8
+    return os.fsdecode((stem + suffix).encode('utf-8'))     # LANG=C 时也是 UTF-8
 
 
 def _save(f, default, call, response):
@@ -2124,7 +2231,8 @@ def _save(f, default, call, response):
         with _local():
             f.write(block)
     f.truncate()
-    return {'name': _safe_name(response.headers, default)}
+    name = _file_name(_name_in(response.headers) or default, response.headers.get_content_type())
+    return {'name': name + '_' * bool(_RUNNABLE.search(name))}
 
 
 def _put(part, folder, name):
@@ -2199,8 +2307,10 @@ def _failure(error, host, connected, path='', harmless=True):
     advice = next((a for form, a in _NETWORK_ADVICE if re.search(form, text)), '')
     text = '%s (%s)' % (host, text)
     if connected:
-        return NetworkError(504, 'no complete answer from ' + text, path, advice, not harmless)
-    return NetworkError(503, 'cannot reach ' + text, path, advice or '看网络通不通、地址和代理 (https_proxy) 写对没有')
+        return NetworkError(504, 'no complete answer from ' + text, path, '%s 没有回答完：%s' % (host, advice or (
+            '过一会儿再试' if harmless else '消息可能已经到了，先看一眼再重发')), not harmless)
+    return NetworkError(503, 'cannot reach ' + text, path, '连不上 %s：%s' % (
+        host, advice or '看网络通不通、地址和代理 (https_proxy) 写对没有'))
 
 
 #: 一个请求会抛的：网络的，urllib 和 http.client 的，没有 ssl 的，开不出线程的。
@@ -2383,7 +2493,7 @@ class _Caller:
         self.settings = get_config(appname, ini_name, **settings)
         for key in needed:
             if not self.settings[key]:
-                raise ConfigError('%s is missing: set it in config.ini, or EASYWECHAT_%s' % (key, key.upper()))
+                raise ConfigError('没有写 %s：写进 config.ini，或环境变量 EASYWECHAT_%s' % (key, key.upper()))
         self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
         self._pace = _Pace(lambda seconds: self._sleep(seconds))
         # urllib 的 opener，各个线程共用；第一次用到才建
@@ -2440,12 +2550,6 @@ def _code_and_message(method: 'Callable[P, Message]') -> 'Callable[P, Message]':
         except (OSError, TypeError, ValueError) as e:
             return {'errcode': -1, 'errmsg': '%s: %s' % (type(e).__name__, e)}
     return answer
-
-
-def _joined(who):
-    """收件人 (str，或它们的 list) → ``'a|b'``；逗号、分号、顿号，全角的也行：UserID 里没有这些。"""
-    text = '|'.join(map(str, who)) if hasattr(who, '__iter__') and not isinstance(who, str) else str(who or '')
-    return '|'.join(filter(None, re.split('[|,;\\s\uff5c\uff0c\uff1b\u3001]+', text)))
 
 
 #: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
@@ -2522,7 +2626,8 @@ class WeChatClient(_Caller):
             raise
         token, seconds = answer.get('access_token'), answer.get('expires_in')
         if not isinstance(token, str) or not re.fullmatch('[!-~]{1,512}', token):
-            raise NetworkError(502, 'an answer without access_token', 'gettoken', '看 api_base 写对没有')
+            raise NetworkError(502, 'an answer without access_token', 'gettoken',
+                               '回答里没有 access_token：看 api_base 写对没有')
         seconds = min(seconds, 7200) if type(seconds) is int and seconds > 0 else 7200
         self.store.set(self._token_name, token.encode('ascii'), ex=max(seconds - self.token_margin, seconds // 2, 1))
         return token
@@ -2546,7 +2651,7 @@ class WeChatClient(_Caller):
                 token = flight.result(max(within, self.retry_within))
             except (socket.timeout, RuntimeError) as e:
                 raise NetworkError(503, 'no access_token (%s)' % e, 'gettoken',
-                                   '看网络通不通、api_base 写对没有') from None
+                                   '要不到 access_token：看网络通不通、api_base 写对没有') from None
         if token not in _tokens:
             _tokens.append(token)
         return token
@@ -2608,13 +2713,13 @@ class WeChatClient(_Caller):
             message = {k: v for k, v in message.items() if k not in _RECEIVERS}
             message.update((key, who) for key, who in given.items() if who)
         elif not any(message.get(key) for key in _RECEIVERS):
-            message['touser'] = _joined(self.settings['touser'])
+            message['touser'] = self.settings['touser']
         who = [key + i for key in _RECEIVERS for i in str(message.get(key) or '').split('|') if i]
         if not who:
             raise APIError(82001, 'no receiver', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
         if not _AGENT.fullmatch(agentid):
-            raise ConfigError('agentid is missing or no number: set it in config.ini, or EASYWECHAT_AGENTID')
+            raise ConfigError('agentid 没有写，或不是数字：写进 config.ini，或环境变量 EASYWECHAT_AGENTID')
         return who, dict(message, agentid=int(agentid))
 
     @_code_and_message
@@ -2686,7 +2791,7 @@ class WeChatRobot(_Caller):
             self.api_base = _normal_base(base)
         self._key = re.sub('.*[?&]key=([^&#]*).*', r'\1', query)
         if not re.fullmatch('[0-9A-Za-z_-]{1,128}', self._key):
-            raise ConfigError('robot must be the key of the webhook, or its whole URL')
+            raise ConfigError('robot 应该是 Webhook 地址里 key= 后面的，或整个地址：在群机器人的页面上重新复制')
         _remember(self._key)
 
     def _authorized(self, path, query, body, within=None):
@@ -3421,11 +3526,11 @@ class Dispatcher:
         self.settings = get_config(appname, ini_name, **settings)
         for key in 'corpid', 'token', 'encoding_aes_key':
             if not self.settings[key]:
-                raise ConfigError('%s is missing: set it in [%s] of config.ini, or EASYWECHAT_%s'
+                raise ConfigError('没有写 %s：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_%s'
                                   % (key, appname, key.upper()))
         self.route = (self.settings['route_name'] or 'weixin').strip('/')
         if not re.fullmatch('[A-Za-z0-9_.~/-]+', self.route):
-            raise ConfigError('route_name takes A-Z a-z 0-9 _ . ~ - and /')
+            raise ConfigError('route_name 只能用 A-Z a-z 0-9 _ . ~ - 和 /，例如 weixin')
         #: 加解密,`WXBizMsgCrypt`。
         self.wxcpt = WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], self.settings['corpid'])
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
@@ -3868,18 +3973,21 @@ class _HTTPServer(http.server.HTTPServer):
         return self.threads.wait(deadline)
 
 
-def _log_to_file(settings):
-    """``[system] log_path``:日志写进那里,1 MiB 一个,一共三个。没写就不管日志。"""
-    if not settings['log_path'] or logging is None or logger.handlers:
-        return
+def _log_file(settings):
+    """``[system] log_path`` 里的日志，1 MiB 一个，一共三个 → 它的 handler。"""
     from logging.handlers import RotatingFileHandler
     path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
     try:
         handler = RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2, encoding='utf-8')
     except OSError as e:
-        raise ConfigError('cannot write log_path %s: %s' % (path, e.strerror)) from None
+        raise ConfigError('写不了日志 %s：%s；建好这个目录，或改 [system] 里的 log_path' % (path, e.strerror)) from None
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    logger.addHandler(handler)
+    return handler
+
+
+def _log_to_file(settings):
+    if settings['log_path'] and logging and all(isinstance(h, _OnStderr) for h in logger.handlers):
+        logger.addHandler(_log_file(settings))
 
 
 def _one_heap():
@@ -3978,6 +4086,150 @@ class WeChatServer(Dispatcher):
                 signal.signal(number, handler)
             rest.close()
             alarm.close()
+
+
+# ---- 信 Mail ----------------------------------------------------------------------------------
+# 一封信 (RFC 5322) 变成几条消息：主题、谁写的、正文是一条文本，附件各是一个文件。一行一行读，附件写在磁盘上，不占内存。
+
+_USELESS = {'application/pgp-signature', 'application/pkcs7-signature', 'application/x-pkcs7-signature'}
+
+
+def _in_charset(data, charset):
+    """bytes → str：信里说的字符集；没有说，说错了，就猜。"""
+    with contextlib.suppress(LookupError, UnicodeError):
+        return data.decode('gb18030' if re.match('(?i)gb', charset or '') else charset or '')
+    with contextlib.suppress(UnicodeError):
+        return _text_of(data)
+    return data.decode('utf-8', 'replace')
+
+
+def _words(value):
+    """信头里的文字，解码了：``=?GBK?B?…?=``，或者干脆就是汉字。"""
+    from email.errors import HeaderParseError
+    from email.header import decode_header
+    try:
+        parts = decode_header(value)
+    except HeaderParseError:        # 编码坏了
+        parts = [(value, None)]
+    return re.sub(r'\s+', ' ', ''.join(part if isinstance(part, str) else _in_charset(part, charset)
+                                       for part, charset in parts)).strip()
+
+
+def _html_text(html):
+    """HTML → 文字：一段一行，链接的网址写在后面。"""
+    from html.parser import HTMLParser
+    out, hidden, links = [], [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag in ('script', 'style', 'title'):
+                hidden.append(tag)
+            elif tag == 'a':
+                links.append((len(out), dict(attributes).get('href') or ''))
+            elif tag in ('td', 'th'):
+                out.append(' ')
+            elif tag in ('br', 'p', 'div', 'tr', 'table', 'li', 'ul', 'ol', 'pre', 'hr', 'h1', 'h2', 'h3', 'h4'):
+                out.append('\n')
+
+        def handle_endtag(self, tag):
+            if hidden and tag == hidden[-1]:
+                hidden.pop()
+            elif tag == 'a' and links:
+                begin, url = links.pop()
+                if re.match('https?://', url) and url not in ''.join(out[begin:]):
+                    out.append(' %s ' % url)
+            elif tag in ('p', 'div', 'tr', 'table', 'h1', 'h2', 'h3', 'h4'):
+                out.append('\n')
+
+        def handle_data(self, data):
+            if not hidden:
+                out.append(re.sub(r'\s+', ' ', data))
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    return re.sub(r' *\n[ \n]*', '\n', ''.join(out)).strip()
+
+
+def _decoder(encoding, f):
+    """→ 函数：一行 (bytes) 解码以后写进 ``f``。"""
+    left = b''
+
+    def base64(line):
+        nonlocal left
+        left += line.translate(None, b'\r\n\t ')
+        whole = len(left) // 4 * 4
+        with contextlib.suppress(ValueError):       # 坏了的一行不要
+            f.write(binascii.a2b_base64(left[:whole]))
+        left = left[whole:]
+    return {'base64': base64, 'quoted-printable': lambda line: f.write(binascii.a2b_qp(line))}.get(encoding, f.write)
+
+
+def _mail_parts(line_of, folder, marks=()):
+    """读信的一个部分，到 ``marks`` 里的一条边界为止 → (头部, 写着正文的文件的路径；几个部分的总头部是 None) (生成器)。
+
+    ``line_of()`` 是下一行。返回那条边界。
+    """
+    import email
+    import tempfile
+    head, line = b'', line_of()
+    while line.strip():
+        head += line if len(head) < 1 << 18 else b''
+        line = line_of()
+    headers = email.message_from_string(_in_charset(head, None))
+    multipart = headers.get_content_maintype() == 'multipart' and headers.get_boundary() and len(marks) < 16
+    mark = ('--%s' % headers.get_boundary()).encode('utf-8')
+
+    def over():
+        return not line or line[:2] == b'--' and any(line.rstrip() in (m, m + b'--') for m in marks)
+    line = line_of()
+    if multipart:
+        yield headers, None
+        while not over() and line.rstrip() != mark:     # 边界以前的，没有人看
+            line = line_of()
+        while line.rstrip() == mark:
+            line = yield from _mail_parts(line_of, folder, marks + (mark,))
+        while not over():
+            line = line_of()
+        return line
+    fd, path = tempfile.mkstemp(dir=folder)
+    with open(fd, 'wb') as f:
+        write = _decoder(str(headers.get('Content-Transfer-Encoding', '')).strip().lower(), f)
+        while not over():
+            write(line)
+            line = line_of()
+    yield headers, path
+    return line
+
+
+def _read_mail(line_of, folder):
+    """→ [一条文本, 附件 (Path)…]；附件写在 ``folder`` 里，太大、太小的只在文本里说。"""
+    import pathlib
+    top, texts, files, notes = None, [], [], []
+    for n, (headers, path) in enumerate(_mail_parts(line_of, folder)):
+        top = headers if top is None else top
+        kind, name = headers.get_content_type(), _words(headers.get_filename() or '')
+        if path is None or kind in _USELESS:
+            continue
+        if kind in ('text/plain', 'text/html') and not name and headers.get_content_disposition() != 'attachment':
+            with open(path, 'rb') as f:
+                texts.append((kind, _in_charset(f.read(1 << 20), headers.get_content_charset())))
+            continue
+        name = _file_name(name or {'message': 'mail.eml', 'text': 'text.txt'}.get(kind.partition('/')[0], ''), kind)
+        os.mkdir(os.path.join(folder, 'file%d' % n))
+        file = pathlib.Path(folder, 'file%d' % n, name)
+        os.replace(path, str(file))
+        try:
+            _media_kind(_File(file))
+            files.append(file)
+        except APIError as e:
+            notes.append('（附件没有发：%s）' % e.errmsg)
+    plain = [text for kind, text in texts if kind == 'text/plain' and text.strip()]
+    sender = _words(top.get('From', ''))
+    parts = ['\n'.join(filter(None, [_words(top.get('Subject', '')), sender and '来自 ' + sender])),
+             '\n\n'.join(plain or [_html_text(text) for _, text in texts]).strip(), '\n'.join(notes)]
+    # 别人写的字：<a href=…> 是能点的链接
+    text = re.sub('(?i)<(?=/?a[ \t\r\n>])', '\uff1c', '\n\n'.join(filter(None, parts)))
+    return [text or '（一封空的信）'] + files
 
 
 # ---- 命令行 Command line ----------------------------------------------------------------------
@@ -4120,15 +4372,39 @@ def _run_init(args):
     print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台。', file=sys.stderr)
 
 
+def _sender(args):
+    if args.robot and (args.party or args.tag):
+        raise _CommandError(2, '--party 和 --tag 不能和 --robot 一起用')
+    sender = WeChatRobot(None, args.app, args.config) if args.robot else WeChatClient(args.app, args.config)
+    sender.retry_within = args.retry
+    if sys.stderr.isatty():
+        sender.progress = lambda sent, total: print('\r%d%%' % (100 * sent // total), file=sys.stderr, flush=True,
+                                                    end='\n' if sent >= total else '')
+    return sender
+
+
+def _read_stdin():
+    """标准输入的文字 (str)；不是文字的，一个字也不发。"""
+    data = sys.stdin.buffer.read(_XML_SIZE + 1)
+    if len(data) > _XML_SIZE:
+        raise _CommandError(2, '标准输入超过 1 MiB：用 --send-file 发文件')
+    try:
+        text = _text_of(data)
+    except UnicodeError:
+        raise _CommandError(2, '标准输入不是 UTF-8、UTF-16、GB18030 的文字，没有发') from None
+    odd = re.search('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]', text)
+    if odd:
+        raise _CommandError(2, '标准输入里有控制字符 (\\x%02x)，没有发：关掉颜色、进度条；不是文字的用 --send-file'
+                            % ord(odd.group()))
+    return text.strip('\r\n')
+
+
 def _run_send(args):
     if args.send_file is not None:
         import pathlib
         message = pathlib.Path(args.send_file)
     elif args.send == '-':
-        data = sys.stdin.buffer.read(_XML_SIZE + 1)
-        if len(data) > _XML_SIZE:
-            raise _CommandError(2, 'more than 1 MiB on standard input: --send-file takes a file')
-        message = data.decode('utf-8', 'replace').strip('\r\n')
+        message = _read_stdin()
         if not message:         # cron:没有输出就没有消息
             return
     else:
@@ -4136,17 +4412,33 @@ def _run_send(args):
         if args.rest and not args.markdown:
             message = plain_text(message)
         if not message.strip():
-            raise _CommandError(2, 'nothing to send')
+            raise _CommandError(2, '没有要发的文字')
     if args.markdown and args.send_file is None:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
-    if args.robot and (args.party or args.tag):
-        raise _CommandError(2, '--party and --tag do not go with --robot')
-    sender = WeChatRobot(None, args.app, args.config) if args.robot else WeChatClient(args.app, args.config)
-    sender.retry_within = args.retry
-    if sys.stderr.isatty():
-        sender.progress = lambda sent, total: print('\r%d%%' % (100 * sent // total), file=sys.stderr, flush=True,
-                                                    end='\n' if sent >= total else '')
-    sender.send(message, args.to, *([] if args.robot else [args.party, args.tag]))
+    _sender(args).send(message, args.to, *([] if args.robot else [args.party, args.tag]))
+
+
+def _run_mail(args):
+    import tempfile
+    stdin, dots = sys.stdin.buffer, args.dots
+
+    def line_of():
+        line = stdin.readline(1 << 16)
+        return b'' if dots and line.rstrip(b'\r\n') == b'.' else line
+    with tempfile.TemporaryDirectory() as folder:
+        first = line_of()
+        if not first:           # cron：没有输出就没有信
+            return
+        items = _read_mail(iter(itertools.chain([first], iter(line_of, None))).__next__, folder)
+        _sender(args).send(items, args.to)
+
+
+
+def _run_explain(args):
+    for code in args.explain:
+        if not _advice(code, ''):
+            raise _CommandError(1, '没有收录 %d：到企业微信开发者文档的「全局错误码」里查' % code)
+        print('%d %s' % (code, _advice(code, '')))
 
 
 #: 键 → (该是什么样,一句话,在后台的哪一页)。
@@ -4156,9 +4448,22 @@ _SHAPES = {
     'secret': ('[0-9A-Za-z_-]{43}', '43 个字符', '应用管理 → 自建 → 应用'),
     'token': ('[0-9A-Za-z]{1,32}', '至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
     'encoding_aes_key': ('[0-9A-Za-z]{43}', '恰好 43 个字母和数字', '应用 → 接收消息 → 设置API接收'),
-    'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '「账号」,几个用 | 隔开', '通讯录 → 成员'),
-    'robot': (r'[0-9a-f-]{36}|https://\S+[?&]key=[0-9a-f-]{36}\S*', 'Webhook 地址,或其中的 key', '群 → 消息推送'),
+    'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '「账号」，不是姓名，几个用 | 隔开', '通讯录 → 成员'),
+    'robot': (r'[0-9a-f-]{36}|https?://\S+[?&]key=[0-9A-Za-z_-]+\S*', 'Webhook 地址，或其中的 key', '群 → 消息推送'),
 }
+
+
+def _check_files(settings):
+    """读了的文件的权限。"""
+    for source in sorted(set(settings.sources.values()) - {''}):
+        path = source.rpartition(' [')[0]
+        mode = os.stat(path).st_mode & 0o777 if path and os.name == 'posix' else 0
+        if mode & 0o007 and not _keeps_modes(os.path.dirname(path)):
+            yield None, '%s 在不记权限的文件系统上，谁都能读' % path
+        elif mode & 0o007:
+            yield False, '%s 别人也能读：chmod o= %s' % (path, path)
+        elif mode & 0o070:
+            yield True, '%s 同组的也能读 (0%o)，别人不能' % (path, mode)
 
 
 def _check_settings(settings):
@@ -4174,10 +4479,19 @@ def _check_settings(settings):
             odd = '里面有空白、全角或看不见的字符:' if re.search('[^!-~]', value) else ''
             yield False, '%s (来自 %s) 不像:%s应该是%s,现在有 %d 个字符;照「%s」重新抄' % (
                 key, settings.sources[key], odd, rule, len(value), page)
-    for source in sorted(set(settings.sources.values()) - {''}):
-        path = source.rpartition(' [')[0]
-        if path and os.name == 'posix' and os.stat(path).st_mode & 0o007:
-            yield False, '%s 别人也能读：chmod o= %s' % (path, path)
+    yield from _check_files(settings)
+    for text in settings.unknown:
+        yield False, text
+    for keys, use in (('token encoding_aes_key', Dispatcher), ('secret', WeChatClient),
+                      ('robot', functools.partial(WeChatRobot, None)),
+                      ('log_path', lambda settings: _log_file(settings).close())):
+        try:
+            if any(settings[key] for key in keys.split()):
+                use(settings)
+        except (WeChatError, ImportError) as e:     # 收消息、发消息的时候会拒绝的，现在就说
+            yield False, getattr(e, 'errmsg', e)
+    if settings['secret'] and not settings['agentid']:
+        yield False, '有 secret，没有 agentid：发消息两样都要，「应用管理 → 自建 → 应用」里一起复制'
 
 
 def _check_network(client):
@@ -4209,14 +4523,14 @@ def _check_network(client):
 def _run_check(args):
     settings = get_config(args.app, args.config)
     findings = _check_settings(settings)
-    if settings['corpid'] and settings['secret']:
+    with contextlib.suppress(ConfigError):      # _check_settings 会说
         findings = itertools.chain(findings, _check_network(WeChatClient(settings)))
     bad = 0
     for good, text in findings:
         print('%s %s' % ({True: '✓', False: '✗', None: '–'}[good], text), flush=True)
         bad += good is False
     if bad:
-        raise _CommandError(1, '%d to mend' % bad)
+        raise _CommandError(1, '有 %d 处要改，见上面的 ✗' % bad)
 
 
 def _parser():
@@ -4226,8 +4540,12 @@ def _parser():
     what.add_argument('--echo', action='store_const', dest='run', const=_run_echo, help='启动一个原样回话的机器人')
     what.add_argument('--probe', metavar='TEXT', nargs='?', const='', help='扮演企业微信:校验、投递 TEXT、打印回复')
     what.add_argument('--send', metavar='TEXT', nargs='?', const='',
-                      help='发一条文本;- 是从标准输入读,空的就不发。别人起的名字要写在 -- 后面:--send -- TEXT …')
+                      help="发一条文本；- 是从标准输入读，空的就不发。要换行：printf '一\\n二' | … --send -。"
+                      '别人起的名字要写在 -- 后面：--send -- TEXT …')
     what.add_argument('--send-file', metavar='PATH', nargs='?', const='', help='发一个文件(图片、语音、视频按后缀)')
+    what.add_argument('--mail', action='store_const', dest='run', const=_run_mail,
+                      help='把标准输入的一封信 (RFC 5322) 发出去；叫 sendmail 的链接也是这个')
+    what.add_argument('--explain', metavar='CODE', nargs='+', type=int, help='一个错误码是什么意思，怎么办')
     what.add_argument('--check', action='store_const', dest='run', const=_run_check, help='配置和网络哪里不对,到哪里改')
     what.add_argument('--init', action='store_const', dest='run', const=_run_init,
                       help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
@@ -4244,41 +4562,75 @@ def _parser():
     parser.add_argument('--markdown', action='store_true', help='TEXT 是 markdown')
     parser.add_argument('--robot', action='store_true', help='用群机器人发;key 在配置的 robot 里')
     parser.add_argument('--retry', metavar='SECONDS', type=float, default=0, help='连不上时一直试到这么多秒')
+    parser.add_argument('--dots', action='store_true', help='--mail：只有一个点的一行是信的结尾')
     parser.add_argument('--debug', action='store_true', help='回调出错时把原因回给用户')
     return parser
+
+
+_TEXTS = '--send', '--send-file', '--probe'        #: 后面是一段文字的选项。
 
 
 def _arguments(argv):
     """``--`` 后面的都是文字，用空格连起来，里面没有选项：它可能是一个种子、一块硬盘的名字，是别人起的。"""
     end = argv.index('--') if '--' in argv else len(argv)
-    args = _parser().parse_args(argv[:end])
+    words = []
+    for word in argv[:end]:             # '-18℃' 也是文字：不像选项的，argparse 不用猜
+        if words and words[-1] in _TEXTS and word[:1] == '-' and not re.fullmatch('-|-h|--[a-z][a-z-]*(=.*)?', word):
+            words[-1] += '=' + word
+        else:
+            words.append(word)
+    args = _parser().parse_args(words)
     args.rest = argv[end + 1:]
     for name in ('send', 'send_file', 'probe') if end < len(argv) else ():
         if getattr(args, name) == '':
             setattr(args, name, ' '.join(args.rest))
             return args
     if end < len(argv):
-        raise _CommandError(2, '-- goes behind a bare --send, --send-file or --probe, and the text behind it')
+        raise _CommandError(2, '-- 写在 %s 后面，再后面是文字' % '、'.join(_TEXTS))
+    if not 0 <= args.port <= 65535:
+        raise _CommandError(2, '没有 %d 这个端口：0 到 65535' % args.port)
     return args
+
+
+def _sendmail(words):
+    """以 sendmail 的名字运行，cron、smartd、mdadm 的选项 → --mail 的。收件人都不看：发给配置里的 touser。"""
+    for word in words:
+        if re.match('-b[^m]|-q', word):
+            raise _CommandError(64, '这个 sendmail 只会把标准输入的一封信发到企业微信，没有 %s' % word)
+    return ['--mail'] + ['--dots'] * (not {'-i', '-oi'} & set(words))
+
+
+def _exit_code(error, mail):
+    """退出码；发信的是 sysexits.h 的：64 用法，69 被拒绝，75 过一会儿再来，78 配置。"""
+    if isinstance(error, APIError):
+        busy = isinstance(error, NetworkError) or mail and error.errcode in (-1, 45009, 45033)
+        return (75 if mail else 3) if busy else 69 if mail else 1
+    code = 1 if isinstance(error, CryptoError) else 2
+    return {1: 69, 2: 78}[code] if mail else code
 
 
 def main(argv: 'Optional[Sequence[str]]' = None) -> int:
     """命令行;返回退出码 (int)。"""
+    mail = False
     try:
-        args = _arguments(sys.argv[1:] if argv is None else list(argv))
-        if not 0 <= args.port <= 65535:
-            raise _CommandError(2, 'no port: %d' % args.port)
-        run = args.run or (_run_send if args.probe is None else _run_probe)
-        run(args)
+        words = list(sys.argv[1:] if argv is None else argv)
+        if argv is None and os.path.basename(sys.argv[0]) == 'sendmail':
+            mail = True
+            words = _sendmail(words)
+        args = _arguments(words)
+        mail = args.run is _run_mail
+        (args.run or (_run_explain if args.explain else _run_send if args.probe is None else _run_probe))(args)
         return 0
     except _CommandError as e:
         code, text = e.args
-    except APIError as e:
-        code, text = (3 if isinstance(e, NetworkError) else 1), e
-    except OSError as e:
-        code, text = 2, '%s: %s' % (e.filename, e.strerror)
-    except (WeChatError, ImportError, TypeError, ValueError) as e:
-        code, text = (1 if isinstance(e, CryptoError) else 2), getattr(e, 'errmsg', e)
+    except BrokenPipeError:             # | head：没有人看了
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (WeChatError, ImportError, TypeError, ValueError, OSError) as e:
+        code, text = _exit_code(e, mail), e if isinstance(e, APIError) else getattr(e, 'errmsg', e)
+        if isinstance(e, OSError):
+            text = '%s: %s' % (e.filename, e.strerror) if e.filename else str(e)
     except KeyboardInterrupt:
         code, text = 130, 'interrupted'
     print('easywechat: %s' % '\n'.join(_escape(line) for line in _redact(str(text)).splitlines()), file=sys.stderr)

@@ -259,8 +259,9 @@ class ErrorTests(unittest.TestCase):
         self.assertEqual(len(seen), len(set(seen)))
         self.assertGreater(len(seen), 60)
         error = APIError(60020, 'not allow, from ip: 203.0.113.9, more', 'message/send')
-        self.assertTrue(str(error).startswith('message/send: not allow, from ip: 203.0.113.9, more (60020) — '))
-        self.assertIn('203.0.113.9 加到「应用管理', error.hint)
+        self.assertEqual(str(error), '%s\uff08message/send: %s, 60020\uff09' % (error.hint, error.errmsg))
+        self.assertTrue(error.hint.startswith('出口 IP 不可信\uff1a把 203.0.113.9 加到「应用管理'))
+        self.assertEqual(str(APIError(123456, 'x', 'y')), 'y: x, 123456')
         self.assertEqual(APIError(123456, 'x', 'y').hint, '')
 
     def test_secrets_are_taken_out_of_urls(self):
@@ -324,6 +325,11 @@ class XmlTests(unittest.TestCase):
             with self.assertRaises(FormatException, msg=text[:50]) as caught:
                 xml_to_dict(text)
             self.assertEqual(caught.exception.errcode, -40002)
+
+    def test_a_document_has_a_size(self):
+        most = (1 << 20) - len('<xml><a></a></xml>')
+        self.assertEqual(len(xml_to_dict('<xml><a>%s</a></xml>' % ('x' * most))['a']), most)
+        self.assertRaises(FormatException, xml_to_dict, '<xml><a>%s</a></xml>' % ('x' * (most + 1)))
 
     def test_what_cannot_be_written_is_a_format_exception(self):
         loop = {}
@@ -606,9 +612,9 @@ class ConfigTests(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.path = os.path.join(folder.name, 'config.ini')
 
-    def write(self, text, mode=0o600, encoding='utf-8'):
+    def write(self, text, mode=0o600):
         with open(self.path, 'wb') as f:
-            f.write(text.encode(encoding))
+            f.write(text if isinstance(text, bytes) else text.encode())
         os.chmod(self.path, mode)
 
     def test_values_are_cleaned_never_converted(self):
@@ -619,10 +625,39 @@ class ConfigTests(unittest.TestCase):
                                               'secret')], ['ww1', 't%(x)s', '007', '007', 'cb', ''])
         self.assertNotIn('t%', repr(config))
 
-    def test_bom_and_gb18030_are_read(self):
-        for encoding in 'utf-8-sig', 'gb18030':
-            self.write('# 注释\n[应用]\ntoken = 甲\n', encoding=encoding)
-            self.assertEqual(get_config('应用', self.path)['token'], '甲')
+    def test_what_editors_and_people_write_is_understood(self):
+        good = '# 注释\n[应用]\ntoken = 甲\n[other]\nx = 1\n'
+        for what, data in (
+                ('utf-8', good.encode()), ('BOM', good.encode('utf-8-sig')), ('gb18030', good.encode('gb18030')),
+                ('utf-16', good.encode('utf-16')), ('utf-16-be', b'\xfe\xff' + good.encode('utf-16-be')),
+                ('CRLF', good.replace('\n', '\r\n').encode()), ('CR', good.replace('\n', '\r').encode()),
+                ('indented', good.replace('\n', '\n \t').encode()), ('a colon', good.replace('= ', ':').encode()),
+                ('quotes', good.replace('甲', '\u201c甲\u201d').encode()),
+                ('a comment', good.replace('甲', '甲 # x').encode()),
+                ('a comment behind a section', good.replace('用]', '用] ; x').encode()),
+                ('no end', good.encode().rstrip()), ('a full-width blank', good.replace(' ', '\u3000').encode())):
+            with self.subTest(what):
+                self.write(data)
+                self.assertEqual(get_config('应用', self.path)['token'], '甲')
+                self.assertEqual(easywechat.get_section('other', self.path), {'x': '1'})
+        self.write('[llm]\nprompt = 你是\n  一个\n\t机器人\n')
+        self.assertEqual(easywechat.get_section('llm', self.path), {'prompt': '你是\n一个\n机器人'})
+
+    def test_the_keys_of_the_console_are_understood(self):
+        self.write('[demo]\nCorpID = a\ncorpSecret = b\nEncodingAESKey = c\nAgentId = 7\nToUser = e\nca-file = f\n')
+        config = get_config('demo', self.path)
+        self.assertEqual([config[k] for k in ('corpid', 'secret', 'encoding_aes_key', 'agentid', 'touser', 'ca_file')],
+                         ['a', 'b', 'c', '7', 'e', 'f'])
+        for text, words in (('user = %s', '没有 user 这个键，是不是 touser？'), ('tokne = %s', '是不是 token？'),
+                            ('zzz = %s', '没有 zzz 这个键'), (PLANTED * 3 + ' = 1', '没有 一个 这个键')):
+            with self.subTest(text):
+                self.write('[demo]\ncorpid = a\n' + text.replace('%s', PLANTED))
+                with self.assertLogs('easywechat', 'WARNING') as logs:
+                    config = get_config('demo', self.path)
+                self.assertEqual(len(logs.output), 1)
+                self.assertIn(words, logs.output[0])
+                self.assertEqual(len(config.unknown), 1)
+                self.assertNotIn(PLANTED.lower(), logs.output[0].lower())
 
     def test_environment_fills_in_and_keywords_win(self):
         self.write('[demo]\ntoken = file\n')
@@ -633,21 +668,46 @@ class ConfigTests(unittest.TestCase):
                          ('file', 'env', 'kw'))
 
     def test_errors_name_the_place_and_no_value(self):
-        for text, words in (('secret plantedS3cret', 'line 1'), ('[demo]\nplantedS3cret', 'line'),
-                            ('[a]\nx=1\nx=plantedS3cret', 'line 3'), ('[other]\n', '[other]')):
-            self.write(text)
-            with self.assertRaises(ConfigError) as caught:
-                get_config('demo', self.path)
-            self.assertIn(words, str(caught.exception))
-            self.assertNotIn(PLANTED, repr(caught.exception))
+        s = PLANTED
+        for text, words in (
+                ('secret ' + s, '第 1 行：没有等号'), ('[demo]\n' + s, '第 2 行：没有等号'),
+                ('[a]\nx=1\nx=' + s, '第 3 行：第 2 行已经写过这个键了'),
+                ('[a]\n[b]\n[a]', '第 3 行：第 1 行已经有这一节了'),
+                ('[a]\ntoken\uff1d' + s, '第 2 行：等号要用半角的 ='),
+                ('[a]\ntoken\uff1a' + s, '第 2 行：等号要用半角的 ='),
+                ('[a]\napi_base\uff1dhttps://' + s, '等号要用半角的 ='),
+                ('\u3010demo\u3011\ntoken = ' + s, '第 1 行：节名要用半角'),
+                ('\uff3bdemo\uff3d', '节名要用半角'),
+                ('[demo', '节名要单独一行'),
+                ('[demo] token = ' + s, '节名要单独一行'),
+                ('[a]\n\uff03 ' + s, '第 2 行：# 要用半角的'), ('[a]\n// ' + s, '第 2 行：注释要以 # 开头'),
+                ('[a]\n//token = ' + s, '第 2 行：注释要以 # 开头'), ('token = ' + s, '第 1 行：前面还没有节名'),
+                ('[a]\n = ' + s, '等号左边没有键'), ('[a]\ntoken ' + s + ' = 1', '第 2 行：'), ('', '一节也没有'),
+                ('# ' + s, '一节也没有'), ('[other]\n', '没有 [demo] 这一节，有的是：[other]'), ('[a]\x00', '第 1 行'),
+                ('[demo]\nsecret = a\ncorpsecret = ' + s, 'secret 写了两次'),
+                ('[demo]\nsecret = a\n ' + s, 'secret 下面的一行没有等号'),
+                (b'[demo]\ntoken = \xff\xff\xff', '另存为 UTF-8'), ('#' * (2 << 20), '一兆多')):
+            with self.subTest(text[:40]):
+                self.write(text)
+                with self.assertRaises(ConfigError) as caught:
+                    get_config('demo', self.path)
+                self.assertIn(words, str(caught.exception))
+                self.assertNotIn(PLANTED, repr(caught.exception))
+                self.assertNotRegex(str(caught.exception), '[A-Z][a-z]+Error')
         with self.assertRaises(ConfigError) as caught:
             get_config('demo', self.path + '.no')
         self.assertIn(self.path + '.no', str(caught.exception))
-        with self.assertRaises(ConfigError):        # 读不了的:权限不够,或者是目录
-            easywechat._read_ini(os.path.dirname(self.path))
         with self.assertRaises(TypeError):
             get_config('demo', self.path, tokne='x')
 
+    def test_a_config_that_is_a_folder_is_named(self):
+        os.mkdir(self.path)
+        for call in (lambda: get_config('demo', self.path), lambda: easywechat.get_section('nas', self.path)):
+            with self.assertRaises(ConfigError) as caught:
+                call()
+            self.assertIn('Docker', str(caught.exception))
+
+    @unittest.skipUnless(os.name == 'posix', 'POSIX 的权限')
     def test_a_file_that_anybody_can_change_is_refused(self):
         self.write('[demo]\n', 0o602)
         self.assertRaises(ConfigError, get_config, 'demo', self.path)
@@ -655,6 +715,16 @@ class ConfigTests(unittest.TestCase):
         with self.assertLogs('easywechat', 'WARNING') as logs:
             get_config('demo', self.path)
         self.assertIn('chmod 600', logs.output[0])
+
+        def everything(*args, **kwargs):        # exFAT：建什么都是 0777
+            f = real(*args, **kwargs)
+            os.chmod(f.fileno(), 0o777)
+            return f
+        real = tempfile.TemporaryFile
+        self.write('[demo]\ntoken = x\n', 0o777)
+        with swapped(tempfile, 'TemporaryFile', everything), self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertEqual(get_config('demo', self.path)['token'], 'x')
+        self.assertIn('EASYWECHAT_SECRET', logs.output[0])
 
     def test_what_a_server_needs_is_named(self):
         for key in 'corpid', 'token', 'encoding_aes_key':
@@ -745,7 +815,7 @@ class NeighbourTests(unittest.TestCase):
         for args, name in ((), 'SECRET'), (('--robot', '--send', 'x'), 'ROBOT'):
             code, err, connected = self.send(*args, **{'EASYWECHAT_' + name: PLANTED + '-key'})
             self.assertEqual((code, connected), (2, False), err)
-            self.assertIn('api_base of %s does not go with credentials' % os.path.realpath(self.path), err)
+            self.assertIn('%s 里的 api_base 得不到别处的密钥' % os.path.realpath(self.path), err)
         named = {'EASYWECHAT_CONFIG': self.path}            # 自己说了的
         self.assertEqual(self.send(EASYWECHAT_SECRET=PLANTED, **named)[::2], (3, True))
         self.write('corpid = ww\nagentid = 1\ntouser = a')
@@ -823,6 +893,37 @@ class StoreTests(unittest.TestCase):
             store.set('b%d' % n, b'y' * 90)
         self.assertLessEqual(sum(len(store.get('b%d' % n) or b'') for n in range(500)), 17000)
         self.assertEqual((store.get('b499'), store.get('b450')), (b'y' * 90, b'y' * 90))
+
+    def test_of_many_who_claim_one_wins(self):
+        def claim(store, wins, gate):
+            for n in range(300):
+                gate.wait(10)
+                if store.set('%d' % n, b'-', ex=60, nx=True):
+                    wins.append(n)
+        before = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, before)
+        sys.setswitchinterval(1e-6)
+        store, wins, gate = MemoryStore(), [], threading.Barrier(6)
+        threads = [threading.Thread(target=claim, args=(store, wins, gate)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(wins), list(range(300)))
+
+    def test_what_memory_remembered_while_a_store_was_down_still_counts(self):
+        inner = Redis()
+        store = easywechat._steady(inner, WeChatClient)
+        inner.broken = True
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.assertTrue(store.set('a', b'1', nx=True))
+            self.assertTrue(store.claim('b', 3))
+            inner.broken, store._until = False, 0           # 好了
+        self.assertIsNone(store.set('a', b'2', nx=True))
+        self.assertIsNone(store.claim('b', 3))
+        self.assertEqual((store.get('a'), inner.store.get('a')), (b'1', None))
+        store.set('a', b'3')
+        self.assertEqual((store.get('a'), inner.store.get('a')), (b'3', b'3'))
 
     def test_long_answers_push_out_long_answers_and_no_claim(self):
         store = MemoryStore()
@@ -931,12 +1032,42 @@ class FileStoreTests(unittest.TestCase):
             with open(path, 'wb') as f:
                 f.write(data[:n])
             self.assertIsNone(self.store.get('a'))
-        with open(path + '.1.1.tmp', 'wb'):
-            pass
+        with open(path + '.1.1.tmp', 'wb') as f:
+            f.write(data)               # 没有来得及改名的，里面是好的
         self.now[0] += 86400
         self.store.set('b', b'1')
         self.assertEqual(len(self.files()), 1)
         self.assertFalse([n for n in os.listdir(self.folder) if n.endswith('.tmp')])
+
+    def test_what_others_can_read_is_not_ours(self):
+        self.store.set('a', b'1')
+        path, = self.files()
+        os.chmod(path, 0o640)
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.assertIsNone(self.store.get('a'))
+
+    def test_a_write_that_fails_leaves_nothing(self):
+        self.store.set('a', b'1')
+        path, = self.files()
+        os.unlink(path)
+        os.mkdir(path)
+        self.assertRaises(OSError, self.store.set, 'a', b'2')
+        self.assertEqual([n for n in os.listdir(self.folder) if n.endswith('.tmp')], [])
+
+    def test_of_many_who_claim_one_wins(self):
+        stores, wins, gate = [FileStore(self.folder) for _ in range(6)], [], threading.Barrier(6)
+
+        def claim(store):
+            for n in range(20):
+                gate.wait(10)
+                if store.set('%d' % n, b'-', ex=60, nx=True):
+                    wins.append(n)
+        threads = [threading.Thread(target=claim, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(wins), list(range(20)))
 
     def test_what_is_not_its_own_stays(self):
         os.makedirs(self.folder)
@@ -1446,7 +1577,23 @@ class RetryTests(ClientCase):
             self.assertEqual((caught[0].errcode, caught[0].path), (40001, 'gettoken'))
         self.assertEqual(self.count('gettoken'), 1)
 
+    def test_a_token_is_kept_a_little_shorter_than_it_lives(self):
+        kept = []
+
+        class Store(MemoryStore):
+            def set(self, name, value, ex=None, nx=False):
+                kept.append(ex)
+                return super().set(name, value, ex, nx)
+        WeChatClient('x', store=Store(), api_base=self.url, **self.wecom.settings).get_token()
+        self.assertEqual(kept, [6900])
+
     def test_fifty_threads_and_eight_processes_fetch_one_token(self):
+        slow, api = threading.Event(), self.wecom.api_gettoken
+
+        def api_gettoken(*args):            # 慢得大家都来得及一起问
+            slow.wait(0.7)
+            return api(*args)
+        self.wecom.api_gettoken = api_gettoken
         code = ('import sys, easywechat; easywechat.WeChatClient("x", api_base=%r, '
                 'store=easywechat.FileStore(%r), **%r).send("x", to="lisi")'
                 % (self.url, os.path.join(self.folder, 'cache'), self.wecom.settings))
@@ -1522,6 +1669,31 @@ class TransportTests(ClientCase):
             self.assertIn(words, caught[0].hint, caught[0])
             self.assertFalse(caught[0].maybe_sent)
 
+    def test_no_redirect_leads_to_a_lesser_scheme(self):
+        ssl, path = __import__('ssl'), os.path.join(self.folder, 'good')
+        with open(path, 'w') as f:
+            f.write(CERTIFICATE + PRIVATE_KEY)
+        secure = simulator.WeCom()
+        secure.settings = self.wecom.settings
+        secure.start('127.0.0.1')
+        self.addCleanup(secure.stop)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        secure._server.socket = context.wrap_socket(secure._server.socket, server_side=True)
+        client = self.make(ca_file=path)
+        base = client.api_base = 'https://127.0.0.1:%d' % secure._server.server_address[1]
+        image = b'HTTP/1.1 200 OK\r\nContent-Disposition: attachment; filename="a.png"\r\nContent-Length: 4\r\n\r\ndata'
+        for where, good in (('%s/cgi-bin/media/get' % base, True), ('%s/x' % self.url, False),
+                            ('/cgi-bin/media/get', True)):
+            secure.script('media/get', ('HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n' % where).encode(), image)
+            if good:
+                client.download('M', self.folder)
+                continue
+            with raises(NetworkError) as caught:
+                client.download('M', self.folder)
+            self.assertIn('lesser scheme', str(caught[0]))
+            secure.next_script('media/get')
+
     def test_what_is_missing_is_named(self):
         for key in 'corpid', 'secret':
             with raises(ConfigError) as caught:
@@ -1580,6 +1752,23 @@ class FetchTests(unittest.TestCase):
             silent.listen(1)
             with raises(NetworkError), easywechat.fetch('http://127.0.0.1:%d' % silent.getsockname()[1], within=0.2):
                 pass
+
+    def test_requests_under_way_are_bounded(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+        seen = []
+        url = stand_in(self, lambda handler: seen.append(1) or go.wait(20))
+
+        def ask():
+            with contextlib.suppress(NetworkError), easywechat.fetch(url, within=1):
+                pass
+        threads = [threading.Thread(target=ask) for n in range(70)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        self.assertEqual(len(seen), 64)
+        for thread in threads:
+            thread.join()
 
     def test_what_goes_wrong_inside_is_the_programs_own(self):
         with self.assertRaises(ZeroDivisionError), easywechat.fetch(self.serve(b'x', pause=0)):
@@ -1694,6 +1883,25 @@ class SendTests(ClientCase):
         pace.wait(['a'], 2, lambda: now[0])
         pace.wait(['b'], 2, lambda: now[0])
         self.assertEqual(waited, [2])
+
+    def test_the_time_a_message_takes_counts(self):
+        now = [0.0]
+
+        class Slow(WeChatClient):
+            per_minute = 1
+
+            def _authorized(self, *args, **kwargs):
+                now[0] += 10
+                return super()._authorized(*args, **kwargs)
+        client = self.make(Slow)
+        client._clock = lambda: now[0]
+        client.send(['1', '2'], to='lisi')
+        self.assertEqual(client.waited, [60])       # 从发到了的时候算起
+        pace = client._pace
+        for n in range(100):
+            now[0] += 61
+            pace.wait(['user%d' % n], 1, lambda: now[0])
+        self.assertLess(len(pace._slots), 3)        # 一分钟以前的收件人不留着
 
     def test_the_legacy_methods_never_raise(self):
         client = self.make()
@@ -1820,6 +2028,21 @@ class MediaTests(ClientCase):
                 done = subprocess.run([sys.executable, '-c', 'import json; print(len(json.dumps(1)))'], cwd=folder,
                                       stdout=subprocess.PIPE)
                 self.assertEqual((done.returncode, done.stdout.strip()), (0, b'1'))
+
+    def test_a_file_that_changes_while_it_is_sent_is_not_sent(self):
+        client, path = self.make(), str(self.file('a.bin', 300000))
+        for what, change in ('longer', lambda f: f.write(b'x' * 100000)), ('shorter', lambda f: f.truncate(100000)):
+            with self.subTest(what):
+                def progress(sent, total, change=change):
+                    self.assertLessEqual(sent, total)
+                    if sent == 65536:
+                        with open(path, 'ab') as f:
+                            change(f)
+                client.progress = progress
+                with self.assertRaises(OSError) as caught:
+                    client.send(pathlib.Path(path))
+                self.assertEqual(caught.exception.errno, errno.EBUSY)
+        self.assertEqual(self.wecom.messages, [])
 
     def test_a_failed_download_leaves_nothing(self):
         client = self.make()
@@ -1980,6 +2203,71 @@ class HastyCase(ClientCase):
 
 class OnceTests(HastyCase):
     """回调只跑一次，用户每条只看到一次，不乱。"""
+
+    def test_a_fourth_delivery_lets_the_first_go(self):
+        go, answers, begun = threading.Event(), {}, threading.Event()
+        self.addCleanup(go.set)
+        server = make_server(lambda msg: begun.set() or go.wait(5) and 'x', type('Server', (WeChatServer,), {}))
+        request = delivery(message())
+
+        def ask(n):
+            answers[n] = server.handle(*request)[0]
+        threads = self.at_once(ask, [1])
+        begun.wait(5)
+        for n in 2, 3, 4:
+            time.sleep(0.05)
+            threads += self.at_once(ask, [n])
+        self.assertEqual((self.wait_for(lambda: dict(answers)), go.is_set()), ({1: 503}, False))
+        go.set()
+        for thread in threads:
+            thread.join(5)
+        self.assertEqual(answers, {1: 503, 2: 200, 3: 200, 4: 200})
+
+    def test_a_delivery_that_meets_a_run_given_up_starts_anew(self):
+        inside, go = threading.Event(), threading.Event()
+
+        class Store(MemoryStore):
+            def delete(self, name):         # 作废的记录，删得慢
+                inside.set()
+                go.wait(5)
+                return super().delete(name)
+        busy, runs, answers = threading.Event(), [], []
+
+        def callback(msg):
+            runs.append(msg['Content'])
+            return busy.wait(5) and 'x'
+        server = make_server(callback, type('Server', (Hastier,), {'max_callbacks': 1}))
+        server.store = Store()
+        first, second = delivery(message(Content='1')), delivery(message(Content='2', FromUserName='b'))
+        threads = self.at_once(lambda request: server.handle(*request), [first])
+        self.wait_for(lambda: runs)
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(server.handle(*second)[0], 503)        # 轮不到
+            self.assertTrue(inside.wait(5))
+        busy.set()
+        threads += self.at_once(lambda request: answers.append(server.handle(*request)[0]), [second])
+        time.sleep(0.05)
+        go.set()
+        self.assertTrue(self.wait_for(lambda: answers))
+        for thread in threads:
+            thread.join(5)
+        self.assertEqual((answers, runs), ([200], ['1', '2']))
+
+    def test_what_waits_for_a_run_goes_when_it_ends(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+        server, url = self.server(lambda msg: go.wait(5) and None if msg['Content'] == '1' else ['a', 'b'],
+                                  cls=type('Server', (WeChatServer,), {'lease': 30, 'answer_within': 30}))
+        self.wecom.deliveries = 1
+        threads = self.at_once(lambda text: self.wecom.deliver(url, Content=text), ['1'])
+        self.wait_for(lambda: server._once._runs)
+        threads += self.at_once(lambda text: self.wecom.deliver(url, Content=text), ['2'])
+        time.sleep(0.2)
+        self.assertEqual(self.wecom.inbox['zhangsan'], [])
+        begin = time.monotonic()
+        go.set()
+        self.assertEqual(self.see('zhangsan', 2), ['a', 'b'])       # 看时间的线程还睡着
+        self.assertLess(time.monotonic() - begin, 2)
 
     def test_every_speed_with_and_without_secret(self):
         store = FileStore(os.path.join(self.folder, 'cache'))
@@ -2473,7 +2761,7 @@ class ReplyTests(ClientCase):
             self.assertEqual((reply['Content'], len(logs.output)), (more[0], left))
         with self.assertLogs('easywechat', 'ERROR') as logs:
             self.assertIsNone(self.ask(self.server(lambda msg: self.file('a.jpg'), secret='')))
-        self.assertIn('secret is missing', logs.output[0])
+        self.assertIn('没有写 secret', logs.output[0])
 
     def test_after_an_untrusted_ip_it_replies_passively(self):
         self.wecom.trusted = False
@@ -2498,6 +2786,14 @@ class ReplyTests(ClientCase):
         with self.assertLogs('easywechat', 'ERROR'):
             self.assertIsNone(self.ask(server))
         self.assertEqual(self.sent(), ['a', 'b', 'ValueError: 坏了'])
+
+    def test_what_may_have_arrived_is_not_replied_as_well(self):
+        server = self.server(lambda msg: ['a', 'b'])
+        self.wecom.script('message/send', 'lost')
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertIsNone(self.ask(server))
+        self.assertIn('may have been delivered', logs.output[0])
+        self.assertEqual(self.sent(), ['a', 'b'])
 
     def test_a_wrong_item_fails_alone_wherever_it_stands(self):
         wrong = (pathlib.Path('missing.jpg'), {'MsgType': 'image', 'Image': 'MEDIA'}, {'Articles': ['a']}, b'bytes',
@@ -2773,6 +3069,8 @@ class AsyncTests(HastyCase):
                 if 'streams' not in session:
                     session['streams'] = await self.asyncio.open_connection(*address)
                 reader, writer = session['streams']
+                if msg['Content'] == 'end':
+                    return writer.close()
                 writer.write(msg['Content'].encode() + b'\n')
                 return (await reader.readline()).decode().strip()
         server = make_server(callback)
@@ -2793,6 +3091,7 @@ class AsyncTests(HastyCase):
                 self.assertTrue(self.wait_for(lambda: threading.active_count() <= at_rest + 1))     # 看时间的那条
                 rest.append(resident())
         self.assertEqual((wrong, len(runs), set(runs.values())), ([], 1000, {1}))
+        ask_socket(where, *delivery(message(Content='end')))
         self.assertLess(rest[1] - rest[0], 2 << 20)
 
     def test_what_comes_out_is_taken_like_any_result(self):
@@ -2834,6 +3133,22 @@ class AsyncTests(HastyCase):
             self.say(url, 'zhangsan')
             self.assertEqual(self.see('zhangsan', 1), ['first'])
         self.assertIn('ValueError: boom', logs.output[0])
+
+    def test_who_is_not_listened_to_is_closed(self):
+        given, closed = [], threading.Event()
+
+        async def endless(msg):
+            try:
+                while True:
+                    given.append(1)
+                    yield 'x'
+            finally:
+                closed.set()
+        server, url = self.server(endless, secret='')       # 只能有一条被动回复
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.say(url, 'zhangsan')
+            self.assertTrue(closed.wait(5))
+        self.assertLess(len(given), 200)
 
     def test_what_never_ends_is_bounded_and_stop_cancels_it(self):
         begun, cancelled = [], []
@@ -3088,6 +3403,13 @@ class DispatcherTests(unittest.TestCase):
             self.assertEqual((reply['Content'], reply['ToUserName'], reply['FromUserName']),
                              ('你好', 'li.lei', SETTINGS['corpid']))
         self.assertEqual(opened(bodies[0]), opened(bodies[2]))
+
+    def test_a_body_that_is_cut_is_refused_by_wsgi(self):
+        method, target, body = delivery(message(Content='x'))
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            headers = {'Content-Length': str(len(body) + 5)}
+            self.assertEqual(ask_wsgi(self.server, method, target, body, headers)[0], 400)
+        self.assertIn('shorter than its Content-Length', logs.output[0])
 
     def test_a_json_envelope_is_accepted(self):
         encrypt = CRYPT.seal(message(Content='json'))
@@ -3539,6 +3861,59 @@ class ServerTests(unittest.TestCase):
             sock.sendall(body)
             self.assertTrue(sock.recv(100).startswith(b'HTTP/1.1 200'))
 
+    def test_a_head_has_its_own_deadline_and_its_own_count(self):
+        server, address = self.start(head_within=0.2, request_within=30)
+        with socket.create_connection(address, 10) as sock:
+            sock.sendall(b'GET /weixin HTTP/1.1\r\nA: ')
+            begin = time.monotonic()
+            self.assertEqual(sock.recv(1), b'')
+            self.assertLess(time.monotonic() - begin, 2)
+        for count, status in (64, 200), (65, 431):
+            raw = b'GET /weixin HTTP/1.1\r\n%s\r\n' % b''.join(b'A%d: x\r\n' % n for n in range(count))
+            self.assertEqual(ask_socket(address, 'GET', '', raw=raw)[0], status)
+
+    def test_a_refusal_lingers_shortly(self):
+        server, address = self.start()
+        with socket.create_connection(address, 10) as sock:
+            sock.sendall(b'DELETE /weixin HTTP/1.1\r\n\r\n')
+            while sock.recv(4096):
+                pass
+            begin = time.monotonic()
+            with contextlib.suppress(OSError):      # 它关了，再发就有 RST
+                while time.monotonic() < begin + 5:
+                    sock.sendall(b'x')
+                    time.sleep(0.05)
+        self.assertLess(time.monotonic() - begin, 1.5)
+
+    def test_who_does_not_read_its_answer_is_left(self):
+        server, address = self.start(lambda msg: 'x' * 2000, write_within=0.2, stop_within=10)
+        server.register_callback('text', lambda msg: {'Articles': [{'Title': 'x' * (4 << 20)}]})
+        method, target, body = delivery(message(Content='x'))
+        with socket.create_connection(address, 10) as sock:
+            head = '%s %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % (method, target, len(body))
+            sock.sendall(head.encode() + body)
+            sock.recv(1)
+            begin = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - begin, 2)
+
+    def test_callbacks_leave_threads_to_readers(self):
+        go, runs = threading.Event(), []
+        self.addCleanup(go.set)
+        server, address = self.start(lambda msg: runs.append(1) or go.wait(10) and 'x', max_connections=2,
+                                     max_callbacks=4)
+        with contextlib.ExitStack() as stack:
+            for n in range(4):
+                sock = stack.enter_context(socket.create_connection(address, 10))
+                method, target, body = delivery(message(Content='x', FromUserName='user%d' % n))
+                head = '%s %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % (method, target, len(body))
+                sock.sendall(head.encode() + body)
+            deadline = time.monotonic() + 5
+            while len(runs) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.assertEqual((len(runs), ask_socket(address, 'GET', '/weixin')[0]), (4, 200))
+            go.set()
+
     def test_deadlines_are_totals(self):
         server, address = self.start(head_within=0.3, request_within=0.3)
         for start in (b'GET /weixin HTTP/1.1\r\nA: ',
@@ -3702,11 +4077,13 @@ class ServerTests(unittest.TestCase):
 
             def __getattr__(self, name):
                 return getattr(self.sock, name)
-        server, address = self.start()
-        server._http.socket = Faulty(server._http.socket)
-        with self.assertLogs('easywechat', 'ERROR') as logs:
+        server, address = self.start(head_within=20)
+        with self.assertLogs('easywechat', 'ERROR') as logs, socket.create_connection(address, 10) as idle:
+            self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
+            server._http.socket = Faulty(server._http.socket)
             while server._http.socket.faults:
                 ask_socket(address, 'GET', '/weixin')       # 描述符用完的时候,正在读的会被关掉
+            self.assertEqual(idle.recv(1), b'')
             self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
         self.assertEqual((server._http.socket.faults, len(logs.output)), ([], 2))
 
@@ -3913,6 +4290,41 @@ class ServerTests(unittest.TestCase):
         thread.join()
         self.assertEqual(got, [200] * 3)
 
+    @unittest.skipUnless(hasattr(signal, 'SIGUSR1'), 'POSIX 的信号')
+    def test_a_wakeup_descriptor_of_the_host_is_put_back(self):
+        read, write = socket.socketpair()
+        with read, write:
+            write.setblocking(False)
+            signal.set_wakeup_fd(write.fileno())
+            self.addCleanup(signal.set_wakeup_fd, -1)
+            server = make_server()
+            threading.Timer(0.1, server.stop).start()
+            with contextlib.redirect_stderr(io.StringIO()):
+                server.run('127.0.0.1', 0)
+            self.assertEqual(signal.set_wakeup_fd(-1), write.fileno())
+
+    @unittest.skipUnless(os.name == 'posix', 'POSIX 的信号')
+    def test_a_second_signal_interrupts_nothing(self):
+        code = ("import json, sys, time, easywechat\n"
+                "server = easywechat.WeChatServer('x', **json.loads(sys.argv[1]))\n"
+                "server.register_callback('*', lambda msg: print('run', flush=True) or time.sleep(0.7) or 'done')\n"
+                "server.run('127.0.0.1', 0)\n")
+        process = subprocess.Popen([sys.executable, '-c', code, json.dumps(SETTINGS)], cwd=HERE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=dict(os.environ, PYTHONIOENCODING='utf-8'))
+        self.addCleanup(process.kill)
+        with process.stdout, process.stderr:
+            address = '127.0.0.1', int(re.search(rb':([0-9]+)/', process.stderr.readline()).group(1))
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(ask_socket(address, *delivery(message()))))
+            thread.start()
+            process.stdout.readline()
+            for _ in range(3):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            thread.join(5)
+            self.assertEqual((process.wait(5), process.stderr.read()), (0, b''))
+        self.assertEqual(opened(answers[0][2])['Content'], 'done')
+
     @unittest.skipUnless(os.path.isdir('/proc/self/task'), '只有 Linux 数得出来')
     def test_at_rest_nothing_wakes_and_sigterm_ends_it_at_once(self):
         code = ("import json, sys, easywechat; easywechat._Seats.idle = 0.1\n"
@@ -4073,6 +4485,48 @@ class ForkTests(HastyCase):
             self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
             other.start('127.0.0.1', 0)         # 那一次什么也没有开始
             return True
+        self.assertEqual(os.waitpid(self.fork(works), 0)[1], 0)
+
+    @unittest.skipUnless(hasattr(os, 'register_at_fork'), '3.6 没有')
+    def test_a_lock_that_was_held_is_free_in_a_child(self):
+        store, crypt = MemoryStore(), WXBizMsgCrypt(SETTINGS['token'], SETTINGS['encoding_aes_key'], '')
+        with store._lock, crypt._lock:
+            child = self.fork(lambda: store.set('a', b'1') and crypt.open(crypt.seal('x')) == 'x')
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    def test_where_no_thread_starts_nobody_waits_for_ever(self):
+        def fails(*args):
+            raise RuntimeError("can't start new thread")
+
+        def works():
+            server = make_server(lambda msg: 'x', Hastier)
+            with swapped(threading.Thread, 'start', fails):
+                return server.handle(*delivery(message()))[0] == 503
+        self.assertEqual(os.waitpid(self.fork(works), 0)[1], 0)
+
+    def test_few_descriptors_are_few_connections(self):
+        resource = __import__('resource')
+
+        def works():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            server = make_server(cls=type('Server', (WeChatServer,), {'head_within': 30}))
+            address = server.start('127.0.0.1', 0)
+            idle = [socket.create_connection(address) for _ in range(60)]       # 200 的四分之一是 50
+            idle[0].settimeout(5)
+            return idle[0].recv(1) == b'' and ask_socket(address, 'GET', '/weixin')[0] == 200
+        self.assertEqual(os.waitpid(self.fork(works), 0)[1], 0)
+
+    def test_threads_have_a_stack_of_a_megabyte(self):
+        sizes, real = [], threading.stack_size
+
+        def stack_size(*args):
+            sizes.append(args)
+            return real(*args)
+
+        def works():
+            with swapped(threading, 'stack_size', stack_size):
+                make_server().start('127.0.0.1', 0)
+            return sizes == [(1 << 20,), (0,)]
         self.assertEqual(os.waitpid(self.fork(works), 0)[1], 0)
 
     def test_a_child_has_a_loop_of_its_own(self):
@@ -4321,9 +4775,8 @@ class SendCommandTests(ClientCase):
 
     def test_exit_codes(self):
         for args, code, words in (
-                (['--send', ''], 2, 'nothing to send'), (['--send-file', '/nosuch'], 2, 'nosuch'),
+                (['--send', ''], 2, '没有要发的文字'), (['--send-file', '/nosuch'], 2, 'nosuch'),
                 (['--send', 'x', '--to', 'nobody'], 1, '可见范围'),
-                (['--send', 'x', '--robot', '--markdown', '--to', '@all'], 2, 'mention'),
                 (['--send', 'x', '--robot', '--party', '1'], 2, '--party')):
             got, out, err = self.run_cli(*args)
             self.assertEqual((got, out), (code, ''), err)
@@ -4357,10 +4810,86 @@ class SendCommandTests(ClientCase):
             self.assertIn(words, out)
         self.wecom.trusted = False
         code, out, err = self.run_cli('--check', EASYWECHAT_TOKEN='全角 token')
-        self.assertEqual(code, 1)
+        self.assertEqual((code, err), (1, 'easywechat: 有 2 处要改，见上面的 ✗\n'))
         self.assertIn('203.0.113.9', out)
         self.assertIn('空白、全角', out)
         self.assertIn('来自 environment', out)
+
+    def test_check_finds_what_the_rest_would_refuse(self):
+        for key, value, words in (
+                ('route_name', '微信', 'route_name'), ('log_path', '/nosuch', '写不了日志'),
+                ('token', '', '没有写 token'),
+                ('encoding_aes_key', '', '没有写 encoding'), ('agentid', '', '有 secret，没有 agentid'),
+                ('api_base', 'ftp://x', 'api_base 应该像'), ('robot', 'https://x/', 'robot 应该是')):
+            with self.subTest(key):
+                settings = dict(self.wecom.settings, secret='s' * 43, api_base=self.url)
+                settings.update({'encoding_aes_key': 'k' * 43, key: value})
+                config = '[demo]\n%s\n[system]\n%s' % tuple(
+                    '\n'.join('%s = %s' % i for i in settings.items() if (i[0] in ('route_name', 'log_path')) == system)
+                    for system in (False, True))
+                path = os.path.join(self.folder, 'config.ini')
+                with open(path, 'wb') as f:
+                    f.write(config.encode())
+                os.chmod(path, 0o600)
+                code, out, err = run_cli('--check', '--config', path)
+                self.assertEqual((code, words in out), (1, True), out)
+                if key not in ('agentid', 'robot'):
+                    args = ['--echo', '--port', '0'] if key != 'api_base' else ['--send', 'x']
+                    self.assertEqual(run_cli(*args, '--config', path, LC_ALL='C')[0], 2)
+        with open(path, 'a') as f:
+            f.write('\n# x')
+        os.chmod(path, 0o640)
+        out = run_cli('--check', '--config', path)[1]
+        self.assertIn('(0640)', out)
+
+    def test_nobody_reads_the_rest(self):
+        env = dict(os.environ, PYTHONIOENCODING='utf-8', **{'EASYWECHAT_CORPID': 'ww'})
+        process = subprocess.Popen([sys.executable, SOURCE, '--check'], env=env, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        process.stdout.close()
+        with process.stderr:
+            self.assertEqual((process.stderr.read(), process.wait(10)), (b'', 0))
+
+    def test_what_comes_on_standard_input(self):
+        for data, text in (
+                ('磁盘\n'.encode(), '磁盘'), ('磁盘'.encode('gb18030'), '磁盘'), ('磁盘\r\n'.encode('utf-16'), '磁盘'),
+                (b'\xfe\xff' + '磁盘'.encode('utf-16-be'), '磁盘'), ('磁盘'.encode('utf-8-sig'), '磁盘'),
+                (b'a\tb\n\nc', 'a\tb\n\nc')):
+            with self.subTest(data):
+                self.assertEqual(self.run_cli('--send', '-', stdin=data), (0, '', ''))
+                self.assertEqual(self.wecom.messages.pop()['text']['content'], text)
+        for data in (b'a\x00b', b'\x1b[31mred', b'\xff\xff\xff', '磁盘 9'.encode('utf-16-le'), b'\x7fELF',
+                     b'x' * ((1 << 20) + 1)):
+            with self.subTest(data[:9]):
+                code, out, err = self.run_cli('--send', '-', stdin=data)
+                self.assertEqual((code, out, err.count('\n')), (2, '', 1), err)
+        self.assertEqual(self.wecom.messages, [])
+
+    def test_what_looks_like_an_option_and_is_none(self):
+        for text in '-18℃', '-5', '- a', '--- x ---', '-x\n二', '--a b', '一\\n二':
+            with self.subTest(text):
+                self.assertEqual(self.run_cli('--send', text), (0, '', ''))
+                self.assertEqual(self.wecom.messages.pop()['text']['content'], text)
+        for args in ['--send', '--to'], ['--send', '--nosuch']:
+            self.assertEqual(self.run_cli(*args)[0], 2)
+        self.assertEqual(self.run_cli('--send', 'x', '--robot', '--markdown', '--to', 'zhangsan;lisi')[0], 0)
+        self.assertEqual(self.wecom.robot_messages[-1]['markdown']['content'], '<@zhangsan><@lisi>\nx')
+
+    def test_codes_are_explained(self):
+        code, out, err = run_cli('--explain', '60020', '-1', '41001')
+        self.assertEqual((code, out.count('\n'), err), (0, 3, ''))
+        self.assertIn('可信IP', out)
+        code, out, err = run_cli('--explain', '123456')
+        self.assertEqual((code, out), (1, ''))
+        self.assertIn('全局错误码', err)
+
+    def test_log_lines_have_a_time_unless_the_program_has_its_own(self):
+        code = ("import logging, sys, easywechat\n"
+                "if len(sys.argv) > 1: logging.basicConfig(format='%(message)s own')\n"
+                "easywechat.logger.warning('one')\neasywechat.logger.info('two')\n")
+        for args, form in ([], rb'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d WARNING one\r?\n'), (['own'], rb'one own\r?\n'):
+            done = subprocess.run([sys.executable, '-c', code] + args, cwd=HERE, stderr=subprocess.PIPE)
+            self.assertRegex(done.stderr, b'\\A' + form + b'\\Z')
 
     def test_sending_needs_no_aes(self):
         code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; import easywechat; "
@@ -4498,20 +5027,12 @@ class PromiseTests(unittest.TestCase):
         self.assertEqual([m['msgtype'] for m in wecom.messages], ['text', 'file', 'textcard'])
 
     def test_the_table_of_the_readme_is_the_catalogue(self):
-        rows = []
-        for codes, cause, advice in easywechat._CATALOGUE:
-            runs = []
-            for code in sorted(codes):
-                if runs and code == runs[-1][1] + 1:
-                    runs[-1][1] = code
-                else:
-                    runs.append([code, code])
-            shown = ' '.join('%d' % a if a == b else ('%d–%d' if b - a > 1 else '%d %d') % (a, b)
-                             for a, b in runs)
-            advice = advice.replace('{ip}', 'errmsg 里的 IP').replace('|', '\\|')
-            rows.append('| %s | %s | %s |' % (shown, cause, advice))
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
-            self.assertIn('|---|---|---|\n' + '\n'.join(rows) + '\n\n', f.read())
+            rows = re.findall(r'^\| ([0-9]+) \| (.*?) \| (.*) \|$', f.read(), re.M)
+        self.assertEqual(len(rows), 10)
+        for code, cause, advice in rows:
+            shown = '%s %s\uff1a%s\n' % (code, cause, advice.replace('\\|', '|'))
+            self.assertEqual(run_cli('--explain', code), (0, shown, ''))
 
     def test_no_secret_was_logged_by_any_test(self):
         text = LOG.getvalue()
@@ -4527,18 +5048,36 @@ class PromiseTests(unittest.TestCase):
             self.assertNotIn(secret, shown)
 
 
-def load_tests(loader, tests, pattern):
+def load_tests(loader, tests, pattern, half=slice(None)):
     """节的顺序，示例的在后；许诺在最后，因为它们要看全部的日志。"""
     sys.modules.setdefault('test_easywechat', sys.modules[__name__])
     import test_examples
     cases = [thing for module in (sys.modules[__name__], test_examples) for name, thing in vars(module).items()
-             if name.endswith('Tests') and thing.__module__ == module.__name__]
-    cases.sort(key=lambda case: case is PromiseTests)
-    return unittest.TestSuite(map(loader.loadTestsFromTestCase, cases))
+             if name.endswith('Tests') and thing.__module__ == module.__name__ and thing is not PromiseTests]
+    return unittest.TestSuite(map(loader.loadTestsFromTestCase, cases[half] + [PromiseTests]))
 
 
-if __name__ == '__main__':
+def main():
+    """多半的时间在等，所以两个进程各跑一半；给了名字的、没有 fork 的，一个进程。"""
     logger = logging.getLogger('easywechat')
     logger.addHandler(logging.StreamHandler(LOG))
     logger.propagate = False
-    unittest.main()
+    if len(sys.argv) > 1 or not hasattr(os, 'fork'):
+        unittest.main()
+    with tempfile.TemporaryFile() as report:
+        child = os.fork()
+        if not child:
+            os.dup2(report.fileno(), 2)
+        suite = load_tests(unittest.defaultTestLoader, None, None, slice(bool(child), None, 2))
+        failed = not unittest.TextTestRunner().run(suite).wasSuccessful()
+        if not child:
+            sys.stderr.flush()
+            os._exit(failed)
+        failed |= bool(os.waitpid(child, 0)[1])
+        report.seek(0)
+        sys.stderr.write(report.read().decode(errors='replace'))
+    sys.exit(failed)
+
+
+if __name__ == '__main__':
+    main()

@@ -230,7 +230,7 @@ def register(server):
     for key in 'secret', 'agentid', 'touser':
         if not server.settings[key]:
             raise easywechat.ConfigError(
-                '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
                     key, key.upper()))
 
     @server.register_callback('text')

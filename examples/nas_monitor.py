@@ -95,7 +95,7 @@ def app_settings():
     for key in 'corpid', 'secret', 'agentid', 'touser':
         if not settings[key]:
             raise easywechat.ConfigError(
-                '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
                     key, key.upper()))
     return settings
 

@@ -487,7 +487,7 @@ def main(argv=None):
         for key in 'secret', 'agentid':
             if not server.settings[key]:
                 raise easywechat.ConfigError(
-                    '%s is missing: set it in [demo] of config.ini, or EASYWECHAT_%s' % (
+                    '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
                         key, key.upper()))
         watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
                           *open_state())
