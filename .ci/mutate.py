@@ -196,7 +196,7 @@ MUTATIONS = [
 
 def run(folder, *classes):
     """Whether the tests in FOLDER are content."""
-    command = [sys.executable, 'test_easywechat.py', '-f', *classes]
+    command = [sys.executable, 'test_easywechat.py', *(['-f', *classes] if classes else [])]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
     try:
