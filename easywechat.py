@@ -78,7 +78,7 @@ try:
 except ImportError:             # OpenWrt 没装 python3-logging:警告以上写到 stderr
     class _Stderr:              # 与 logging.Logger 同名的几个方法,只此而已
         debug = info = staticmethod(lambda msg, *args: None)
-        warning = error = staticmethod(lambda msg, *args: print(
+        warning = error = exception = staticmethod(lambda msg, *args: print(
             'easywechat: ' + (msg % args if args else msg), file=sys.stderr))
     logger, logging = _Stderr, None     # type: ignore[assignment]
 
@@ -850,8 +850,9 @@ def _find_config(ini_name):
         paths, ours = [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])], None
     else:
         script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
-        ours = [os.path.abspath(os.path.dirname(f)) for f in (script, __file__)]
-        paths = [os.path.join(f, 'config.ini') for f in dict.fromkeys([ours[0], os.getcwd(), ours[1]])]
+        ours = [os.path.dirname(path(f)) for path, f in (
+            (os.path.abspath, script), (os.path.realpath, script), (os.path.abspath, __file__))]
+        paths = [os.path.join(f, 'config.ini') for f in dict.fromkeys(ours[:2] + [os.getcwd(), ours[2]])]
     for path in paths:
         here = ours is not None and os.path.dirname(path) not in ours
         if os.path.isdir(path):
@@ -4207,7 +4208,8 @@ def _read_mail(line_of, folder):
     top, texts, files, notes = None, [], [], []
     for n, (headers, path) in enumerate(_mail_parts(line_of, folder)):
         top = headers if top is None else top
-        kind, name = headers.get_content_type(), _words(headers.get_filename() or '')
+        kind = re.sub('multipart/.*', 'text/plain', headers.get_content_type())     # 没有边界的
+        name = _words(headers.get_filename() or '')
         if path is None or kind in _USELESS:
             continue
         if kind in ('text/plain', 'text/html') and not name and headers.get_content_disposition() != 'attachment':
@@ -4224,7 +4226,7 @@ def _read_mail(line_of, folder):
         except APIError as e:
             notes.append('（附件没有发：%s）' % e.errmsg)
     plain = [text for kind, text in texts if kind == 'text/plain' and text.strip()]
-    sender = _words(top.get('From', ''))
+    sender = _words(top.get('From', '')).replace('"', '')
     parts = ['\n'.join(filter(None, [_words(top.get('Subject', '')), sender and '来自 ' + sender])),
              '\n\n'.join(plain or [_html_text(text) for _, text in texts]).strip(), '\n'.join(notes)]
     # 别人写的字：<a href=…> 是能点的链接

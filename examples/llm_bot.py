@@ -24,7 +24,6 @@ import argparse
 import collections
 import itertools
 import json
-import logging
 import os
 import re
 import sys
@@ -40,7 +39,7 @@ SYSTEM = '你在企业微信里和人聊天。用纯文本回答,不用 Markdown
 #: 一段至少几个字才先送出去;到这么多字还没有空行,就断在行或句子之间 (一条消息是 2048 字节)。
 ENOUGH, PLENTY = 200, 600
 
-logger = logging.getLogger('easywechat.llm')
+logger = easywechat.logger
 
 
 class Trouble(Exception):

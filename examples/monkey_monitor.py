@@ -13,7 +13,6 @@
 import argparse
 import contextlib
 import glob
-import logging
 import os
 import platform
 import shutil
@@ -30,7 +29,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 
 import easywechat  # noqa: E402
 
-logger = logging.getLogger('easywechat.monkey')
+logger = easywechat.logger
 
 #: 依次试的相机程序,每行是先后要跑的几条命令;装齐了、提到的 /dev/… 也在,才试。
 #: 它们在一个临时目录里跑,要写出 photo.jpg、clip.mp4。

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import glob
 import json
-import logging
 import os
 import platform
 import re
@@ -44,7 +43,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 
 import easywechat  # noqa: E402
 
-logger = logging.getLogger('easywechat.nas')
+logger = easywechat.logger
 
 #: /proc、/sys 和程序在哪里;测试换成自己的目录。
 ROOT = '/'
@@ -174,14 +173,23 @@ def find_temperature(settings):
 
 
 def find_raid(settings):
-    """/proc/mdstat:缺了盘的 `[U_]`、停了的是坏;重建到哪里一起说。"""
+    """/proc/mdstat：有盘坏了 (F)、缺了盘的 `[U_]`、停了的是坏；重建到哪里一起说。
+
+    有的 NAS 把系统盘的阵列建在所有槽位上，空的槽位一直是 `_`：在的盘在别的阵列里都是全的，就不算缺。
+    """
+    arrays = []
     for block in re.findall(r'^md\S* : .*(?:\n .*)*', read('proc/mdstat'), re.M):
         name, state = re.match(r'(\S+) : (\S+)', block).groups()
-        disks = re.search(r'\[([U_]+)\]', block)
-        doing = re.search(r'(\w+) *= *([0-9.]+%)', block)
-        bad = state == 'inactive' or bool(disks) and '_' in disks.group(1)
+        slots, doing = re.search(r'\[([U_]+)\]', block), re.search(r'(\w+) *= *([0-9.]+%)', block)
+        parts = re.findall(r'(\w+)\[\d+\](?!\(F\))', block)
+        disks = {re.sub(r'(?<=\d)p\d+$|(?<=[a-z])\d+$', '', part) for part in parts}
+        arrays.append((name, state, slots and slots.group(1), doing, disks, '(F)' in block))
+    for name, state, slots, doing, disks, failed in arrays:
+        whole = [other[4] for other in arrays if other[2] and '_' not in other[2] and not other[5]]
+        missing = bool(slots) and '_' in slots and (failed or not disks <= set().union(*whole))
+        bad = state == 'inactive' or failed or missing
         yield 'RAID ' + name, ' '.join(filter(None, [
-            '降级' if bad and disks else '停了' if bad else '正常', disks and disks.group(),
+            '降级' if bad and slots else '停了' if bad else '正常', slots and '[%s]' % slots,
             doing and '%s %s' % doing.groups()])), bad
 
 

@@ -726,7 +726,7 @@ class MonkeyTests(ExampleCase):
     def test_a_stranger_gets_one_sentence_and_no_picture(self):
         self.program('rpicam-still', 'echo "$PWD" >> %s/asked; echo a picture > photo.jpg' % self.folder)
         for content in '拍照', '视频', '状态', '你好':
-            with self.assertLogs('easywechat.monkey', 'WARNING') as logs:
+            with self.assertLogs('easywechat', 'WARNING') as logs:
                 reply = self.ask(content, 'lisi')
             self.assertEqual((reply['MsgType'], reply['Content']), ('text', '这台机器只听它主人的话。'))
             self.assertIn("refused 'lisi'", logs.output[0])
@@ -740,7 +740,7 @@ class MonkeyTests(ExampleCase):
         self.program('libcamera-still', '[ -e photo.jpg ] || : > photo.jpg')
         self.program('raspistill', 'printf "\\377\\330\\377 by raspistill $*" > photo.jpg')
         self.program('ffmpeg', 'echo never > photo.jpg')
-        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+        with self.assertLogs('easywechat', 'ERROR') as logs:
             data = self.picture(self.ask('拍照'))
         self.assertEqual(data, b'\xff\xd8\xff by raspistill -n -t 1000 -w 1280 -h 720 -o photo.jpg')
         self.assertEqual(len(logs.output), 2)
@@ -752,7 +752,7 @@ class MonkeyTests(ExampleCase):
         self.program('raspistill', 'exit 70')
         begin = time.monotonic()
         with swapped(monkey_monitor, 'PATIENCE', 0.15), \
-                self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+                self.assertLogs('easywechat', 'ERROR') as logs:
             reply = self.ask('拍照')
         self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
         self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.15 秒还没有拍完;'
@@ -786,7 +786,7 @@ class MonkeyTests(ExampleCase):
 
     def test_a_picture_that_cannot_be_uploaded_is_told(self):
         self.wecom.trusted = False
-        with self.assertLogs('easywechat.monkey', 'ERROR') as logs:
+        with self.assertLogs('easywechat', 'ERROR') as logs:
             self.assertIn('203.0.113.9 加到「应用管理', self.ask('拍照')['Content'])
         self.assertIn('60020', logs.output[0])
         self.assertEqual(os.listdir(self.tmp), [])
@@ -849,7 +849,7 @@ class NasTests(ExampleCase):
     def test_what_could_not_be_sent_is_sent_at_the_next_check(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.wecom.script('message/send', 'close', 'close', {'errcode': 60020, 'errmsg': 'x'})
-        with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+        with self.assertLogs('easywechat', 'ERROR') as logs:
             self.assertEqual(self.once()[0], 3)
             self.put('sys/class/thermal/thermal_zone0/temp', '50000')
             self.assertEqual(self.once()[0], 3)
@@ -863,7 +863,7 @@ class NasTests(ExampleCase):
     def test_what_may_have_arrived_is_repeated_word_for_word(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.wecom.script('message/send', 'lost')
-        with self.assertLogs('easywechat.nas', 'ERROR'):
+        with self.assertLogs('easywechat', 'ERROR'):
             self.assertEqual(self.once()[0], 3)
         self.assertEqual(self.once(), (0, ''))
         self.assertEqual(self.count('message/send'), 2)
@@ -887,6 +887,39 @@ class NasTests(ExampleCase):
         self.put('proc/mdstat', 'md0 : inactive sda1[0](S)\n      100 blocks super 1.2\n')
         self.once()
         self.assertEqual(self.sent(), ['⚠ RAID md0:停了'])
+
+    def test_slots_that_were_always_empty_are_no_alarm(self):
+        form = ('md2%d : active raid1 %s5[0]%s\n      9 blocks super 1.2 [2/2] [%s]\n\n'
+                'md0%d : active raid1 %s1[0]%s\n      9 blocks [4/2] [%s]\n')
+        for n, (one, two) in enumerate((('sda', 'sdb'), ('sata1p', 'sata2p'), ('nvme0n1p', 'nvme1n1p'))):
+            for rest, data, system, failed, expected in (       # 四个槽位，两块盘
+                    (two, 'UU', 'UU__', '', []),
+                    ('', 'U_', 'U___', '', ['⚠ RAID md2%d:降级 [U_]', '⚠ RAID md0%d:降级 [U___]']),
+                    (two, 'UU', 'U___', '(F)', ['恢复正常:RAID md2%d,正常 [UU]']),
+                    (two, 'UU', 'UU__', '', ['恢复正常:RAID md0%d,正常 [UU__]'])):
+                self.put('proc/mdstat', form % (n, one, rest and ' %s5[1]' % rest, data, n, one,
+                                                rest and ' %s1[1]%s' % (rest, failed), system))
+                self.assertEqual((self.once(), self.sent()), ((0, ''), [line % n for line in expected]))
+
+    def test_the_recipe_for_mdstat_tells_changes_only(self):
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            script = re.search('```sh\n(#!/bin/sh\n[^`]*mdstat[^`]*)```', f.read()).group(1)
+        send = re.search(r'python3 \S+easywechat.py .*--send -', script).group()
+        script = script.replace(send, 'cat >>out').replace('/proc/mdstat', 'mdstat').replace('/opt/bot/', '')
+        for mdstat, expected in (
+                ('md0 : active raid1 sda1[0] sdb1[1]\n      9 blocks [4/2] [UU__]\n', 'md0\n[UU__]\n'), (None, ''),
+                ('md0 : active raid1 sda1[0] sdb1[1]\n      9 blocks [4/2] [UU__]\n [=>..] check = 7.9%\n', ''),
+                ('md0 : active raid1 sda1[0] sdb1[1](F)\n      9 blocks [4/1] [U___]\n', 'md0\nsdb1[1](F)\n[U___]\n'),
+                (None, '')):
+            if mdstat:
+                with open(os.path.join(self.folder, 'mdstat'), 'w') as f:
+                    f.write(mdstat)
+            subprocess.check_call(['/bin/sh', '-c', script], cwd=self.folder, env={'PATH': '/usr/bin:/bin'})
+            out = os.path.join(self.folder, 'out')
+            with open(out, 'a+', encoding='utf-8') as f:
+                f.seek(0)
+                self.assertEqual(f.read().partition('\n')[2], expected)
+            os.unlink(out)
 
     def test_ups(self):
         for status, charge, expected in (
@@ -933,7 +966,7 @@ class NasTests(ExampleCase):
     def test_strangers_are_not_answered(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
         self.assertIn('温度:50 °C', self.status())
-        with self.assertLogs('easywechat.nas', 'WARNING'):
+        with self.assertLogs('easywechat', 'WARNING'):
             self.assertEqual(self.status('lisi'), '这台机器只听它主人的话。')
 
     def test_the_daily_report_comes_once_a_day(self):
@@ -948,7 +981,7 @@ class NasTests(ExampleCase):
         self.assertEqual([at(9, 7, 59), at(9, 8, 0), at(9, 8, 1), at(9, 7, 59), at(9, 23, 59)], [0, 1, 0, 0, 0])
         self.assertEqual([at(10, 0, 1), at(10, 12, 0), at(9, 23, 59), at(10, 12, 1)], [0, 1, 0, 0])
         self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'}, 'lost')
-        with self.assertLogs('easywechat.nas', 'ERROR'):
+        with self.assertLogs('easywechat', 'ERROR'):
             self.assertEqual([at(11, 8, 0), at(11, 8, 1), at(11, 8, 2)], [0, 1, 0])
         for year in 1970, 2040:                 # 没有校过的时钟;错了的时钟改回来,不会等到那一天
             nas_monitor.check(client, nas_monitor.load(), settings, time.mktime((year, 5, 5, 9, 0, 0, 0, 0, -1)))
@@ -990,7 +1023,7 @@ class NasTests(ExampleCase):
         self.sent()
         for degrees, words in (91, 'damaged'), (92, 'cannot save'):
             self.put('sys/class/thermal/thermal_zone0/temp', '%d000' % degrees)
-            with self.assertLogs('easywechat.nas', 'ERROR') as logs:
+            with self.assertLogs('easywechat', 'ERROR') as logs:
                 self.assertEqual(self.once()[0], 0)
             self.assertEqual(self.sent(), ['⚠ 温度:%d °C()' % degrees])
             self.assertIn(words, logs.output[0])
@@ -1011,7 +1044,7 @@ class NasTests(ExampleCase):
             make()
             for name in 'nas_monitor.json', 'nas_monitor.json.new', 'nas_monitor.json.lock':
                 os.symlink(victim, os.path.join(theirs, name))
-            with self.assertLogs('easywechat.nas', 'WARNING'):
+            with self.assertLogs('easywechat', 'WARNING'):
                 self.assertEqual(self.once(XDG_STATE_HOME=shared)[0], 0)
             with contextlib.redirect_stderr(io.StringIO()):
                 self.assertRaises(ConfigError, lambda: self.open_tickets(shared))
@@ -1036,7 +1069,7 @@ class NasTests(ExampleCase):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.config('[nas]\nreport = 0\n')
         nowhere = os.path.join(os.devnull, 'x')
-        with self.assertLogs('easywechat.nas', 'WARNING') as logs:
+        with self.assertLogs('easywechat', 'WARNING') as logs:
             self.assertEqual(self.once(XDG_STATE_HOME=nowhere), (0, ''))
             self.assertEqual(self.run_main(nas_monitor.main, '--report', XDG_STATE_HOME=nowhere), (0, ''))
         self.assertEqual(len(logs.output), 1)

@@ -33,7 +33,6 @@ import datetime
 import difflib
 import http.cookies
 import json
-import logging
 import os
 import random
 import re
@@ -64,7 +63,7 @@ HELP = '''监控 北京 上海 2026-12-31:有票了告诉你
 列表:在看哪些
 取消 2:不看列表里的第二个;只写「取消」是全部'''
 
-logger = logging.getLogger('easywechat.tickets')
+logger = easywechat.logger
 
 Train = collections.namedtuple('Train', 'code start end departs arrives seats')
 
