@@ -44,7 +44,6 @@ import tempfile
 import threading
 import time
 import urllib.parse
-import uuid
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
@@ -438,7 +437,8 @@ class Corp:
     def __init__(self):
         # 密钥只有这一次用。机器人多半听着 0.0.0.0：写在这个文件里的人人知道，同一个网里的谁都能指使它
         self.settings = {'corpid': 'wwsimulator0000001', 'agentid': '1000002', 'touser': 'zhangsan',
-                         'secret': secrets.token_urlsafe(32), 'robot': str(uuid.uuid4()),
+                         'secret': secrets.token_urlsafe(32),
+                         'robot': re.sub('(.{8})(.{4})(.{4})(.{4})', r'\1-\2-\3-\4-', secrets.token_hex(16)),
                          'token': secrets.token_hex(16), 'encoding_aes_key': secrets.token_hex(22)[:43]}
         self.users = {'zhangsan': '张三', 'lisi': '李四', 'wangwu': '王五'}
         self.parties, self.tags = {'1': '总公司', '2': '运维部'}, {'1': '值班'}     # 每个都有全部成员
