@@ -4097,7 +4097,7 @@ _USELESS = {'application/pgp-signature', 'application/pkcs7-signature', 'applica
 
 def _in_charset(data, charset):
     """bytes → str：信里说的字符集；没有说，说错了，就猜。"""
-    with contextlib.suppress(LookupError, UnicodeError):
+    with contextlib.suppress(LookupError, ValueError):
         return data.decode('gb18030' if re.match('(?i)gb', charset or '') else charset or '')
     with contextlib.suppress(UnicodeError):
         return _text_of(data)

@@ -1,18 +1,24 @@
-"""Random and mutated input by the million: fuzz.py COUNT, each for xml_to_dict, DecryptMsg, handle and the head.
+"""Random and mutated input by the million: fuzz.py COUNT, each for xml_to_dict, DecryptMsg, handle, the head and
+config.ini, a tenth of it for long texts and mails.
 
 Nothing but WeChatError's family may come out, and handle gives no 5xx. The slowest input is printed as CPU time.
 Then the replays: 2,000 re-cut signatures and 1,000 messages three times; no callback runs twice.
 """
+import io
+import itertools
 import logging
 import os
 import random
 import sys
+import tempfile
 import time
+import unittest
 import urllib.parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import easywechat  # noqa: E402
+import test_easywechat  # noqa: E402
 from easywechat import WeChatError, dict_to_xml  # noqa: E402
 
 COUNT = int(sys.argv[1])
@@ -57,6 +63,9 @@ def envelope(encrypt):
 
 
 MESSAGE = message(1).encode()
+CONFIG = ('# 注释\n[demo]\ncorpid = ww1\nEncodingAESKey : "x" # y\n\ttoken=z\n[llm]\nprompt = 一\n  二\n').encode()
+MAIL = max((data for data, _ in test_easywechat.MAILS.values()), key=len)
+CASE = unittest.TestCase()
 
 
 def fuzz_xml(n):
@@ -101,9 +110,28 @@ def fuzz_head(n, head=b'POST /weixin?nonce=1 HTTP/1.1\r\nHost: x\r\nContent-Leng
     easywechat._body_length(fields, 1 << 20)
 
 
-def run(fuzz):
+def fuzz_config(n):
+    """A config.ini as somebody writes it, mutated: an error is one, and says no value."""
+    try:
+        easywechat._parse_ini(easywechat._text_of(mutate(CONFIG)), 'config.ini')
+    except UnicodeError:
+        pass
+
+
+def fuzz_mail(n):
+    lines = itertools.chain(io.BytesIO(mutate(mutate(mutate(MAIL)))), itertools.repeat(b''))
+    with tempfile.TemporaryDirectory() as folder:
+        assert easywechat._read_mail(lambda: next(lines), folder)[0].strip()
+
+
+def fuzz_split(n):
+    """Every part short, URLs, tags and emoji whole, code and tables complete, nothing lost."""
+    test_easywechat.check_parts(CASE, test_easywechat.long_text(RNG), RNG.choice((1000, 2048, 4096)))
+
+
+def run(fuzz, count=COUNT):
     refused, slowest, begin = 0, 0.0, time.process_time()
-    for n in range(COUNT):
+    for n in range(count):
         before = time.process_time()
         try:
             fuzz(n)
@@ -111,7 +139,7 @@ def run(fuzz):
             refused += 1
         slowest = max(slowest, time.process_time() - before)
     print('%-13s %d inputs, %d refused by an exception, slowest %.1f ms CPU, %.0f s CPU in all'
-          % (fuzz.__name__, COUNT, refused, slowest * 1000, time.process_time() - begin), flush=True)
+          % (fuzz.__name__, count, refused, slowest * 1000, time.process_time() - begin), flush=True)
     return slowest < 0.5
 
 
@@ -141,6 +169,7 @@ def replays():
 if __name__ == '__main__':
     logging.getLogger('easywechat').setLevel(logging.CRITICAL)
     SERVER.max_skew = 0
-    good = [run(fuzz) for fuzz in (fuzz_xml, fuzz_decrypt, fuzz_handle, fuzz_head)] + [replays()]
+    good = [run(fuzz) for fuzz in (fuzz_xml, fuzz_decrypt, fuzz_handle, fuzz_head, fuzz_config)] + [replays()]
+    good += [run(fuzz_split, COUNT // 10), run(fuzz_mail, COUNT // 10)]
     print('fuzz: %d passed, %d failed' % (sum(good), len(good) - sum(good)))
     sys.exit(0 if all(good) else 1)
