@@ -862,6 +862,35 @@ class NeighbourTests(unittest.TestCase):
         self.assertEqual(done.stdout.decode().split('\n')[:3], ['True', '1', '[]'], done.stderr)
         self.assertNotIn(b'chmod', done.stderr)
 
+    @unittest.skipUnless(os.name == 'posix' and os.geteuid() == 0 and os.path.exists('/usr/bin/python3'), '要是 root')
+    def test_the_recipe_for_nut_works_for_its_user(self):
+        """README 的 ups.sh，以另一个用户：config.ini 是 0640，那一组的。"""
+        wecom = simulator.WeCom()
+        self.addCleanup(wecom.stop)
+        settings = dict(wecom.settings, api_base=wecom.start())
+        self.path = os.path.join(self.code, 'config.ini')
+        self.write('\n'.join('%s = %s' % item for item in settings.items()))
+        os.chown(self.path, 0, 65534)
+        os.chmod(self.path, 0o640)
+        os.chmod(os.path.dirname(self.code), 0o755)
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            script = re.search('```sh\n(#!/bin/sh\n[^`]*"[$]1"\n)```', f.read()).group(1)
+        path = os.path.join(self.code, 'ups.sh')
+        with open(path, 'w') as f:
+            f.write(script.replace('/opt/bot', self.code))
+        os.chmod(path, 0o755)
+        os.chmod(self.source, 0o644)
+
+        def become():
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        done = subprocess.run([path, '断电了 --to @all'.encode()], preexec_fn=become, cwd='/', stderr=subprocess.PIPE,
+                              env={'PATH': '/usr/bin:/bin', 'HOME': '/nonexistent'})
+        self.assertEqual((done.returncode, done.stderr), (0, b''))
+        sent, = wecom.messages
+        self.assertEqual((sent['text']['content'], sent['touser']), ('断电了 --to @all', 'zhangsan'))
+
 
 # ---- 存储 Store -------------------------------------------------------------------------------
 
