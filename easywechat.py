@@ -4490,8 +4490,10 @@ def _check_settings(settings):
         try:
             if any(settings[key] for key in keys.split()):
                 use(settings)
-        except (WeChatError, ImportError) as e:     # 收消息、发消息的时候会拒绝的，现在就说
-            yield False, getattr(e, 'errmsg', e)
+        except ImportError:
+            yield None, '收消息还要 AES，这个 Python 没有：python -m pip install pycryptodome'
+        except WeChatError as e:        # 收消息、发消息的时候会拒绝的，现在就说
+            yield False, e.errmsg
     if settings['secret'] and not settings['agentid']:
         yield False, '有 secret，没有 agentid：发消息两样都要，「应用管理 → 自建 → 应用」里一起复制'
 
