@@ -1789,13 +1789,17 @@ class FetchTests(unittest.TestCase):
         url = stand_in(self, lambda handler: seen.append(1) or go.wait(20))
 
         def ask():
-            with contextlib.suppress(NetworkError), easywechat.fetch(url, within=1):
+            with contextlib.suppress(NetworkError), easywechat.fetch(url, within=20):
                 pass
         threads = [threading.Thread(target=ask) for n in range(70)]
         for thread in threads:
             thread.start()
-        time.sleep(0.5)
+        deadline = time.monotonic() + 10
+        while len(seen) < 64 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
         self.assertEqual(len(seen), 64)
+        go.set()
         for thread in threads:
             thread.join()
 
