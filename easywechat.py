@@ -4214,9 +4214,10 @@ def _read_mail(line_of, folder):
             continue
         if kind in ('text/plain', 'text/html') and not name and headers.get_content_disposition() != 'attachment':
             with open(path, 'rb') as f:
-                texts.append((kind, _in_charset(f.read(1 << 20), headers.get_content_charset())))
+                text = _in_charset(f.read(1 << 20), headers.get_content_charset())
+            texts.append((kind, text.replace('\r\n', '\n')))
             continue
-        name = _file_name(name or {'message': 'mail.eml', 'text': 'text.txt'}.get(kind.partition('/')[0], ''), kind)
+        name = _file_name(name or {'message/rfc822': 'mail.eml', 'text/calendar': 'invite.ics'}.get(kind, ''), kind)
         os.mkdir(os.path.join(folder, 'file%d' % n))
         file = pathlib.Path(folder, 'file%d' % n, name)
         os.replace(path, str(file))
