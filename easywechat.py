@@ -991,7 +991,7 @@ def _known(found, keys, where, unknown):
 def _sources(appname, path, settings, unknown):
     """→ [(从哪里来, {键: 值})],前面的优先:文件的两节、环境变量。"""
     keys = _APP_KEYS + _SYSTEM_KEYS
-    sources = [('environment', {k: os.environ.get('EASYWECHAT_' + k.upper(), '') for k in keys})]
+    sources = [('environment', {k: _clean(_decoded(os.environ.get('EASYWECHAT_' + k.upper(), ''))) for k in keys})]
     if path:
         ini = _read_ini(path)
         if appname not in ini and not settings:
@@ -1685,7 +1685,7 @@ _WHOLE = re.compile(
     '\ufe20-\ufe2f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f\U000e0100-\U000e01ef])+')
 #: 断在里面，后一段就要重新开始的：代码（``` 的一行），表格（头两行），<font>。
 _AGAIN = re.compile(
-    r'(?im)^ {0,3}(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)(?:\n|\Z)|(?P<font><font [^<>]*>)|(?P<end></font>)'
+    r'(?im)^ {0,3}(?P<fence>`{3,}|~{3,})(?P<info>[^`<\n]*)(?:\n|\Z)|(?P<font><font [^<>]*>)|(?P<end></font>)'
     r'|^(?P<head>[^\n|]*\|[^\n]*\n'
     r'(?=[^\n]*\|)[ \t]*(?:\|[ \t]*)?:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*(?:\|[ \t]*)?\n)')
 _ROW = re.compile(r'[^\n|]*\|[^\n]*(?:\n|\Z)')
@@ -4116,6 +4116,10 @@ def _words(value):
                                        for part, charset in parts)).strip()
 
 
+#: 另起一行的、隔开的标签。
+_BLOCKS = dict(dict.fromkeys('br p div tr table li ul ol pre hr h1 h2 h3 h4'.split(), '\n'), td=' ', th=' ')
+
+
 def _html_text(html):
     """HTML → 文字：一段一行，链接的网址写在后面。"""
     from html.parser import HTMLParser
@@ -4127,10 +4131,8 @@ def _html_text(html):
                 hidden.append(tag)
             elif tag == 'a':
                 links.append((len(out), dict(attributes).get('href') or ''))
-            elif tag in ('td', 'th'):
-                out.append(' ')
-            elif tag in ('br', 'p', 'div', 'tr', 'table', 'li', 'ul', 'ol', 'pre', 'hr', 'h1', 'h2', 'h3', 'h4'):
-                out.append('\n')
+            else:
+                out.append(_BLOCKS.get(tag, ''))
 
         def handle_endtag(self, tag):
             if hidden and tag == hidden[-1]:
@@ -4139,16 +4141,17 @@ def _html_text(html):
                 begin, url = links.pop()
                 if re.match('https?://', url) and url not in ''.join(out[begin:]):
                     out.append(' %s ' % url)
-            elif tag in ('p', 'div', 'tr', 'table', 'h1', 'h2', 'h3', 'h4'):
-                out.append('\n')
+            else:
+                out.append(_BLOCKS.get(tag, ''))
 
         def handle_data(self, data):
             if not hidden:
                 out.append(re.sub(r'\s+', ' ', data))
-    reader = Reader()
-    reader.feed(html)
-    reader.close()
-    return re.sub(r' *\n[ \n]*', '\n', ''.join(out)).strip()
+    try:
+        Reader().feed(html + '<')       # 末尾没有写完的也算
+    except (AssertionError, NotImplementedError):       # 写坏了的 <![…]>：有的 Python 抛这些
+        out[:] = re.sub('<[^<>]*>', '', html)
+    return re.sub(r' *\n[ \n]*', '\n', re.sub(' +', ' ', ''.join(out))).strip()
 
 
 def _decoder(encoding, f):
@@ -4165,6 +4168,9 @@ def _decoder(encoding, f):
     return {'base64': base64, 'quoted-printable': lambda line: f.write(binascii.a2b_qp(line))}.get(encoding, f.write)
 
 
+_MAIL_HEADER = re.compile(rb'[!-9;-~]+[ \t]*:|[ \t]+\S|From ')       #: 信头的一行，接着上一行的，mbox 的第一行。
+
+
 def _mail_parts(line_of, folder, marks=()):
     """读信的一个部分，到 ``marks`` 里的一条边界为止 → (头部, 写着正文的文件的路径；几个部分的总头部是 None) (生成器)。
 
@@ -4173,16 +4179,16 @@ def _mail_parts(line_of, folder, marks=()):
     import email
     import tempfile
     head, line = b'', line_of()
-    while line.strip():
+    while _MAIL_HEADER.match(line):
         head += line if len(head) < 1 << 18 else b''
         line = line_of()
+    line = line if line.strip() else line_of()      # 不是信头的一行，就是正文了：echo … | sendmail
     headers = email.message_from_string(_in_charset(head, None))
     multipart = headers.get_content_maintype() == 'multipart' and headers.get_boundary() and len(marks) < 16
     mark = ('--%s' % headers.get_boundary()).encode('utf-8')
 
     def over():
         return not line or line[:2] == b'--' and any(line.rstrip() in (m, m + b'--') for m in marks)
-    line = line_of()
     if multipart:
         yield headers, None
         while not over() and line.rstrip() != mark:     # 边界以前的，没有人看
@@ -4202,37 +4208,18 @@ def _mail_parts(line_of, folder, marks=()):
     return line
 
 
-def _read_mail(line_of, folder):
-    """→ [一条文本, 附件 (Path)…]；附件写在 ``folder`` 里，太大、太小的只在文本里说。"""
-    import pathlib
-    top, texts, files, notes = None, [], [], []
-    for n, (headers, path) in enumerate(_mail_parts(line_of, folder)):
-        top = headers if top is None else top
-        kind = re.sub('multipart/.*', 'text/plain', headers.get_content_type())     # 没有边界的
-        name = _words(headers.get_filename() or '')
-        if path is None or kind in _USELESS:
-            continue
-        if kind in ('text/plain', 'text/html') and not name and headers.get_content_disposition() != 'attachment':
-            with open(path, 'rb') as f:
-                text = _in_charset(f.read(1 << 20), headers.get_content_charset())
-            texts.append((kind, text.replace('\r\n', '\n')))
-            continue
-        name = _file_name(name or {'message/rfc822': 'mail.eml', 'text/calendar': 'invite.ics'}.get(kind, ''), kind)
-        os.mkdir(os.path.join(folder, 'file%d' % n))
-        file = pathlib.Path(folder, 'file%d' % n, name)
-        os.replace(path, str(file))
-        try:
-            _media_kind(_File(file))
-            files.append(file)
-        except APIError as e:
-            notes.append('（附件没有发：%s）' % e.errmsg)
+def _mail_text(top, texts, notes):
+    """信头、正文 [(类型, 文字)] 和附件的毛病 → 一条文本。"""
     plain = [text for kind, text in texts if kind == 'text/plain' and text.strip()]
     sender = _words(top.get('From', '')).replace('"', '')
-    parts = ['\n'.join(filter(None, [_words(top.get('Subject', '')), sender and '来自 ' + sender])),
+    lines = [_words(top.get('Subject', ''))[:1000], sender[:200] and '来自 ' + sender[:200]]
+    if not re.search('(?im)^(subject|from|to|date|content-type)$', '\n'.join(top.keys())):
+        lines = ['%s: %s' % item for item in top.items()]       # 不是信头，是一段文字，第一行碰巧像
+    parts = ['\n'.join(filter(None, lines)),
              '\n\n'.join(plain or [_html_text(text) for _, text in texts]).strip(), '\n'.join(notes)]
     # 别人写的字：<a href=…> 是能点的链接
     text = re.sub('(?i)<(?=/?a[ \t\r\n>])', '\uff1c', '\n\n'.join(filter(None, parts)))
-    return [text or '（一封空的信）'] + files
+    return text or '（一封空的信）'
 
 
 # ---- 命令行 Command line ----------------------------------------------------------------------
@@ -4419,6 +4406,33 @@ def _run_send(args):
     if args.markdown and args.send_file is None:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
     _sender(args).send(message, args.to, *([] if args.robot else [args.party, args.tag]))
+
+
+def _read_mail(line_of, folder):
+    """→ [一条文本, 附件 (Path)…]；附件写在 ``folder`` 里，太大、太小的只在文本里说。"""
+    import pathlib
+    top, texts, files, notes = None, [], [], []
+    for n, (headers, path) in enumerate(_mail_parts(line_of, folder)):
+        top = headers if top is None else top
+        kind = re.sub('multipart/.*', 'text/plain', headers.get_content_type())     # 没有边界的
+        name = _words(headers.get_filename() or '')
+        if path is None or kind in _USELESS:
+            continue
+        if kind in ('text/plain', 'text/html') and not name and headers.get_content_disposition() != 'attachment':
+            with open(path, 'rb') as f:
+                text = _in_charset(f.read(1 << 20), headers.get_content_charset())
+            texts.append((kind, text.replace('\r\n', '\n')))
+            continue
+        name = _file_name(name or {'message/rfc822': 'mail.eml', 'text/calendar': 'invite.ics'}.get(kind, ''), kind)
+        os.mkdir(os.path.join(folder, 'file%d' % n))
+        file = pathlib.Path(folder, 'file%d' % n, name)
+        os.replace(path, str(file))
+        try:
+            _media_kind(_File(file))
+            files.append(file)
+        except APIError as e:
+            notes.append('（附件没有发：%s）' % e.errmsg)
+    return [_mail_text(top, texts, notes)] + files
 
 
 def _run_mail(args):

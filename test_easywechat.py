@@ -4655,6 +4655,12 @@ MAILS = {
     'raw GBK, no charset': ('Subject: 磁盘\n\n满了\n'.encode('gb18030'), '磁盘\n\n满了'),
     'raw UTF-8': ('Subject: 磁盘\nContent-Type: text/plain; charset=us-ascii\n\n满了\n'.encode(), '磁盘\n\n满了'),
     'no header': (b'\nhello\n', 'hello'),
+    'only a text': (b'disk full\nand: more\n', 'disk full\nand: more'),
+    'a text behind a header': (b'Subject: x\nno header\n\nbody\n', 'x\n\nno header\n\nbody'),
+    'a part without a blank line': (
+        b'Subject: x\nContent-Type: multipart/mixed; boundary=A\n\n--A\nContent-Type: text/plain\n'
+        b'--A\nContent-Type: text/plain\n\nreal\n--A--\n', 'x\n\nreal'),
+    'a text that looks like a header': (b'error: disk full\n\nmore\n', 'error: disk full\n\nmore'),
     'no body': (b'Subject: x\n', 'x'),
     'a link': (b'Subject: <a href="http://evil.example">x</a>\n\n<A HREF=y>z</A> <root@nas>\n',
                '\uff1ca href="http://evil.example">x\uff1c/a>\n\n\uff1cA HREF=y>z\uff1c/A> <root@nas>'),
@@ -4672,6 +4678,7 @@ class MailTests(ClientCase):
         return run_cli('--mail', *args, stdin=data, **env)
 
     def test_what_other_programs_write(self):
+        self.wecom.per_member = 1000
         for what, (data, text) in MAILS.items():
             for end in (b'\n', b'\r\n'):
                 with self.subTest(what, end=end):
@@ -4687,7 +4694,7 @@ class MailTests(ClientCase):
         for n in range(150):
             data = bytearray(rng.choice(mails))
             for _ in range(rng.randint(1, 8)):
-                at = rng.randrange(len(data))
+                at = rng.randrange(len(data) + 1)
                 data[at:at + rng.randint(0, 20)] = rng.choice(
                     (b'', b'\n', b'--', b'=?', b'?=', b'boundary=', b'\xff', b'\0', b'"'))
             with self.subTest(n, data=bytes(data)), tempfile.TemporaryDirectory() as folder:

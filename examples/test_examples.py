@@ -914,7 +914,8 @@ class NasTests(ExampleCase):
             if mdstat:
                 with open(os.path.join(self.folder, 'mdstat'), 'w') as f:
                     f.write(mdstat)
-            subprocess.check_call(['/bin/sh', '-c', script], cwd=self.folder, env={'PATH': '/usr/bin:/bin'})
+            subprocess.check_call(['/bin/sh', '-c', script.encode('utf-8')], cwd=self.folder,
+                                  env={'PATH': '/usr/bin:/bin'})
             out = os.path.join(self.folder, 'out')
             with open(out, 'a+', encoding='utf-8') as f:
                 f.seek(0)
