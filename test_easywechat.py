@@ -4390,7 +4390,7 @@ class ServerTests(unittest.TestCase):
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(5), 0)
-        self.assertLess(time.monotonic() - begin, 0.5)
+        self.assertLess(time.monotonic() - begin, 2)        # 平时 0.1 秒
 
 
 @unittest.skipUnless(hasattr(os, 'fork'), '没有 fork')
