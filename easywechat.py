@@ -21,7 +21,7 @@
 从上往下读，每一节只用上面讲过的东西::
 
     错误 → 错误码 → 日志 → XML → 加解密 → 配置 → 线程 → 存储 → 消息 → 请求 → 主动模式
-         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 信 → 命令行
+         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 长连接 → 信 → 命令行
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
     gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数(dict)
@@ -4087,6 +4087,268 @@ class WeChatServer(Dispatcher):
                 signal.signal(number, handler)
             rest.close()
             alarm.close()
+
+
+# ---- 长连接 WebSocket -------------------------------------------------------------------------
+# RFC 6455 的客户端。套接字不阻塞：读写在一把锁里 (OpenSSL 的一个对象不能两条线程同时用)，等在锁外面。
+# 不发 ping (企业微信的网关会答一个有掩码的 pong)，收到就答；不提扩展。
+
+_OPCODES = _MORE, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
+_CLOSE_CODES = frozenset([*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)])
+
+
+class _Closed(ConnectionError):
+    """连接结束了：``args`` 是 (关闭码，1006 是没有说就断了；一句话)。"""
+
+
+class _Violation(Exception):
+    """对方没有照 RFC 6455：``args`` 是 (该用的关闭码，一句话)。"""
+
+
+def _masked(data, mask):
+    """``data`` (bytes) 与重复的四个字节异或；当作一个大整数，比一个字节一个字节快二十倍。"""
+    key = (mask * (len(data) // 4 + 1))[:len(data)]
+    return (int.from_bytes(data, 'big') ^ int.from_bytes(key, 'big')).to_bytes(len(data), 'big')
+
+
+def _ready(sock, write, within):
+    """等套接字能写（能读），至多 ``within`` 秒 → 等到了没有。"""
+    import select
+    if hasattr(select, 'poll'):         # select 只认得 1024 以下的描述符
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if write else select.POLLIN)
+        return bool(poll.poll(max(0, within) * 1000))
+    return any(select.select([] if write else [sock], [sock] if write else [], [], max(0, within)))
+
+
+class _WebSocket:
+    """一条连上了的长连接。一条线程收，任何线程发；``heard`` 是最近听到一个字节的时刻 (monotonic)。
+
+    连不上、不是 WebSocket 抛 `OSError` 或 `NetworkError`；``within`` 秒是总数（DNS 除外），之后写一帧也至多这么久。
+    """
+    most = 4 << 20  #: 一条消息最多多少字节。
+
+    def __init__(self, url, ca_file='', within=10):
+        from urllib import request as web
+        parts, self._within = urllib.parse.urlsplit(url), within
+        secure, deadline = parts.scheme == 'wss', time.monotonic() + within
+        where = parts.hostname, parts.port or (443 if secure else 80)
+        proxies = web.getproxies()
+        proxy = proxies.get('https' if secure else 'http') or proxies.get('all')
+        proxy = None if not proxy or web.proxy_bypass(parts.netloc) else urllib.parse.urlsplit(
+            proxy if '://' in proxy else 'http://' + proxy)
+        _remember(proxy.password or '' if proxy else '')
+        if proxy and proxy.scheme != 'http':
+            raise OSError('SOCKS is not supported here' if proxy.scheme.startswith('socks') else 'a proxy must be http://')
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._buffer = bytearray()
+        self._parts, self._size, self._kind = [], 0, None       # 一条消息的片段，一共多少字节，类型
+        self._decoder = None                # 文字的，几个片段共用
+        self._closing, self.heard = False, time.monotonic()
+        self._sock = socket.create_connection((proxy.hostname, proxy.port or 80) if proxy else where, within)
+        try:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sock.setblocking(False)
+            if proxy:
+                self._tunnel('%s:%d' % where, proxy, deadline)
+            if secure:
+                self._sock = _tls(ca_file).wrap_socket(self._sock, server_hostname=parts.hostname,
+                                                       do_handshake_on_connect=False)
+                self._io(self._sock.do_handshake, False, deadline)
+            self._shake_hands(parts, deadline)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _io(self, operation, write, deadline):
+        """``operation()``，要等就等，至多到 ``deadline``；等不到抛 `socket.timeout`。"""
+        while True:
+            try:
+                with self._lock:
+                    return operation()
+            except BlockingIOError:
+                pass
+            except OSError as e:            # ssl.SSLWantReadError、SSLWantWriteError；也许没有 ssl
+                if not type(e).__name__.startswith('SSLWant'):
+                    raise
+                write = type(e).__name__ == 'SSLWantWriteError'
+            try:
+                if not _ready(self._sock, write, deadline - time.monotonic()):
+                    raise socket.timeout('no answer in time')
+            except ValueError:              # 别的线程关了它
+                raise _Closed(1006, 'closed here') from None
+
+    def _write(self, data, deadline):
+        view = memoryview(data)
+        while view:
+            view = view[self._io(functools.partial(self._sock.send, view), True, deadline):]
+
+    def _read(self, deadline):
+        """再收一些，放进 ``_buffer``。"""
+        data = self._io(functools.partial(self._sock.recv, 1 << 16), False, deadline)
+        if not data:
+            raise _Closed(1006, 'closed without a word')
+        self.heard = time.monotonic()
+        self._buffer += data
+
+    def _ask(self, lines, deadline):
+        """发一个 HTTP 的头部 → (状态, 头部)。"""
+        self._write('\r\n'.join(lines + ['', '']).encode('latin-1'), deadline)
+        while b'\r\n\r\n' not in self._buffer:
+            if len(self._buffer) > 1 << 14:
+                raise OSError('no HTTP answer')
+            self._read(deadline)
+        head, _, self._buffer = self._buffer.partition(b'\r\n\r\n')
+        status, _, rest = bytes(head).partition(b'\r\n')
+        match = re.fullmatch(rb'HTTP/1\.[01] ([0-9]{3})(?: .*)?', status)
+        if not match:
+            raise OSError('no HTTP answer')
+        return int(match.group(1)), http.client.parse_headers(io.BytesIO(rest + b'\r\n\r\n'))
+
+    def _tunnel(self, where, proxy, deadline):
+        lines = ['CONNECT %s HTTP/1.1' % where, 'Host: ' + where]
+        if proxy.username:
+            user = ':'.join(urllib.parse.unquote(part or '') for part in (proxy.username, proxy.password))
+            lines.append('Proxy-Authorization: Basic ' + binascii.b2a_base64(user.encode(), newline=False).decode())
+        status = self._ask(lines, deadline)[0]
+        if status != 200 or self._buffer:
+            raise OSError('Tunnel connection failed: %d' % status)
+
+    def _shake_hands(self, parts, deadline):
+        key = binascii.b2a_base64(os.urandom(16), newline=False)
+        path = (parts.path or '/') + ('?' + parts.query if parts.query else '')
+        status, headers = self._ask([
+            'GET %s HTTP/1.1' % path, 'Host: ' + parts.netloc.rpartition('@')[2], 'Upgrade: websocket',
+            'Connection: Upgrade', 'Sec-WebSocket-Key: ' + key.decode(), 'Sec-WebSocket-Version: 13',
+            'User-Agent: EasyWeChat'], deadline)
+        accept = hashlib.sha1(key + b'258EAFA5-E914-47DA-95CA-C5AB0DC85B11').digest()
+        if status != 101 or headers.get('Upgrade', '').lower() != 'websocket' or not re.search(
+                r'(?i)(^|,)\s*upgrade\s*(,|$)', headers.get('Connection', '')) or headers.get(
+                'Sec-WebSocket-Accept', '') != binascii.b2a_base64(accept, newline=False).decode() or headers.get(
+                'Sec-WebSocket-Extensions') or headers.get('Sec-WebSocket-Protocol'):
+            raise OSError('no WebSocket here, the answer is %d' % status)
+
+    def _send(self, opcode, data):
+        mask, size = os.urandom(4), len(data)
+        head = bytes([0x80 | opcode, 0x80 | size]) if size < 126 else struct.pack(
+            '>BBH', 0x80 | opcode, 0xfe, size) if size < 1 << 16 else struct.pack('>BBQ', 0x80 | opcode, 0xff, size)
+        with self._sending:
+            if self._closing:
+                raise _Closed(1006, 'closed')
+            self._closing = opcode == _CLOSE
+            try:
+                self._write(head + mask + _masked(data, mask), time.monotonic() + self._within)
+            except OSError:                 # 只出去了半帧：这条连接完了
+                self.hang_up()
+                raise
+
+    def send(self, message):
+        """发一条：str 是文字，bytes 是二进制。断了、写不出去抛 `OSError`。"""
+        self._send(*(_TEXT, message.encode('utf-8')) if isinstance(message, str) else (_BINARY, message))
+
+    def receive(self, within):
+        """→ 一条消息 (str 或 bytes)；``within`` 秒没有是 None；断了抛 `_Closed`，别的 `OSError`。"""
+        deadline = time.monotonic() + within
+        while True:
+            try:
+                frame = self._frame()
+                if frame is None:
+                    self._read(deadline)
+                    continue
+                message = self._take(*frame)
+            except socket.timeout:
+                return None
+            except _Violation as e:
+                self.close(*e.args)
+                raise _Closed(*e.args) from None
+            except OSError:
+                self._end()
+                raise
+            if message is not None:
+                return message
+
+    def _frame(self):
+        """``_buffer`` 里完整的一帧 → (是不是最后的片段, 类型, 内容)，从里面去掉；还不完整是 None。"""
+        data, at = self._buffer, 2
+        if len(data) < 2:
+            return None
+        opcode, masked, size = data[0] & 15, data[1] >> 7, data[1] & 127
+        if data[0] & 0x70 or opcode not in _OPCODES or opcode >= _CLOSE and (size > 125 or data[0] < 0x80) or (
+                masked and opcode < _CLOSE):
+            raise _Violation(1002, 'not a frame')
+        if size > 125:
+            at, form = (4, '>H') if size == 126 else (10, '>Q')
+            if len(data) < at:
+                return None
+            size, = struct.unpack_from(form, data, 2)
+        if opcode < _CLOSE and self._size + size > self.most:
+            raise _Violation(1009, 'a message of more than %d bytes' % self.most)
+        end = at + 4 * masked + size
+        if len(data) < end:
+            return None
+        payload = bytes(data[at + 4 * masked:end])
+        if masked:                          # 企业微信的网关给控制帧加掩码
+            payload = _masked(payload, bytes(data[at:at + 4]))
+        final = data[0] >= 0x80
+        del data[:end]
+        return final, opcode, payload
+
+    def _take(self, final, opcode, payload):
+        """一帧 → 它完成的消息；没有是 None。"""
+        if opcode == _PING:
+            with contextlib.suppress(_Closed):
+                self._send(_PONG, payload)
+        elif opcode == _CLOSE:
+            self._closed_by(payload)
+        elif opcode != _PONG:
+            if (opcode == _MORE) != (self._kind is not None):
+                raise _Violation(1002, 'a fragment out of place')
+            if opcode != _MORE:
+                self._kind, self._decoder = opcode, codecs.getincrementaldecoder('utf-8')()
+            self._size += len(payload)
+            try:
+                self._parts.append(self._decoder.decode(payload, final) if self._kind == _TEXT else payload)
+            except UnicodeDecodeError:
+                raise _Violation(1007, 'not UTF-8') from None
+            if final:
+                message = (b'' if self._kind == _BINARY else '').join(self._parts)
+                self._parts, self._size, self._kind = [], 0, None
+                return message
+        return None
+
+    def _closed_by(self, payload):
+        code = struct.unpack_from('>H', payload)[0] if len(payload) > 1 else 1005
+        try:
+            reason = payload[2:].decode('utf-8')
+        except UnicodeDecodeError:
+            raise _Violation(1007, 'not UTF-8') from None
+        if len(payload) == 1 or payload and code not in _CLOSE_CODES:
+            raise _Violation(1002, 'no close code')
+        with contextlib.suppress(OSError):
+            self._send(_CLOSE, payload[:2])
+        raise _Closed(code, reason)
+
+    def close(self, code=1000, reason=''):
+        """说再见，断开。收的那条线程调用；别的线程用 `hang_up`。"""
+        with contextlib.suppress(OSError):
+            self._send(_CLOSE, struct.pack('>H', code) + reason.encode('utf-8')[:100])
+        self._end()
+
+    def _end(self):
+        """等对方先断，最多一秒 (RFC 6455 §7.1.1)。"""
+        deadline = time.monotonic() + 1
+        with contextlib.suppress(OSError):
+            while True:
+                self._buffer.clear()
+                self._read(deadline)
+        self.hang_up()
+        with self._lock:
+            self._sock.close()
+
+    def hang_up(self):
+        """马上断开，叫醒在收的那条线程。任何线程都可以用。"""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
 # ---- 信 Mail ----------------------------------------------------------------------------------

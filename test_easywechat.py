@@ -4613,6 +4613,209 @@ class ForkTests(HastyCase):
         slow[0].join(5)
 
 
+# ---- 长连接 WebSocket -------------------------------------------------------------------------
+
+class Peer:
+    """照脚本说话的 WebSocket 服务器：``talk(peer)`` 在握手以后跑，``self.sock`` 是那条连接。"""
+
+    def __init__(self, case, talk, answer=None, context=None):
+        self.talk, self.answer, self.context, self.asked, self.failure = talk, answer, context, [], None
+        self.listener = socket.socket()
+        self.listener.bind(('127.0.0.1', 0))
+        self.listener.listen(5)
+        case.addCleanup(self.listener.close)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+        self.port = self.listener.getsockname()[1]
+        self.url = '%s://127.0.0.1:%d/a?b=c' % ('wss' if context else 'ws', self.port)
+
+    def head(self):
+        data = b''
+        while not data.endswith(b'\r\n\r\n'):
+            data += self.sock.recv(1) or b'\r\n\r\n'
+        self.asked.append(data.decode())
+        return self.asked[-1]
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            self.sock = self.listener.accept()[0]
+            if self.context:
+                self.sock = self.context.wrap_socket(self.sock, server_side=True)
+            with self.sock:
+                key = re.search('Sec-WebSocket-Key: (.*)\r', self.head()).group(1)
+                accept = hashlib.sha1((key + '258EAFA5-E914-47DA-95CA-C5AB0DC85B11').encode()).digest()
+                answer = self.answer or ('HTTP/1.1 101 Switching Protocols\r\nUPGRADE: WebSocket\r\n'
+                                         'Connection: keep-alive, Upgrade\r\nSec-WebSocket-Accept: {}\r\n\r\n')
+                self.sock.sendall(answer.replace('{}', binascii.b2a_base64(accept, newline=False).decode()).encode())
+                self.talk(self)
+
+    def frame(self, opcode, data=b'', final=True, mask=False):
+        masked = easywechat._masked(data, b'abcd') if mask else data
+        size = bytes([len(data)]) if len(data) < 126 else b'\x7e' + struct.pack('>H', len(data))
+        size = bytes([size[0] | mask * 128]) + size[1:]
+        self.sock.sendall(bytes([opcode | final * 128]) + size + (b'abcd' if mask else b'') + masked)
+
+    def read(self):
+        """→ (类型, 内容)；客户端的每一帧都要有掩码。"""
+        head = self.take(2)
+        size = head[1] & 127
+        if size > 125:
+            size, = struct.unpack('>H' if size == 126 else '>Q', self.take(2 if size == 126 else 8))
+        assert head[1] & 128 and head[0] & 128
+        mask = self.take(4)
+        return head[0] & 15, easywechat._masked(self.take(size), mask)
+
+    def take(self, count):
+        data = b''
+        while len(data) < count:
+            piece = self.sock.recv(count - len(data))
+            if not piece:
+                raise ConnectionError
+            data += piece
+        return data
+
+
+class WebSocketTests(unittest.TestCase):
+
+    def dial(self, talk, **kwargs):
+        self.peer = Peer(self, talk, **kwargs)
+        ws = easywechat._WebSocket(self.peer.url, within=5)
+        self.addCleanup(ws.close)
+        self.addCleanup(ws.hang_up)
+        return ws
+
+    def test_messages_go_both_ways_whatever_comes_between(self):
+        seen = []
+
+        def talk(peer):
+            seen.append(peer.read())
+            seen.append(peer.read())
+            peer.frame(9, b'ping')
+            peer.frame(1, '磁'.encode()[:2], final=False)
+            peer.frame(10, b'', mask=True)      # 企业微信的网关，给 pong 加掩码
+            peer.frame(9, b'inside', mask=True)
+            peer.frame(0, '磁'.encode()[2:] + b'!' * 300)
+            peer.frame(2, b'\xff\x00')
+            seen.extend([peer.read(), peer.read()])
+            peer.frame(8, struct.pack('>H', 1001) + '走了'.encode())
+            seen.append(peer.read())
+        ws = self.dial(talk)
+        ws.send('x' * 70000)
+        ws.send(b'')
+        self.assertEqual(ws.receive(5), '磁' + '!' * 300)
+        self.assertEqual(ws.receive(5), b'\xff\x00')
+        with self.assertRaises(easywechat._Closed) as caught:
+            ws.receive(5)
+        self.assertEqual(caught.exception.args, (1001, '走了'))
+        self.peer.thread.join(5)
+        self.assertEqual(seen, [(1, b'x' * 70000), (2, b''), (10, b'ping'), (10, b'inside'), (8, b'\x03\xe9')])
+        self.assertRaises(OSError, ws.send, 'late')
+        self.assertRegex(self.peer.asked[0], r'\AGET /a\?b=c HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n' % self.peer.port)
+        self.assertNotIn('Extensions', self.peer.asked[0])
+
+    def test_what_is_no_websocket_is_named(self):
+        good = 'HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {}\r\n'
+        for what, answer in (
+                ('404', 'HTTP/1.1 404 Not Found\r\n\r\n'), ('no HTTP', 'SSH-2.0-x\r\n\r\n'),
+                ('a wrong key', good.replace('{}', 'x') + '\r\n'), ('no end of it', 'x' * 20000),
+                ('an extension', good + 'Sec-WebSocket-Extensions: x\r\n\r\n'),
+                ('a protocol', good + 'Sec-WebSocket-Protocol: x\r\n\r\n'),
+                ('no upgrade', good.replace('Connection: Upgrade\r\n', '') + '\r\n')):
+            with self.subTest(what), self.assertRaises(OSError):
+                self.dial(lambda peer: peer.sock.recv(1), answer=answer)
+        self.dial(lambda peer: peer.sock.recv(1), answer=good + '\r\n')
+
+    def test_a_violation_ends_it_with_its_code(self):
+        for what, code, frames in (
+                ('a reserved bit', 1002, [b'\xc1\x00']), ('an unknown opcode', 1002, [b'\x83\x00']),
+                ('a mask', 1002, [b'\x81\x81abcdx']),
+                ('a long ping', 1002, [b'\x89\x7e\x00\x7e' + b'x' * 126]), ('a ping in pieces', 1002, [b'\x09\x00']),
+                ('no beginning', 1002, [b'\x80\x00']), ('two beginnings', 1002, [b'\x01\x01a', b'\x81\x01b']),
+                ('no UTF-8', 1007, [b'\x81\x02\xc3\x28']), ('half a character', 1007, [b'\x81\x01\xe7']),
+                ('too large', 1009, [b'\x82\x7f' + struct.pack('>Q', 5 << 20)]),
+                ('a close of one byte', 1002, [b'\x88\x01x']),
+                ('a reserved close code', 1002, [b'\x88\x02' + struct.pack('>H', 1005)])):
+            with self.subTest(what):
+                got = []
+
+                def talk(peer, frames=frames, got=got):
+                    peer.sock.sendall(b''.join(frames))
+                    got.append(peer.read())
+                ws = self.dial(talk)
+                with self.assertRaises(easywechat._Closed) as caught:
+                    ws.receive(5)
+                self.peer.thread.join(5)
+                opcode, data = got[0]
+                self.assertEqual((caught.exception.args[0], opcode, data[:2]), (code, 8, struct.pack('>H', code)))
+
+    def test_an_end_without_a_word_and_silence(self):
+        ws = self.dial(lambda peer: peer.sock.recv(1))
+        before = ws.heard
+        self.assertIsNone(ws.receive(0.05))
+        self.assertEqual(ws.heard, before)
+        threading.Timer(0.1, ws.hang_up).start()        # 别的线程叫醒它
+        with self.assertRaises(OSError):
+            ws.receive(20)
+        ws = self.dial(lambda peer: None)
+        with self.assertRaises(easywechat._Closed) as caught:
+            ws.receive(5)
+        self.assertEqual(caught.exception.args[0], 1006)
+
+    def test_half_a_frame_is_the_end_of_it(self):
+        ws = self.dial(lambda peer: time.sleep(5))
+        ws._within = 0.2
+        with self.assertRaises(OSError):
+            for _ in range(20):
+                ws.send(b'x' * (4 << 20))
+        self.assertRaises(OSError, ws.send, b'x')
+
+    def test_through_a_proxy_and_tls(self):
+        ssl, asked = __import__('ssl'), []
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'cert')
+            with open(path, 'w') as f:
+                f.write(CERTIFICATE + PRIVATE_KEY)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(path)
+            peer = Peer(self, lambda peer: peer.frame(*peer.read()), context=context)
+            proxy = socket.socket()
+            self.addCleanup(proxy.close)
+            proxy.bind(('127.0.0.1', 0))
+            proxy.listen(1)
+
+            def relay():
+                with proxy.accept()[0] as near, socket.create_connection(('127.0.0.1', peer.port)) as far:
+                    data = b''
+                    while not data.endswith(b'\r\n\r\n'):
+                        data += near.recv(1)
+                    asked.append(data.decode())
+                    near.sendall(b'HTTP/1.1 200 Connection established\r\n\r\n')
+                    back = threading.Thread(target=copy, args=(far, near), daemon=True)
+                    back.start()
+                    copy(near, far)
+                    back.join(5)
+
+            def copy(one, other):
+                with contextlib.suppress(OSError):
+                    for data in iter(lambda: one.recv(65536), b''):
+                        other.sendall(data)
+                    other.shutdown(socket.SHUT_WR)
+            thread = threading.Thread(target=relay, daemon=True)
+            thread.start()
+            with environment(https_proxy='http://us%%40er:%s@127.0.0.1:%d' % (PLANTED, proxy.getsockname()[1])):
+                ws = easywechat._WebSocket(peer.url, path, 5)
+            self.addCleanup(ws.close)
+            ws.send('through')
+            self.assertEqual(ws.receive(5), 'through')
+            ws.close()
+            thread.join(5)
+        self.assertTrue(asked[0].startswith('CONNECT 127.0.0.1:%d HTTP/1.1\r\n' % peer.port))
+        self.assertIn(binascii.b2a_base64(('us@er:' + PLANTED).encode(), newline=False).decode(), asked[0])
+        for variable in 'socks5://127.0.0.1:9', 'http://127.0.0.1:9':
+            with environment(https_proxy=variable), self.assertRaises(OSError):
+                easywechat._WebSocket(peer.url, within=2)
+
+
 # ---- 信 Mail ----------------------------------------------------------------------------------
 
 #: 别的程序写的信，照它们的样子 → 用户看到的第一条文本。
