@@ -1158,8 +1158,12 @@ class _Promise:
 
     def result(self, within):
         """等到 ``within`` 秒为止 → ``job()`` 的结果，或抛它抛的；等不到抛 `socket.timeout`。"""
-        if not self._gate.acquire(timeout=max(0, within)):
-            raise socket.timeout('no answer within %.3g s' % within)
+        end = time.monotonic() + max(0, within)
+        while not self._gate.acquire(timeout=max(0, end - time.monotonic())):
+            late = time.monotonic() - end
+            if late < 0.1 or within <= 0:
+                raise socket.timeout('no answer within %.3g s' % within)
+            end = time.monotonic() + min(within, 1)         # 进程停过 (SIGSTOP、休眠)：那条线程也没有跑，再给它一点时间
         self._gate.release()                # 还有别人在等
         if self._error:
             raise copy.copy(self._error) if isinstance(self._error, APIError) else self._error

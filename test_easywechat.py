@@ -2682,6 +2682,27 @@ class WorkerTests(HastyCase):
         self.assertEqual(self.ran('fork'), [stopped.pid, other.pid])
         self.assertLess(time.monotonic() - begin, 0.7)
 
+    def test_a_store_is_not_given_up_because_the_process_was_stopped(self):
+        code = ("import time, easywechat\n"
+                "class Slow(easywechat.MemoryStore):\n"
+                "    def get(self, name):\n"
+                "        print('asked', flush=True)\n"
+                "        for _ in range(8): time.sleep(0.05)\n"
+                "        return b'it'\n"
+                "class Store:\n"
+                "    get = Slow().get\n"
+                "store = easywechat._steady(Store(), easywechat.WeChatClient)\n"
+                "print(store.get('a'), flush=True)\n")
+        process = subprocess.Popen([sys.executable, '-c', code], cwd=HERE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        self.addCleanup(process.kill)
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.3)                 # store_within 是 1 秒
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=10)
+        self.assertEqual((out.split(), err), ([b"b'it'"], b''))
+
     def test_a_folder_that_is_removed_makes_no_second_run(self):
         urls = [url for _, url in self.workers(2)]
 
