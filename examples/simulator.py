@@ -3,6 +3,7 @@
 
     python examples/simulator.py examples/demo.py       # 启动机器人,打印聊天页的地址:在那里和它说话
     python examples/simulator.py --with nas examples/nas_monitor.py     # 自己 config.ini 的 [nas] 也给它
+    python examples/simulator.py --json examples/demo.py        # 智能机器人不用长连接，用 JSON 回调
     python examples/simulator.py --port 9000 --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
     python examples/simulator.py --port 9000 --url … --config config.ini    # 用它自己的密钥，只加一行 api_base
     python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
@@ -21,6 +22,15 @@
     wecom.deliver('http://127.0.0.1:8000/weixin', Content='状态')     # 用户说了一句话
     wecom.inbox['zhangsan']                 # 他看到的,被动回复和主动发来的,依次
 
+智能机器人的长连接在 wecom.bot_settings 的 bot_url，它的一切在 ``wecom.bot``，见 `Bot`::
+
+    WeChatServer('demo', api_base=url, **dict(wecom.settings, **wecom.bot_settings)).start()
+    wecom.bot.wait(lambda bot: bot.connected)
+    wecom.bot.say('zhangsan', '你好')       # 单聊；chat='group' 在群里 @ 它
+    wecom.bot.wait(lambda bot: bot.bubbles and bot.bubbles[-1]['finished'])
+    wecom.bot.bubbles[-1]['text']           # 用户看到的
+    wecom.bot.fault('error', 6000)          # 下一个 ack 是这个错误；见 `Uplink.fault`
+
 类型、限制、错误码照 path/90236(发消息)、94888(更新卡片)、90231(菜单)、90253(素材)、91770(群机器人)、
 91039 (gettoken)、90313(错误码)。文档只给出一段号码的地方(卡片的 42014–42051),挑了意思最近的那个。
 """
@@ -30,6 +40,7 @@ import base64
 import collections
 import contextlib
 import hashlib
+import heapq
 import hmac
 import http.server
 import json
@@ -37,7 +48,9 @@ import os
 import re
 import secrets
 import signal
+import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import tempfile
@@ -416,12 +429,910 @@ def reply_body(wecom, reply, event=None):
     return body
 
 
+# ---- 长连接的服务器一边 (RFC 6455) -------------------------------------------------------------
+# 一条连接两条线程：HTTP 的那条收，自己的一条发。发的按时候排队，所以谁都不会等对方来读，晚到的 ack 也只是一个时候。
+
+GUID = b'258EAFA5-E914-47DA-95CA-C5AB0DC85B11'
+MORE, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+
+
+def masked(data, mask):
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, 'big') ^ int.from_bytes(key, 'big')).to_bytes(size, 'big')
+
+
+def message_frame(opcode, data, final=True, mask=b''):
+    """一帧 (bytes)；``mask`` 是四个字节就加掩码，服务器本来不加。"""
+    size, flag = len(data), 0x80 if mask else 0
+    length = bytes([flag | size]) if size < 126 else struct.pack('>BH', flag | 126, size) if size < 1 << 16 \
+        else struct.pack('>BQ', flag | 127, size)
+    return bytes([opcode | final << 7]) + length + mask + (masked(data, mask) if mask else data)
+
+
+def in_fragments(data):
+    """一条文字消息分成三片，切在字的中间也不管，片段之间有一个 ping。"""
+    third = len(data) // 3
+    return b''.join([message_frame(TEXT, data[:third], False), message_frame(MORE, data[third:2 * third], False),
+                     message_frame(PING, b'between'), message_frame(MORE, data[2 * third:])])
+
+
+class Broken(Exception):
+    """对方不合 RFC 6455：``args`` 是 (关闭码, 为什么)。"""
+
+
+class Connection:
+    """机器人的程序连上来的一条；``number`` 是第几条，收到的消息交给 ``receive(self, str)``。"""
+    most = 8 << 20      #: 一条消息最多多少字节。
+
+    def __init__(self, number, sock, stream, receive):
+        self.number, self._sock, self._stream, self._receive = number, sock, stream, receive
+        self.subscribed = self.deaf = self.masks = False    # masks：控制帧加掩码，像企业微信的网关
+        self.waiting = set()            # ack 还没有发出去的 req_id
+        self.over = threading.Event()
+        self._queue, self._serial, self._rst, self._closing = [], 0, False, False
+        self._ready = threading.Condition()
+
+    def put(self, data, after=0, before=lambda: None):
+        """排队：``after`` 秒以后发 ``data`` (bytes)，就在发之前调用 ``before()``。"""
+        with self._ready:
+            if not self._closing:
+                self._serial += 1
+                heapq.heappush(self._queue, (time.monotonic() + after, self._serial, data, before))
+                self._ready.notify_all()
+
+    def control(self, opcode, data=b'', masks=None):
+        masks = self.masks if masks is None else masks
+        self.put(message_frame(opcode, data, mask=os.urandom(4) if masks else b''))
+
+    def close(self, code, reason=''):
+        """说再见；对方一秒不理，就断开。"""
+        self.control(CLOSE, struct.pack('>H', code) + reason.encode('utf-8')[:100])
+        self._closing = True
+        timer = threading.Timer(1, self.cut)
+        timer.daemon = True
+        timer.start()
+
+    def cut(self, rst=False):
+        """断开，不说再见；``rst`` 是 TCP 的 RST。在收的那条线程醒来，由它关。"""
+        self._rst = self._rst or rst
+        self.over.set()
+        with self._ready:
+            self._ready.notify_all()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD if self._rst else socket.SHUT_RDWR)
+
+    def serve(self):
+        """收到断开为止。"""
+        threading.Thread(target=self._write, daemon=True).start()
+        try:
+            self._read_all()
+        except Broken as e:
+            self.close(*e.args)
+            self.over.wait(1)
+        except (OSError, EOFError, ValueError):         # ValueError：流已经关了
+            pass
+        finally:
+            self.cut()
+            if self._rst:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+                self._stream.close()
+                self._sock.close()
+
+    def _write(self):
+        while not self.over.is_set():
+            with self._ready:
+                left = self._queue[0][0] - time.monotonic() if self._queue else 3600
+                if left > 0:
+                    self._ready.wait(left)
+                    continue
+                data, before = heapq.heappop(self._queue)[2:]
+            try:
+                before()
+                self._sock.sendall(b'' if self.deaf else data)
+            except OSError:
+                self.cut()
+
+    def _read(self, count):
+        data = self._stream.read(count)
+        if len(data) < count:
+            raise EOFError
+        return data
+
+    def _frame(self):
+        first, second = self._read(2)
+        opcode, length = first & 15, second & 127
+        if first & 0x70 or opcode not in (MORE, TEXT, BINARY, CLOSE, PING, PONG) or not second & 0x80 \
+                or opcode >= CLOSE and (length > 125 or not first & 0x80):
+            raise Broken(1002, 'not a frame of a client')
+        if length > 125:
+            length = int.from_bytes(self._read(2 if length == 126 else 8), 'big')
+        if length > self.most:
+            raise Broken(1009, 'too big')
+        mask = self._read(4)
+        return first >= 0x80, opcode, masked(self._read(length), mask)
+
+    def _read_all(self):
+        parts, kind = [], None
+        while True:
+            final, opcode, data = self._frame()
+            if self.deaf:               # 半开：什么都不读、不答了
+                self.over.wait()
+                return
+            if opcode == CLOSE:
+                if not self._closing:
+                    self.put(message_frame(CLOSE, data[:2]))
+                    self.put(b'', before=self.cut)
+                    self.over.wait(1)
+                return
+            if opcode == PING:
+                self.control(PONG, data)
+            if opcode in (PING, PONG):
+                continue
+            if (opcode == MORE) != (kind is not None) or sum(map(len, parts)) + len(data) > self.most:
+                raise Broken(1002, 'a fragment out of place')
+            kind = opcode if kind is None else kind
+            parts.append(data)
+            if final:
+                try:
+                    text = b''.join(parts).decode('utf-8')
+                except UnicodeDecodeError:
+                    raise Broken(1007, 'not UTF-8') from None
+                parts, kind = [], None
+                self._receive(self, text)
+
+
+# ---- 智能机器人 (path/101463) -----------------------------------------------------------------
+# 三个房间：`Chats` 是用户看到的和各种限制，`Uplink` 是长连接上的命令，`Bot` 是成员做的事和 JSON 回调。
+# 文档没有说的：太长是 45002，写错的字段是 40058，过了 5 秒的 req_id 是 846605。
+
+#: 各条路上能发的类型。
+ANSWERS = ('stream', 'stream_with_template_card', 'template_card', 'markdown') + tuple(MEDIA)
+PUSHES = ('markdown', 'template_card') + tuple(MEDIA)
+WELCOMES = 'text', 'template_card'
+#: 上传的素材 (§5)：文件 100 片，每片 512 KiB。
+UPLOADS = dict(MEDIA, file=(50 << 20, ()))
+
+
+def sealed(key, data):
+    """素材的密文：AES-256-CBC，IV 是密钥的前 16 字节，PKCS#7 补到 32 的倍数。"""
+    try:
+        from Crypto.Cipher import AES
+    except ImportError:                 # Debian 的名字
+        from Cryptodome.Cipher import AES
+    padding = 32 - len(data) % 32
+    return AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([padding]) * padding)
+
+
+class Chats:
+    """机器人的会话：用户看到的气泡，和企业微信的限制。类属性是限制，测试可以改；`skip` 把钟往前拨。"""
+
+    #: stream 和 markdown 的字节数，一个会话一分钟、一小时几条；stream 的后续几帧算不算。
+    longest, per_minute, per_hour, frames_count = 20480, 30, 1000, False
+    #: 多少秒以内：回复消息，欢迎语和更新卡片，一个 stream 的更新。
+    reply_within, event_within, stream_life = 86400, 5, 360
+
+    def __init__(self, corp):
+        self.corp, self.name = corp, '小助手'
+        self.group = 'wr' + secrets.token_hex(15)       # 群的 chatid
+        self.groups = {self.group: {'name': '值班群', 'members': list(corp.users)}}
+        self.bubbles = []       # 用户看到的，依次；见 `_bubble`
+        self.problems = []      # 企业微信不认的，和用户看了会糊涂的，一条一句话
+        self.met = set()        # 和机器人说过话的会话，只能主动发到这些
+        self._times, self._tasks, self._later = collections.defaultdict(list), {}, 0
+
+    def now(self):
+        return time.monotonic() + self._later
+
+    def skip(self, seconds):
+        """这么多秒过去了：期限、频率照着算，不用等。"""
+        self._later += seconds
+
+    def wait(self, condition, seconds=5):
+        """等到 ``condition(bot)`` 成立 → 它的值；``seconds`` 秒还不成立抛 `AssertionError`。"""
+        with self.corp._changed:
+            self.corp._changed.wait_for(lambda: condition(self), seconds)
+            value = condition(self)
+        if not value:
+            raise AssertionError('not in %s seconds; problems: %s' % (seconds, self.problems))
+        return value
+
+    def _problem(self, chat, text, raw=None):
+        self.problems.append(text)
+        self.corp._log('note', chat=chat, text=text, **{'raw': raw} if raw else {})
+
+    def _spend(self, who):
+        """``who`` 又用了一次；太多了就 Refused。"""
+        times = self._times[who] = [t for t in self._times[who] if t > self.now() - 3600]
+        need(len(times) < self.per_hour and len([t for t in times if t > self.now() - 60]) < self.per_minute,
+             45009, 'api freq out of limit')
+        times.append(self.now())
+
+    # 正文合不合规矩
+
+    def _check(self, kind, body, update=False):
+        need(isinstance(body, dict), 40058, 'invalid parameter: %s' % kind)
+        feedback = body.get('feedback')
+        need(feedback is None or 0 < size(feedback.get('id')) <= 256, 40058, 'invalid feedback.id size')
+        if kind == 'stream':
+            need(size(body.get('id')) and isinstance(body.get('finish', False), bool)
+                 and isinstance(body.get('content', ''), str), 40058, 'invalid stream')
+        if kind in ('stream', 'markdown'):
+            need(size(body.get('content')) <= self.longest, 45002, '%s.content size out of limit' % kind)
+        if kind in ('text', 'markdown'):
+            check_content(self.corp, body, False)
+        if kind in MEDIA:
+            check_media_id(self.corp, body.get('media_id'), kind, 'bot')
+            check_limits(kind, body, False)
+        if kind == 'template_card':
+            self._check_card(body, update)
+
+    def _check_card(self, card, update):
+        """字数同群机器人的卡片；跳转多一种：3 是智能回复。更新的 text_notice 不写 card_action 也行 (§2.1)。"""
+        jumps = card.get('jump_list') or []
+        for jump in jumps:
+            need(str(jump.get('type')) != '3' or 0 < size(jump.get('question')) <= 200, 42028, 'invalid jump question')
+        shown = dict(card, jump_list=[jump for jump in jumps if str(jump.get('type')) != '3'])
+        if update:
+            shown.setdefault('card_action', {'type': 1, 'url': 'https://work.weixin.qq.com'})
+        check_limits('template_card', card, True)
+        check_template_card(self.corp, shown, False)
+        task_id = card.get('task_id')
+        need(task_id or not (card['card_type'] in INTERACTIVE or card.get('action_menu')), 42014, 'task_id missing')
+        need(not task_id or re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
+        need(update or not task_id or task_id not in self._tasks, 42014, 'duplicate task_id')
+
+    # 气泡
+
+    def _bubble(self, chat, how, kind, body, raw, **more):
+        """多一个气泡 → 它的 dict：
+
+        chat（userid 或 chatid），how（reply、welcome、push、response），kind（消息的类型），text（能读的字），
+        body（正文），finished，frames（几帧），feedback（它的 id），msgid（答的是哪一句），images，id（哪件事）。
+        """
+        text = body.get('content') or (body.get('main_title') or {}).get('title') or body.get('sub_title_text') or ''
+        if kind in MEDIA:
+            text = self.corp.media[body['media_id']]['name']
+        feedback = (body.get('feedback') or {}).get('id')
+        bubble = dict({'chat': chat, 'how': how, 'kind': kind, 'text': text, 'body': body, 'finished': True,
+                       'frames': 1, 'feedback': feedback, 'msgid': None, 'images': []}, **more)
+        self.bubbles.append(bubble)
+        bubble['id'] = self.corp._log('bubble', chat=chat, how=how, type=kind, body=body, feedback=feedback, raw=raw,
+                                      finished=bubble['finished'])['id']
+        if kind == 'template_card' and body.get('task_id'):
+            self._tasks[body['task_id']] = bubble
+        return bubble
+
+    def _show(self, chat, how, kind, body, raw, **more):
+        self._check(kind, body)
+        self._spend(chat)
+        return self._bubble(chat, how, kind, body, raw, **more)
+
+    def _answer(self, asked, message, raw):
+        """对 ``asked``（用户的一句话，见 `Bot._ask`）的一个回答。"""
+        kind = message.get('msgtype')
+        need(kind in ANSWERS, 40008, 'invalid message type')
+        if kind[:6] == 'stream':
+            card = message.get('template_card')
+            if kind != 'stream' and card:
+                need(not asked.get('card'), 40058, 'template_card was sent already')
+                self._check('template_card', card)
+            self._stream(asked, message.get('stream'), raw)
+            if kind != 'stream' and card:
+                asked['card'] = self._bubble(asked['chat'], 'reply', 'template_card', card, raw, msgid=asked['msgid'])
+        else:
+            self._show(asked['chat'], 'reply', kind, message.get(kind), raw, msgid=asked['msgid'])
+
+    def _stream(self, asked, stream, raw):
+        """一个 stream 的一帧：新的 id 是新的气泡，``content`` 每次都是全文。"""
+        self._check('stream', stream)
+        content, chat = stream.get('content', ''), asked['chat']
+        bubble, begin = asked['streams'].get(stream['id'], (None, 0))
+        if bubble is None:
+            self._spend(chat)
+            if any(not b['finished'] for b, _ in asked['streams'].values()):
+                self._problem(chat, '上一个 stream 还没有 finish，就开始了下一个', raw)
+            body = {'content': content, 'feedback': stream.get('feedback')}
+            bubble = self._bubble(chat, 'reply', 'stream', body, raw, finished=False, msgid=asked['msgid'])
+            asked['streams'][stream['id']] = bubble, self.now()
+        else:
+            need(self.now() < begin + self.stream_life and not bubble['finished'], 846608, 'stream update expired')
+            if self.frames_count:
+                self._spend(chat)
+            bubble['frames'] += 1
+        bubble['text'] = bubble['body']['content'] = content if content.strip() else bubble['text']
+        bubble['finished'] = bool(stream.get('finish'))
+        self._stream_images(asked, bubble, stream, raw)
+        self.corp._log('grow', of=bubble['id'], chat=chat, text=bubble['text'], finished=bubble['finished'], raw=raw)
+        if bubble['finished'] and not re.sub('<think>.*?(</think>|$)', '', bubble['text'], flags=re.S).strip():
+            self._problem(chat, 'stream 结束了，气泡里没有看得见的字', raw)
+
+    def _stream_images(self, asked, bubble, stream, raw):
+        """``msg_item``：JSON 回调的最后一帧才能带图片。"""
+        items = stream.get('msg_item') or []
+        if not items:
+            return
+        if asked['connection'] or not bubble['finished']:
+            self._problem(asked['chat'], 'msg_item 只能在 JSON 回调的最后一帧里，图片没有显示', raw)
+            return
+        need(len(items) <= 10, 45008, 'msg_item size out of limit')
+        for item in items:
+            need(item.get('msgtype') == 'image', 40008, 'invalid msg_item')
+            data = base64.b64decode(item['image']['base64'])
+            need(hashlib.md5(data).hexdigest() == item['image'].get('md5'), 301019, 'media md5 not match')
+            need(len(data) <= 10 << 20 and data.startswith((b'\xff\xd8', b'\x89PNG')), 40006, 'invalid image')
+            bubble['images'].append(data)
+            media_id = self.corp.keep('image', 'image.png' if data[:1] == b'\x89' else 'image.jpg', data, 'bot')
+            self.corp._log('bubble', chat=asked['chat'], how='reply', type='image', body={'media_id': media_id},
+                           finished=True, raw=raw)
+
+    def _welcome(self, asked, message, raw):
+        kind = message.get('msgtype')
+        need(kind in WELCOMES, 40008, 'invalid message type')
+        self._show(asked['chat'], 'welcome', kind, message.get(kind), raw)
+
+    def _update(self, asked, message, raw):
+        """``template_card_event`` 的答复：点了的那张卡片换成新的。"""
+        need(message.get('response_type') == 'update_template_card', 40058, 'invalid response_type')
+        card = message.get('template_card')
+        self._check('template_card', card, update=True)
+        bubble = asked['card']
+        need(card.get('task_id') in (None, bubble['body'].get('task_id')), 42014, 'task_id differs')
+        self._spend(asked['chat'])
+        users = message.get('userids') or []
+        bubble.update(body=card, text=(card.get('main_title') or {}).get('title', ''), frames=bubble['frames'] + 1)
+        self.corp._log('update', chat=asked['chat'], of=bubble['id'], users=users, body=card, raw=raw)
+
+
+#: 捣乱 → 不写 ``value`` 时的值。马上就做的：
+AT_ONCE = {'close': 1000, 'abort': None, 'half_open': None, 'kick': None, 'kick_open': None, 'unknown_cmd': None,
+           'ping': None, 'masked_ping': None}
+#: 记着的：下一次用得上的时候，``times`` 次；没有次数的几种一直到 `Uplink.heal`。
+ARMED = {'refuse': 853000, 'error': 6000, 'no_ack': None, 'late_ack': 6, 'duplicate': None, 'control': None,
+         'fragments': None, 'big': 1200000, 'no_pong': None, 'masked': None}
+FOR_EVER = 'no_pong', 'masked'
+
+
+class Uplink(Chats):
+    """长连接上的命令 (§2.1)：一帧进来，一个 ack 出去。"""
+
+    #: 一分钟里能订阅几次；上传的一片、会话；ack 在路上几秒（这段时间里同一个 req_id 又来一帧是 6000）。
+    subscribes, chunk, upload_life, ack_after = 30, 512 << 10, 1800, 0.005
+
+    def __init__(self, corp):
+        super().__init__(corp)
+        self.settings = {'bot_id': 'aib' + secrets.token_hex(16), 'bot_secret': secrets.token_urlsafe(32),
+                         'bot_url': '', 'bot_name': self.name}
+        self.connections = []       # 连着的，订阅了的和没有的
+        self.connected = None       # 订阅了的那一条 `Connection`
+        self.frames = []            # 两个方向的每一帧：{'at', 'sender': 'bot' 或 'wecom', 'frame', 'connection'}
+        self.faults = {}            # 记着的捣乱：名字 → {'value', 'times', 'cmd'}
+        self._asked = {}            # req_id → 见 `Bot._ask`
+        self._uploads, self._count = {}, 0
+
+    def connect(self, sock, stream):
+        """一条升级了的连接，收到它断开为止。"""
+        with self.corp._lock:
+            self._count += 1
+            connection = Connection(self._count, sock, stream, self._take)
+            self.connections.append(connection)
+        try:
+            connection.serve()
+        finally:
+            with self.corp._lock:
+                self.connections.remove(connection)
+                if self.connected is connection:
+                    self.connected = None
+                self.corp._log('changed')
+
+    def _record(self, sender, connection, frame):
+        body = frame.get('body')
+        if isinstance(body, dict) and 'base64_data' in body:
+            frame = dict(frame, body=dict(body, base64_data='(%d characters)' % len(str(body['base64_data']))))
+        self.frames.append({'at': time.time(), 'sender': sender, 'connection': connection.number, 'frame': frame})
+        del self.frames[:-10000]
+        return json.dumps(frame, ensure_ascii=False)[:20000]
+
+    def _send(self, connection, frame, after=0, before=lambda: None):
+        self._record('wecom', connection, frame)
+        data = json.dumps(frame, ensure_ascii=False).encode('utf-8', 'replace')
+        connection.put(message_frame(TEXT, data), after, before)
+
+    def _take(self, connection, text):
+        """一帧 (str)：照规矩做，或者照 ``faults`` 捣乱，然后 ack。"""
+        with self.corp._lock:
+            try:
+                frame = json.loads(text)
+                cmd, req_id, body = frame.get('cmd'), frame['headers']['req_id'], frame.get('body', {})
+                need(isinstance(req_id, str) and isinstance(cmd, str) and isinstance(body, dict), 40058, '')
+            except (AttributeError, KeyError, TypeError, ValueError, Refused):
+                return self._problem(None, '机器人发来一帧看不懂的：%s' % text[:200])
+            raw = [['机器人 → 企业微信 · ' + cmd, self._record('bot', connection, frame)]]
+            busy, errcode, errmsg, more = req_id in connection.waiting, 0, 'ok', {}
+            fault = None if cmd in ('ping', 'aibot_subscribe') else self._fault('error', cmd)
+            try:
+                need(not busy, 6000, 'data version conflict')
+                need(fault is None, fault, 'as asked')
+                more = self._command(connection, cmd, req_id, body, raw) or {}
+            except Refused as e:
+                errcode, errmsg = e.args
+            except (AttributeError, KeyError, TypeError, ValueError):
+                errcode, errmsg = 40058, 'invalid parameter'
+            if errcode:
+                self.corp._log('call', chat=self._chat_of(req_id, body), path=cmd, errcode=errcode, errmsg=errmsg,
+                               raw=raw)
+            ack = dict({'headers': {'req_id': req_id}}, **{'body': more} if more else {})
+            self._ack(connection, cmd, dict(ack, errcode=errcode, errmsg=errmsg), busy)
+
+    def _ack(self, connection, cmd, ack, busy):
+        req_id = ack['headers']['req_id']
+        if cmd == 'ping':
+            if not self._fault('no_pong'):
+                self._send(connection, ack)
+        elif cmd == 'aibot_subscribe' or busy:
+            self._send(connection, ack)
+        elif not self._fault('no_ack', cmd):
+            connection.waiting.add(req_id)
+            self._send(connection, ack, self._fault('late_ack', cmd) or self.ack_after,
+                       lambda: connection.waiting.discard(req_id))
+        self.corp._changed.notify_all()         # 等着的看一看
+
+    def _chat_of(self, req_id, body):
+        return self._asked[req_id]['chat'] if req_id in self._asked else body.get('chatid')
+
+    def _command(self, connection, cmd, req_id, body, raw):
+        """→ ack 的 body，没有是 None。"""
+        if cmd == 'aibot_subscribe':
+            return self._subscribe(connection, body)
+        need(connection.subscribed, 846609, 'aibot websocket not subscribed')
+        if cmd == 'aibot_respond_msg':
+            asked = self._asked_in(connection, req_id, 'message', self.reply_within)
+            return self._answer(asked, body, raw)
+        if cmd == 'aibot_respond_welcome_msg':
+            asked = self._asked_in(connection, req_id, 'enter_chat', self.event_within)
+            return self._welcome(asked, body, raw)
+        if cmd == 'aibot_respond_update_msg':
+            asked = self._asked_in(connection, req_id, 'template_card_event', self.event_within)
+            return self._update(asked, body, raw)
+        method = {'ping': lambda body, raw: None, 'aibot_send_msg': self._push,
+                  'aibot_upload_media_init': self._begin_upload, 'aibot_upload_media_chunk': self._chunk,
+                  'aibot_upload_media_finish': self._finish_upload}.get(cmd)
+        need(method, 40058, 'invalid cmd')
+        return method(body, raw)
+
+    def _asked_in(self, connection, req_id, kind, within):
+        """``req_id`` 是这条连接上问过的，种类对，还没有过期。"""
+        asked = self._asked.get(req_id)
+        need(asked and asked['connection'] is connection and asked['kind'] == kind
+             and self.now() < asked['at'] + within, 846605, 'invalid req_id')
+        return asked
+
+    def _subscribe(self, connection, body):
+        times = self._times['subscribe'] = [t for t in self._times['subscribe'] if t > self.now() - 60] + [self.now()]
+        need(not connection.subscribed and len(times) <= self.subscribes, 45009, 'api freq out of limit')
+        refusal = self._fault('refuse')
+        need(refusal is None, refusal, 'as asked')
+        need(body.get('bot_id') == self.settings['bot_id'], 93019, 'invalid bot_id')
+        need(self.settings['bot_secret'] and body.get('secret') == self.settings['bot_secret'], 853000,
+             'signature incorrect')
+        if self.connected:
+            self._kick(self.connected)
+        connection.subscribed, self.connected = True, connection
+        self.corp._log('changed')
+
+    def _kick(self, connection, close=True):
+        """别处用同一个 BotID 连上了。"""
+        self._event_frame(connection, {'eventtype': 'disconnected_event'})
+        connection.subscribed = False
+        if close:
+            connection.close(1000)
+
+    def _event_frame(self, connection, event):
+        self._send(connection, {'cmd': 'aibot_event_callback', 'headers': {'req_id': self.corp._next('req')}, 'body': {
+            'msgid': self.corp._next('msg'), 'create_time': int(time.time()), 'aibotid': self.settings['bot_id'],
+            'msgtype': 'event', 'event': event}})
+
+    def _push(self, body, raw):
+        kind, chat = body.get('msgtype'), body.get('chatid')
+        need(kind in PUSHES, 40008, 'invalid message type')
+        need(chat in self.met and body.get('chat_type', 0) in ((0, 2) if chat in self.groups else (0, 1)), 93006,
+             'invalid chatid')
+        self._show(chat, 'push', kind, body.get(kind), raw)
+
+    # 上传 (§5)
+
+    def _begin_upload(self, body, raw):
+        kind, name, total, chunks = (body.get(k) for k in ('type', 'filename', 'total_size', 'total_chunks'))
+        need(kind in UPLOADS, 40004, 'invalid media type')
+        most, suffixes = UPLOADS[kind]
+        need(size(name) and isinstance(total, int) and isinstance(chunks, int), 40058, 'invalid parameter')
+        need(not suffixes or name.lower().endswith(suffixes), 40005, 'invalid file type')
+        need(5 <= total <= most and 1 <= chunks <= 100 and total <= chunks * self.chunk, 40006, 'invalid media size')
+        self._spend('uploads')
+        upload_id = self.corp._next('upload')
+        self._uploads[upload_id] = {'at': self.now(), 'chunks': {}, 'asked': dict(body), 'media_id': None}
+        return {'upload_id': upload_id}
+
+    def _upload_of(self, body):
+        upload = self._uploads.get(body.get('upload_id'))
+        need(upload and self.now() < upload['at'] + self.upload_life, 40058, 'invalid upload_id')
+        return upload
+
+    def _chunk(self, body, raw):
+        upload, index = self._upload_of(body), body.get('chunk_index')
+        need(isinstance(index, int) and 0 <= index < upload['asked']['total_chunks'], 40058, 'invalid chunk_index')
+        data = base64.b64decode(body['base64_data'], validate=True)
+        need(0 < len(data) <= self.chunk, 40006, 'invalid chunk size')
+        upload['chunks'][index] = data
+
+    def _finish_upload(self, body, raw):
+        upload, asked = self._upload_of(body), self._upload_of(body)['asked']
+        if not upload['media_id']:
+            need(len(upload['chunks']) == asked['total_chunks'], 40058, 'chunks missing')
+            data = b''.join(upload['chunks'][n] for n in range(asked['total_chunks']))
+            need(len(data) == asked['total_size'], 40006, 'invalid media size')
+            need(asked.get('md5') in (None, '', hashlib.md5(data).hexdigest()), 301019, 'media md5 not match')
+            upload.update(media_id=self.corp.keep(asked['type'], asked['filename'], data, 'bot'), chunks={0: b''})
+        return {'type': asked['type'], 'media_id': upload['media_id'], 'created_at': str(int(time.time()))}
+
+    # 捣乱
+
+    def fault(self, name, value=None, times=1, cmd=None):
+        """捣乱一下。马上就做的：
+
+        'close' 关（``value`` 是关闭码，照常 1000）；'abort' RST；'half_open' 这条连接从此不读、不答；'kick' 是
+        disconnected_event，然后关，'kick_open' 不关；'unknown_cmd' 一个没有听说过的 cmd；'ping' 服务器的 ping，
+        'masked_ping' 加掩码的。
+
+        记着、下面 ``times`` 次用的：'refuse' 订阅被拒绝（照常 853000）；'error' ack 是这个错误码（照常 6000），那一帧
+        不算；'no_ack' 做了、不 ack；'late_ack' 晚这么多秒（照常 6）；'duplicate' 同一个 msgid 两次；'control' 字符串里
+        有裸的控制字符；'fragments' 分片；'big' 投递的消息有这么多字节（照常 1200000）。'error'、'no_ack'、
+        'late_ack' 不算 ping 和订阅，``cmd`` 是只算这一种。
+
+        一直到 `heal` 的：'no_pong' ping 没有 ack；'masked' 控制帧加掩码，像企业微信的网关。
+        """
+        with self.corp._lock:
+            if name in ARMED:
+                value = ARMED[name] if value is None else value
+                self.faults[name] = {'value': value, 'times': None if name in FOR_EVER else times, 'cmd': cmd}
+                for connection in self.connections:
+                    connection.masks = 'masked' in self.faults
+            else:
+                need(self.connected, 846609, '机器人没有连上')
+                self._at_once(name, AT_ONCE[name] if value is None else value, self.connected)
+            self.corp._log('changed')
+
+    def _at_once(self, name, value, connection):
+        if name == 'close':
+            connection.close(value, 'as asked')
+        elif name == 'abort':
+            connection.cut(rst=True)
+        elif name == 'half_open':
+            connection.deaf = True
+        elif name == 'unknown_cmd':
+            req_id = self.corp._next('req')
+            self._send(connection, {'cmd': 'aibot_who_knows', 'headers': {'req_id': req_id}, 'body': {}})
+        elif name in ('ping', 'masked_ping'):
+            connection.control(PING, b'alive?', masks=name == 'masked_ping')
+        else:
+            self._kick(connection, close=name == 'kick')
+
+    def heal(self):
+        """记着的捣乱都不要了。"""
+        with self.corp._lock:
+            self.faults.clear()
+            for connection in self.connections:
+                connection.masks = False
+            self.corp._log('changed')
+
+    def _fault(self, name, cmd=None):
+        """轮到它捣乱了 → 它的值（没有值的是 True），没有记着是 None。"""
+        fault = self.faults.get(name)
+        if not fault or fault['cmd'] not in (None, cmd):
+            return None
+        if fault['times']:
+            fault['times'] -= 1
+            if not fault['times']:
+                del self.faults[name]
+            self.corp._log('changed')
+        return True if fault['value'] is None else fault['value']
+
+    def stop(self):
+        for connection in list(self.connections):
+            connection.cut()
+
+
+class Bot(Uplink):
+    """一个智能机器人，和成员对它做的事：`say`、`enter`、`press`、`feedback`、`event`；捣乱是 `fault`、`heal`。
+
+    ``mode`` 是 'ws'（长连接）或 'json'（投递到 ``callback``，它的回调 URL）。做过的看 ``bubbles``、``frames``、
+    ``problems``；等一件事用 `wait`，过期不用等，`skip`。
+    """
+
+    #: 多少秒：素材的网址，response_url，两次问 stream 之间。
+    url_life, response_life, poll_every = 300, 3600, 1
+    #: 事件的数据直接写在 event 里，不是 event.<eventtype> 里；成员的素材在 JSON 模式里用 EncodingAESKey。
+    flat_events = False
+
+    def __init__(self, corp):
+        super().__init__(corp)
+        self.mode, self.callback = 'ws', ''
+        self.files = {}             # 名字 → {'name', 'data'（密文）, 'at'}：成员发来的素材
+        self._entered, self._codes, self._stopped = set(), {}, threading.Event()
+
+    def state(self):
+        """聊天页要知道的。"""
+        return {'name': self.name, 'mode': self.mode, 'callback': self.callback, 'groups': self.groups,
+                'connected': self.connected.number if self.connected else 0,
+                'armed': {name: fault['value'] for name, fault in self.faults.items()},
+                'faults': dict(AT_ONCE, **ARMED)}
+
+    def say(self, user='zhangsan', text=None, chat=None, quote=None, mention=True, **media):
+        """``user`` 对机器人说一句 → 投递的那一帧 (dict)，机器人收不到是 None。
+
+        ``chat`` 不写是单聊，'group' 或 chatid 是群；群里的文字前面加上 @名字，``mention=False`` 不加。不是 ``text``
+        的：image、file、video（bytes 或 (文件名, bytes)），voice（转写的文字），mixed（[文字，图片或 (文件名, bytes)，
+        …]）。``quote`` 是引用的：一句话、一个气泡，或正文的 dict。
+        """
+        (kind, value), = dict(media, **{'text': text} if text is not None else {}).items()
+        group = self.groups.get(self.group if chat == 'group' else chat)
+        chat = (self.group if chat == 'group' else chat) if group else user
+        need(user in (group['members'] if group else self.corp.users), 40031, '没有这个成员')
+        parts = value if kind == 'mixed' else [value]
+        if group and kind in ('text', 'image', 'mixed'):
+            parts = self._mentioned(parts) if mention else parts
+            kind = 'mixed' if kind == 'image' and mention else kind
+        with self.corp._lock:
+            items = [self._item(part, kind) for part in parts]
+            body = {'msgtype': kind, kind: {'msg_item': items} if kind == 'mixed' else items[0][items[0]['msgtype']]}
+            shown = [item.pop('shown') for item in items]
+            if quote is not None:
+                body['quote'] = self._quoted(quote)
+            if not group or '@' + self.name in ''.join(item['body'].get('content', '') for item in shown):
+                self.met.add(chat)
+                return self._deliver('message', body, chat, user, shown)
+            self.corp._log('said', chat=chat, user=user, body={'items': shown, 'quote': self._quote_text(body)})
+            self.corp._log('note', chat=chat, text='没有 @%s，机器人收不到' % self.name)
+            return None
+
+    def _mentioned(self, parts):
+        """群里的几部分，第一段文字写着 @名字。"""
+        at = '@' + self.name
+        if any(isinstance(part, str) and at in part for part in parts):
+            return parts
+        return ['%s %s' % (at, parts[0])] + parts[1:] if isinstance(parts[0], str) else [at] + parts
+
+    def _item(self, value, kind):
+        """消息的一部分 → JSON；``shown`` 是聊天页画的。"""
+        if isinstance(value, str):
+            kind = 'voice' if kind == 'voice' else 'text'
+            return {'msgtype': kind, kind: {'content': value}, 'shown': {'type': kind, 'body': {'content': value}}}
+        name, data = (None, value) if isinstance(value, bytes) else value
+        if kind not in MEDIA:           # mixed
+            kind = 'image' if name is None or name.lower().endswith(MEDIA['image'][1]) else 'file'
+        name = name or {'image': 'image.png', 'video': 'video.mp4'}.get(kind, 'file.bin')
+        shown = {'type': kind, 'body': {'media_id': self.corp.keep(kind, name, data, 'user')}}
+        return {'msgtype': kind, kind: self._served(name, data), 'shown': shown}
+
+    def _served(self, name, data):
+        """成员发来的素材加密了放着，5 分钟里能下载 → JSON；aeskey 末尾的 = 时有时无。"""
+        key = base64.b64decode(self.corp.settings['encoding_aes_key'] + '=') if self.mode == 'json' else os.urandom(32)
+        where = secrets.token_hex(16)
+        self.files[where] = {'name': name, 'data': sealed(key, data), 'at': self.now()}
+        shown = base64.b64encode(key).decode()
+        more = {'aeskey': shown.rstrip('=') if len(self.files) % 2 else shown} if self.mode == 'ws' else {}
+        return dict({'url': '%s/aibot/file/%s?sign=%s' % (self.corp.url, where, secrets.token_hex(8))}, **more)
+
+    def _quoted(self, quote):
+        if isinstance(quote, dict) and 'msgtype' in quote:
+            return quote
+        return {'msgtype': 'text', 'text': {'content': quote['text'] if isinstance(quote, dict) else quote}}
+
+    def _quote_text(self, body):
+        quote = body.get('quote')
+        return quote and (quote.get(quote['msgtype']) or {}).get('content', quote['msgtype'])[:200]
+
+    def event(self, eventtype, user='zhangsan', chat=None, card=None, **data):
+        """一个事件 → 投递的那一帧；``data`` 是它的数据，``card`` 是点了的那张卡片（气泡）。"""
+        inner = dict({'eventtype': eventtype}, **data if self.flat_events else {eventtype: data} if data else {})
+        body = {'msgtype': 'event', 'event': inner}
+        chat = self.group if chat == 'group' else chat or user
+        with self.corp._lock:
+            return self._deliver(eventtype, body, chat, user, [], card)
+
+    def enter(self, user='zhangsan'):
+        """``user`` 打开单聊：每天第一次是 enter_chat → 那一帧，以后是 None。"""
+        day = int(time.time() + 8 * 3600 + self._later) // 86400
+        if (user, day) in self._entered:
+            return None
+        self._entered.add((user, day))
+        return self.event('enter_chat', user)
+
+    def _bubble_of(self, bubble):
+        """气泡，或者它是哪件事 → 气泡。"""
+        return bubble if isinstance(bubble, dict) else next(b for b in self.bubbles if b['id'] == bubble)
+
+    def press(self, bubble, key, user='zhangsan', selected=None):
+        """点卡片（气泡或它的 id）上的按钮 → 那一帧；``selected`` 是 {question_key: [option_id, …]}。"""
+        bubble = self._bubble_of(bubble)
+        card = bubble['body']
+        items = [{'question_key': question, 'option_ids': {'option_id': list(ids)}}
+                 for question, ids in (selected or {}).items()]
+        more = {'selected_items': {'selected_item': items}} if items else {}
+        return self.event('template_card_event', user, bubble['chat'], bubble, card_type=card['card_type'],
+                          event_key=key, task_id=card.get('task_id', ''), **more)
+
+    def feedback(self, bubble, kind=1, content='', reasons=(), user='zhangsan'):
+        """评价一个气泡：``kind`` 1 准确、2 不准确、3 取消 → 那一帧。"""
+        bubble = self._bubble_of(bubble)
+        need(bubble['feedback'], 40058, '这个气泡没有 feedback.id')
+        more = {'content': content, 'inaccurate_reason_list': list(reasons)}
+        return self.event('feedback_event', user, bubble['chat'], id=bubble['feedback'], type=kind,
+                          **{name: value for name, value in more.items() if value})
+
+    # 投递
+
+    def _deliver(self, kind, body, chat, user, shown, card=None):
+        """投递一句话或一个事件 → 那一帧。没有连上就丢了，企业微信不补。"""
+        group = chat in self.groups
+        full = {'msgid': self.corp._next('msg'), 'aibotid': self.settings['bot_id'], 'from': {'userid': user}}
+        full.update({'chatid': chat, 'chattype': 'group'} if group else {} if kind == 'enter_chat' else
+                    {'chattype': 'single'})
+        full.update({} if kind == 'message' else {'create_time': int(time.time())}, **body)
+        big = self._fault('big')
+        if big:
+            full['quote'] = {'msgtype': 'text', 'text': {'content': 'x' * big}}
+        frame = {'cmd': 'aibot_msg_callback' if kind == 'message' else 'aibot_event_callback',
+                 'headers': {'req_id': self.corp._next('req')}, 'body': full}
+        asked = {'kind': kind, 'chat': chat, 'user': user, 'connection': self.connected, 'at': self.now(),
+                 'msgid': full['msgid'], 'streams': {}, 'card': card}
+        if self.mode == 'json':
+            asked['connection'] = None
+            if kind in ('message', 'template_card_event'):
+                code = self.corp._next('code')
+                self._codes[code] = asked
+                full['response_url'] = '%s/cgi-bin/aibot/response?response_code=%s' % (self.corp.url, code)
+        text = self._encoded(frame)
+        raw = [['企业微信 → 机器人', text[:20000]]]
+        said = self.corp._log('said', chat=chat, user=user, raw=raw, body=dict(
+            {'items': shown, 'quote': self._quote_text(full)}, **{'event': full['event']} if kind != 'message' else {}))
+        if self.mode == 'json':
+            self._deliver_json(full, asked, said['id'])
+        elif self.connected:
+            for n in range(2 if self._fault('duplicate') else 1):
+                again = dict(frame, headers={'req_id': self.corp._next('req')}) if n else frame
+                self._asked[again['headers']['req_id']] = asked
+                self._record('wecom', self.connected, again)
+                data = (self._encoded(again) if n else text).encode('utf-8', 'replace')
+                self.connected.put(in_fragments(data) if self._fault('fragments') else message_frame(TEXT, data))
+        else:
+            self.corp._log('note', chat=chat, text='机器人没有连上，这一条它收不到了')
+        return frame
+
+    def _encoded(self, frame):
+        """一帧的 JSON；捣乱的时候，字符串里的控制字符不转义。"""
+        if not self._fault('control'):
+            return json.dumps(frame, ensure_ascii=False)
+        text = frame['body'].get('text')
+        if text and not re.search('[\0-\x1f]', text['content']):
+            text['content'] = '\x01%s\t' % text['content']
+        return re.sub(r'\\(\\|"|u00[01][0-9a-f]|[bfnrt])', lambda found: found.group() if found.group(1) in '\\"'
+                      else json.loads('"%s"' % found.group()), json.dumps(frame, ensure_ascii=False))
+
+    # JSON 回调 (§6)
+
+    def verify(self, url):
+        """像后台的「保存」那样校验回调 URL → 哪里不对，'' 是通过。"""
+        problem = self.corp._verify(url, corpid='')
+        if not problem:
+            self.callback = url
+            self.corp._log('changed')
+        return problem
+
+    def _wrapped(self, text):
+        query, encrypt = self.corp._signed(text, corpid='')
+        return urllib.parse.urlencode(query), json.dumps({'encrypt': encrypt}).encode()
+
+    def _unwrapped(self, answer, query):
+        """回答的信封 (bytes) → (明文, dict)；没有话说是 ('', {})。"""
+        if answer.strip() in (b'', b'success'):
+            return '', {}
+        try:
+            envelope = json.loads(answer.decode('utf-8'))
+            nonce = dict(urllib.parse.parse_qsl(query))['nonce']
+            need(envelope['nonce'] == nonce, 40058, '信封的 nonce 不是 URL 里的')
+            inner = json.dumps({'encrypt': envelope['encrypt']})
+            text = self.corp._crypt(corpid='').decrypt_message(inner, envelope['msgsignature'],
+                                                               str(envelope['timestamp']), nonce)
+            reply = json.loads(text)
+            need(isinstance(reply, dict), 40058, '不是 JSON 的对象')
+            return text, reply
+        except (KeyError, TypeError, ValueError) as e:
+            raise Refused(40058, '不是信封: %r' % e) from None
+
+    def _deliver_json(self, body, asked, said):
+        need(self.callback, 40057, '还没有回调 URL')
+        threading.Thread(target=self._call_back, args=(body, asked, said), daemon=True).start()
+
+    def _call_back(self, body, asked, said):
+        """投递到回调 URL：等不到就再来，同一个 msgid；答的是没有结束的 stream，就一秒问一次。"""
+        deliveries = 1 if asked['kind'] == 'template_card_event' else self.corp.deliveries
+        for n in range(1, deliveries + 1):
+            reply, raw = self.corp._attempt(self.callback, json.dumps(body, ensure_ascii=False), self._wrapped,
+                                            self._unwrapped, {'of': said, 'n': n, 'chat': asked['chat']}, deliveries)
+            if reply is not None:
+                break
+        else:
+            return
+        self._passive(asked, reply, raw)
+        while self._open_stream(asked) and not self._stopped.wait(self.poll_every):
+            if self.now() > asked['at'] + self.stream_life:
+                self._problem(asked['chat'], 'stream 6 分钟没有结束')
+                return
+            self._poll(body, asked)
+
+    def _open_stream(self, asked):
+        return [name for name, (bubble, _) in asked['streams'].items() if not bubble['finished']]
+
+    def _poll(self, body, asked):
+        stream = self._open_stream(asked)[0]
+        poll = {k: v for k, v in body.items() if k in ('aibotid', 'chatid', 'chattype', 'from')}
+        poll.update(msgid=self.corp._next('msg'), msgtype='stream', stream={'id': stream})
+        text = json.dumps(poll, ensure_ascii=False)
+        query, sealed_body = self._wrapped(text)
+        raw = [['企业微信 → 机器人 · 明文', text]]
+        try:
+            status, answer = self.corp._exchange(self.callback, query, sealed_body, kind='application/json')
+            need(status == 200, 40058, '答的是 %d' % status)
+            opened, reply = self._unwrapped(answer, query)
+            raw.append(['机器人 → 企业微信 · 明文', opened])
+            need((reply.get('stream') or {}).get('id') == stream, 40058, '不是这个 stream')
+        except (NetworkError, WeChatError, Refused, AttributeError) as e:
+            self._problem(asked['chat'], '问 stream 没有好的回答: %s' % e.args[-1], raw)
+        else:
+            self._passive(asked, reply, raw)
+
+    def _passive(self, asked, reply, raw):
+        """对投递的回答到了用户那里；企业微信不认的是问题。"""
+        kind = asked['kind']
+        with self.corp._lock:
+            try:
+                if kind == 'message' and reply:
+                    need(reply.get('msgtype') in ANSWERS[:3], 40008, '%s 不能回答消息' % reply.get('msgtype'))
+                    self._answer(asked, reply, raw)
+                elif kind == 'enter_chat' and reply:
+                    self._welcome(asked, reply, raw)
+                elif kind == 'template_card_event' and reply:
+                    self._update(asked, reply, raw)
+                else:
+                    need(not reply, 40008, '%s 没有答复' % kind)
+            except (Refused, AttributeError, KeyError, TypeError, ValueError) as e:
+                self._problem(asked['chat'], '企业微信不认这个答复: %s' % e.args[-1], raw)
+
+    def respond(self, code, body):
+        """response_url：一小时里一次，markdown 或卡片，不加密。"""
+        asked = self._codes.get(code)
+        need(asked and self.now() < asked['at'] + self.response_life, 60140, 'invalid response_code')
+        message = json.loads(body.decode('utf-8'))
+        kind = message.get('msgtype')
+        need(kind == 'markdown' or kind == 'template_card' and asked['chat'] not in self.groups, 40008,
+             'invalid message type')
+        raw = [['机器人 → response_url', body.decode('utf-8')]]
+        self._show(asked['chat'], 'response', kind, message.get(kind), raw, msgid=asked['msgid'])
+        del self._codes[code]
+        return {}
+
+    def stop(self):
+        self._stopped.set()
+        super().stop()
+
+
 # ---- 企业微信 ---------------------------------------------------------------------------------
 # 这里没有监听的套接字:一次 API 调用进来,一个回答出去 (`Corp.answer`);一条消息投递出去 (`Corp.deliver`)。
 # 发生的每件事记在 ``events`` 里,聊天页照着画。
 
 class Corp:
-    """一个企业、一个应用、一个群机器人。类属性是企业微信的限制和脾气,测试可以改。"""
+    """一个企业、一个应用、一个群机器人、一个智能机器人 (``bot``)。类属性是企业微信的限制和脾气,测试可以改。"""
 
     #: token、素材、response_code 活多少秒;发出去多少秒以内可以撤回。
     token_life, media_life, code_life, recall_within = 7200, 3 * 86400, 86400, 86400
@@ -453,7 +1364,7 @@ class Corp:
         self.task_ids = set()
         self._sent = {}             # msgid → 什么时候发的
         self._repeated = {}         # 查重复的消息 → 到什么时候
-        self.name, self.url, self.bot = '监控', '', ''      # 应用的名字、api_base、回调 URL
+        self.name, self.url, self.callback = '监控', '', ''     # 应用的名字、api_base、回调 URL
         self.events = collections.deque(maxlen=1000)
         self.page_token = secrets.token_urlsafe(16)     # 聊天页的地址里的
         self.hosts = set()          # 除了本机的几个名字，API 还认的 Host，例如中转的
@@ -467,6 +1378,13 @@ class Corp:
         self._count = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self.bot = Bot(self)
+
+    @property
+    def bot_settings(self):
+        """config.ini 里智能机器人的几个键；JSON 模式没有 bot_secret。"""
+        names = ('bot_id', 'bot_name') if self.bot.mode == 'json' else ('bot_id', 'bot_secret', 'bot_url', 'bot_name')
+        return {name: self.bot.settings[name] for name in names}
 
     # 发生的事
 
@@ -492,8 +1410,8 @@ class Corp:
 
     def state(self):
         """聊天页一打开要知道的。"""
-        names = 'users', 'name', 'bot', 'menu', 'delay', 'lost', 'wrong_token', 'trusted'
-        return dict({name: getattr(self, name) for name in names}, kind='state', run=self.run)
+        names = 'users', 'name', 'callback', 'menu', 'delay', 'lost', 'wrong_token', 'trusted'
+        return dict({name: getattr(self, name) for name in names}, kind='state', run=self.run, bot=self.bot.state())
 
     def change(self, **values):
         """改几个属性,并让聊天页知道。"""
@@ -540,7 +1458,7 @@ class Corp:
             if method is None:
                 return None
             try:
-                if path != 'gettoken' and not path.startswith('webhook/'):
+                if path != 'gettoken' and not path.startswith(('webhook/', 'aibot/')):
                     self._check_token(query)
                 answer = method(query, body, headers)
             except Refused as e:
@@ -773,6 +1691,11 @@ class Corp:
         need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
         return self._upload(query, body, headers, ('file', 'voice'), 'robot')
 
+    # 智能机器人的 response_url (path/101138)
+
+    def api_aibot_response(self, query, body, headers):
+        return self.bot.respond(query.get('response_code'), body)
+
     # 应用、菜单、通讯录
 
     def _agent(self, query):
@@ -833,9 +1756,9 @@ class Corp:
         settings = dict(self.settings, **other)
         return WXBizMsgCrypt(*(settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
 
-    def _signed(self, text):
-        """→ (查询参数 dict, 密文 str);每次的 nonce 和密文都不同。"""
-        crypt = self._crypt(token='wrong') if self.wrong_token else self._crypt()
+    def _signed(self, text, **other):
+        """→ (查询参数 dict, 密文 str);每次的 nonce 和密文都不同。``other`` 是和 ``settings`` 不同的。"""
+        crypt = self._crypt(**dict(other, token='wrong') if self.wrong_token else other)
         encrypt, now = crypt.seal(text), str(int(time.time()))
         nonce = str(int.from_bytes(os.urandom(4), 'big'))
         query = {'msg_signature': crypt.sign(now, nonce, encrypt), 'timestamp': now, 'nonce': nonce}
@@ -848,27 +1771,27 @@ class Corp:
                             'AgentID': self.settings['agentid']})
         return urllib.parse.urlencode(query), body.encode('utf-8')
 
-    def _opened_text(self, answer):
-        """回答的信封 (bytes) → 里面的 XML (str);没有回复是 ''。"""
+    def _unwrapped(self, answer, query=None):
+        """回答的信封 (bytes) → (里面的 XML, dict);没有回复是 ('', {})。"""
         if answer in (b'', b'success'):
-            return ''
+            return '', {}
         envelope = xml_to_dict(answer)
-        return self._crypt().decrypt_message(answer, envelope.get('MsgSignature'),
-                                             envelope.get('TimeStamp'), envelope.get('Nonce'))
+        text = self._crypt().decrypt_message(answer, envelope.get('MsgSignature'), envelope.get('TimeStamp'),
+                                             envelope.get('Nonce'))
+        return text, xml_to_dict(text) if text else {}
 
     def opened(self, answer):
         """回答的信封 (bytes) → 里面的 dict;空的是 {}。"""
-        text = self._opened_text(answer)
-        return xml_to_dict(text) if text else {}
+        return self._unwrapped(answer)[1]
 
-    def _exchange(self, url, query, body=None, seconds=None):
+    def _exchange(self, url, query, body=None, seconds=None, kind='text/xml'):
         """一个请求,一共等 ``seconds`` 秒(照常是 ``patience``)→ (状态, 正文)。"""
         until = time.monotonic() + (seconds or self.patience)
         time.sleep(min(self.delay, seconds or self.patience))
         left = until - time.monotonic()
         if left <= 0:
             raise NetworkError(504, 'the network is too slow')
-        with fetch('%s?%s' % (url, query), body, {'Content-Type': 'text/xml'}, left, proxies={}) as answer:
+        with fetch('%s?%s' % (url, query), body, {'Content-Type': kind}, left, proxies={}) as answer:
             return answer.status, answer.read()
 
     def ask(self, url, message):
@@ -877,8 +1800,14 @@ class Corp:
 
     def verify(self, url):
         """像后台的「保存」那样校验回调 URL → 哪里不对,'' 是通过。"""
+        problem = self._verify(url)
+        if not problem:
+            self.change(callback=url)
+        return problem
+
+    def _verify(self, url, **other):
         echo = str(int.from_bytes(os.urandom(8), 'big'))
-        query, encrypt = self._signed(echo)
+        query, encrypt = self._signed(echo, **other)
         query['echostr'] = encrypt
         try:
             status, answer = self._exchange(url, urllib.parse.urlencode(query),
@@ -887,7 +1816,6 @@ class Corp:
             return '%s 没有回答: %s' % (url, e)
         if (status, answer) != (200, echo.encode()):
             return '%s 答的是 %d,不是 echostr' % (url, status)
-        self.change(bot=url)
         return ''
 
     def deliver(self, url, message=None, **fields):
@@ -902,37 +1830,39 @@ class Corp:
             self._codes.setdefault(message['ResponseCode'], (begin + self.code_life, {}))
         said = self._log('in', user=user, message=message)['id']
         for n in range(1, self.deliveries + 1):
-            reply, raw = self._attempt(url, message, said, n)
+            reply, raw = self._attempt(url, dict_to_xml(message), lambda text: self.request(message), self._unwrapped,
+                                       {'of': said, 'n': n}, self.deliveries)
             if reply:
                 self._passive(message, reply, raw, time.monotonic() - begin)
             if reply is not None:
                 return reply
         return None
 
-    def _attempt(self, url, message, said, n):
-        """一次投递 → (回复的 dict,要再投递是 None;原文)。"""
-        query, body = self.request(message)
-        raw = [['企业微信 → 机器人 · 明文', dict_to_xml(message)],
+    def _attempt(self, url, plain, wrap, unwrap, which, deliveries):
+        """一次投递 → (回复 dict，再投递是 None；原文)。``wrap`` 装进信封，``unwrap`` 拆开；``which`` 是哪一句的第几次。
+        """
+        query, body = wrap(plain)
+        raw = [['企业微信 → 机器人 · 明文', plain],
                ['企业微信 → 机器人 · 密文', 'POST %s?%s\n\n%s' % (url, query, body.decode('utf-8'))]]
-        self._log('attempt', of=said, n=n)
+        self._log('attempt', **which)
+        n, kind = which['n'], 'application/json' if body[:1] == b'{' else 'text/xml'
         begin, status, reply, error = time.monotonic(), 0, {}, ''
         try:
-            status, answer = self._exchange(url, query, body)
+            status, answer = self._exchange(url, query, body, kind=kind)
             text = answer[:20000].decode('utf-8', 'replace')
             raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
             if n <= self.lost:
                 raise NetworkError(504, 'the answer was lost')
-            opened = self._opened_text(answer) if status == 200 else ''
+            opened, reply = unwrap(answer, query) if status == 200 else ('', {})
             if opened:
                 raw.append(['机器人 → 企业微信 · 明文', opened])
-                reply = xml_to_dict(opened)
         except NetworkError as e:
             error = '回答丢在路上' if status else '连不上' if e.errcode == 503 else '没有回答'
             status = 0
-        except WeChatError as e:
-            error = '回答读不懂: %s' % e.errmsg
-        self._log('answer', of=said, n=n, status=status, error=error, raw=raw,
-                  again=not status and n < self.deliveries, seconds=time.monotonic() - begin)
+        except (WeChatError, Refused) as e:
+            error = '回答读不懂: %s' % (e.args[-1],)
+        self._log('answer', status=status, error=error, raw=raw, again=not status and n < deliveries,
+                  seconds=time.monotonic() - begin, **which)
         return reply if status else None, raw
 
     def _passive(self, message, reply, raw, seconds):
@@ -957,13 +1887,13 @@ class Corp:
 
     def say(self, user, fields, card=None):
         """``user`` 发来一条消息,投递在自己的线程里;``card`` 是他点的那张卡片是哪件事。"""
-        need(self.bot, 40057, '还没有机器人')
+        need(self.callback, 40057, '还没有机器人')
         need(user in self.users, 40031, '没有这个成员')
         message = self.message(user, **fields)
         if card:
             message['ResponseCode'] = self._new_code({user: card})
         dict_to_xml(message)            # 写不成 XML 的,现在就说
-        threading.Thread(target=self.deliver, args=(self.bot, message), daemon=True).start()
+        threading.Thread(target=self.deliver, args=(self.callback, message), daemon=True).start()
 
     def send_file(self, user, kind, name, data):
         """``user`` 发来一个文件。"""
@@ -1338,7 +2268,7 @@ function setState(next) {
   run = next.run;
   state = next;
   $('name').textContent = document.title = state.name;
-  $('bot').textContent = state.bot ? '回调 ' + state.bot : '还没有机器人在听';
+  $('bot').textContent = state.callback ? '回调 ' + state.callback : '还没有机器人在听';
   if (!user) {
     user = Object.keys(state.users)[0];
     $('user').replaceChildren(...Object.entries(state.users).map(([id, name]) => el('option', {value: id}, name)));
@@ -1544,8 +2474,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             prefix, api, name = path.rpartition('/cgi-bin/')
             if not (path.startswith('/') and all(re.fullmatch('[0-9]{1,9}', n) for n in numbers)):
                 self._write(400, 'text/plain', b'bad request\n')
-            elif self._foreign(api):
+            elif self._foreign(api or path.startswith('/aibot')):
                 self._write(403, 'text/plain', b'only for this machine\n')
+            elif path == '/aibot' or self.headers.get('Upgrade'):
+                self._web_socket(path)
+            elif path.startswith('/aibot/file/'):
+                self._file_of_a_member(path[len('/aibot/file/'):])
             else:
                 query = dict(urllib.parse.parse_qsl(query))
                 if not (api or path.startswith('/media/') or path == '/favicon.ico' or hmac.compare_digest(
@@ -1560,6 +2494,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass                        # 对方走了
 
     do_POST = do_GET
+
+    def _web_socket(self, path):
+        """智能机器人的长连接；不是它的路径、不是握手，就是一个普通的回答。"""
+        key = self.headers.get('Sec-WebSocket-Key', '')
+        if path != '/aibot' or self.headers.get('Sec-WebSocket-Version') != '13' or not key:
+            self._write(400 if path == '/aibot' else 404, 'text/plain', b'no WebSocket here\n')
+            return
+        accept = base64.b64encode(hashlib.sha1(key.encode() + GUID).digest())
+        self.wfile.write(b'HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n'
+                         b'Sec-WebSocket-Accept: %s\r\n\r\n' % accept)
+        self.close_connection = True
+        self.server.wecom.bot.connect(self.connection, self.rfile)
+
+    def _file_of_a_member(self, where):
+        """成员发给机器人的素材的密文。"""
+        bot = self.server.wecom.bot
+        file = bot.files.get(where)
+        if not file or bot.now() > file['at'] + bot.url_life:
+            return self._write(403 if file else 404, 'text/plain', b'no such file any more\n')
+        self._write(200, 'application/octet-stream', file['data'], (
+            'Content-Disposition', "attachment; filename*=UTF-8''%s" % urllib.parse.quote(file['name'], safe='')))
 
     def _foreign(self, api):
         """是不是别的网站借浏览器的手来的。"""
@@ -1692,6 +2647,7 @@ class WeCom(Corp):
         self._server.wecom = self
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = 'http://%s:%d' % self._server.server_address[:2]
+        self.bot.settings['bot_url'] = self.url.replace('http', 'ws', 1) + '/aibot'
         return self.url
 
     @property
@@ -1701,6 +2657,7 @@ class WeCom(Corp):
 
     def stop(self):
         self._server.stopping = True
+        self.bot.stop()
         self._log('changed')                # 等着的页面看见了就走
         self._server.shutdown()
         self._server.server_close()
@@ -1743,7 +2700,7 @@ def callback_url(line):
 
 def introduce(wecom, url, told=None):
     """校验回调 URL → 哪里不对,'' 是通过。``told`` 是上一次说过的,不说第二遍;None 是只试一次。"""
-    problem = wecom.verify(url)
+    problem = wecom.verify(url) or wecom.bot.mode == 'json' and wecom.bot.verify(url)
     if not problem:
         tell('回调 URL %s 通过了校验' % url)
     elif problem != told:
@@ -1778,7 +2735,7 @@ def run_bot(wecom, command, app, sections, stopping):
     """启动机器人,到它退出或被停下为止 → 退出码。"""
     with tempfile.TemporaryDirectory() as folder:
         write_config(os.path.join(folder, 'config.ini'),
-                     dict(sections, **{app: dict(wecom.settings, api_base=wecom.url)}))
+                     dict(sections, **{app: dict(wecom.settings, api_base=wecom.url, **wecom.bot_settings)}))
         process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
                                    stderr=subprocess.PIPE, bufsize=0)
         problems = []
@@ -1807,11 +2764,11 @@ def run_bot(wecom, command, app, sections, stopping):
 def serve(wecom, app, url, stopping, own=''):
     """没有要启动的机器人：打印设置和收到的消息，到被停下为止 → 退出码。``own``：用机器人自己的密钥，不打印。"""
     tell('[%s]\napi_base = %s' % (app, wecom.url))
-    for item in () if own else wecom.settings.items():
+    for item in () if own else list(wecom.settings.items()) + list(wecom.bot_settings.items()):
         tell('%s = %s' % item)
     told, next_try = '', 0
     while not stopping:
-        if url and not wecom.bot and time.monotonic() >= next_try:
+        if url and not wecom.callback and time.monotonic() >= next_try:
             told, next_try = introduce(wecom, url, told), time.monotonic() + wecom.verify_within
         for arrived in wecom.messages, wecom.robot_messages:
             while arrived:
@@ -1837,6 +2794,7 @@ def arguments(argv):
     parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
     parser.add_argument('--with', dest='sections', default='', metavar='NAME,NAME',
                         help='自己的 config.ini 里哪几节也给机器人,例如 nas,llm')
+    parser.add_argument('--json', action='store_true', help='智能机器人用 JSON 回调，和应用同一个回调 URL')
     parser.add_argument('bot', nargs='?', help='机器人的程序,例如 examples/demo.py')
     parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
     args = parser.parse_args(argv)
@@ -1862,9 +2820,12 @@ def main(argv=None):
             signal.signal(getattr(signal, name), lambda number, frame: stopping.append(number))
     wecom = WeCom()
     wecom.name = os.path.basename(args.bot or wecom.name)
+    wecom.bot.mode = 'json' if args.json else 'ws'
     try:
         settings = get_config(args.app, args.config) if args.config else {}
-        wecom.settings.update((k, settings[k]) for k in wecom.settings if settings.get(k))
+        for ours in wecom.settings, wecom.bot.settings:
+            ours.update((k, settings[k]) for k in ours if settings.get(k))
+        wecom.bot.name = wecom.bot.settings['bot_name']
     except WeChatError as e:
         tell('simulator: --config: %s' % e.errmsg, sys.stderr)
         return 2

@@ -34,7 +34,7 @@ import easywechat  # noqa: E402
 import test_easywechat  # noqa: E402
 from easywechat import APIError, ConfigError, MemoryStore, WeChatServer  # noqa: E402
 from test_easywechat import (  # noqa: E402
-    HERE, LOG, PLANTED, ClientCase, Hastier, environment, make_server, raises, stand_in, swapped, trickle)
+    HERE, LOG, PLANTED, SECRETS, ClientCase, Hastier, environment, make_server, raises, stand_in, swapped, trickle)
 
 setUpModule, tearDownModule = test_easywechat.setUpModule, test_easywechat.tearDownModule
 
@@ -409,7 +409,7 @@ class SimulatorPageTests(SimulatorCase):
         self.wecom.patience = 0.05
         self.post('/switch', {'wrong_token': False, 'delay': 1})
         message = self.wecom.message()
-        self.assertIsNone(self.wecom.deliver(self.wecom.bot, message))
+        self.assertIsNone(self.wecom.deliver(self.wecom.callback, message))
         self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有回答'] * 3)
         self.server.client.send('x')
         self.post('/switch', {'delay': 0, 'expire': True})
@@ -471,6 +471,103 @@ class SimulatorPageTests(SimulatorCase):
         self.assertFalse(self.wecom.inbox['zhangsan'])
 
 
+class Program:
+    """长连接的另一头：自己写帧的客户端，什么都不自动做。"""
+
+    def __init__(self, wecom, path=''):
+        url = urllib.parse.urlsplit(wecom.bot_settings['bot_url'])
+        self.wecom, self.settings = wecom, wecom.bot_settings
+        self.sock = socket.create_connection((url.hostname, url.port), 10)
+        self.stream = self.sock.makefile('rb')
+        lines = ['GET %s HTTP/1.1' % (path or url.path), 'Host: ' + url.netloc, 'Upgrade: websocket',
+                 'Connection: Upgrade', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==', 'Sec-WebSocket-Version: 13']
+        self.sock.sendall('\r\n'.join(lines + ['', '']).encode())
+        self.head = b''.join(iter(self.stream.readline, b'\r\n')).decode()
+
+    def close(self):
+        self.stream.close()
+        self.sock.close()
+
+    def write(self, opcode, data, final=0x80, mask=b'mask'):
+        length = bytes([0x80 | len(data)]) if len(data) < 126 else struct.pack('>BQ', 0xff, len(data))
+        key = (mask * (len(data) // 4 + 1))[:len(data)]
+        data = (int.from_bytes(data, 'big') ^ int.from_bytes(key, 'big')).to_bytes(len(data), 'big')
+        self.sock.sendall(bytes([final | opcode]) + length + mask + data)
+
+    def frame(self):
+        """→ (最后的片段吗, 类型, 加了掩码吗, 内容)；断了是 None。"""
+        head = self.stream.read(2)
+        if len(head) < 2:
+            return None
+        size = head[1] & 127
+        if size > 125:
+            size = int.from_bytes(self.stream.read(2 if size == 126 else 8), 'big')
+        mask = self.stream.read(4) if head[1] & 128 else b''
+        data = self.stream.read(size)
+        return head[0] >= 128, head[0] & 15, bool(mask), simulator.masked(data, mask) if mask else data
+
+    def message(self, strict=True):
+        """下一条消息 (dict)，几片的合起来。"""
+        data = b''
+        while True:
+            final, opcode, _, part = self.frame()
+            data += part if opcode < 8 else b''
+            if final and opcode < 8:
+                return json.loads(data.decode('utf-8'), strict=strict)
+
+    def send(self, cmd, body=None, req_id='r'):
+        message = dict({'cmd': cmd, 'headers': {'req_id': req_id}}, **{} if body is None else {'body': body})
+        self.write(1, json.dumps(message).encode())
+
+    def ask(self, cmd, body=None, req_id='r'):
+        """一帧 → 它的 ack。"""
+        self.send(cmd, body, req_id)
+        return self.message()
+
+    def subscribe(self, **other):
+        body = {'bot_id': self.settings['bot_id'], 'secret': self.settings['bot_secret']}
+        return self.ask('aibot_subscribe', dict(body, **other))['errcode']
+
+    def stream(self, frame, content, finish=False, name='s', **more):
+        """回答投递的 ``frame`` → 错误码。"""
+        stream = dict({'id': name, 'finish': finish, 'content': content}, **more)
+        return self.reply(frame, 'stream', stream)
+
+    def reply(self, frame, kind, body, cmd='aibot_respond_msg'):
+        return self.ask(cmd, {'msgtype': kind, kind: body}, frame['headers']['req_id'])['errcode']
+
+
+class SimulatorBotTests(SimulatorCase):
+    """智能机器人的长连接。"""
+
+    def setUp(self):
+        super().setUp()
+        self.bot = self.wecom.bot
+        SECRETS.add(self.wecom.bot_settings['bot_secret'])
+
+    def program(self, subscribe=True, path=''):
+        program = Program(self.wecom, path)
+        self.addCleanup(program.close)
+        if subscribe:
+            self.assertEqual(program.subscribe(), 0)
+        return program
+
+    def test_only_a_subscribed_program_of_this_bot_is_heard(self):
+        program = self.program(subscribe=False)
+        self.assertEqual(program.ask('ping')['errcode'], 846609)
+        self.assertEqual([program.subscribe(bot_id='x'), program.subscribe(secret='x'), program.subscribe(),
+                          program.subscribe(), program.ask('ping')['errcode']], [93019, 853000, 0, 45009, 0])
+        self.assertEqual(program.ask('aibot_poem', {})['errcode'], 40058)
+        second = self.program()
+        self.assertEqual(program.message()['body']['event'], {'eventtype': 'disconnected_event'})
+        self.assertEqual(program.frame()[1:], (8, False, b'\x03\xe8'))
+        self.assertEqual(self.bot.connected.number, 2)
+        self.bot.say(text='x')
+        self.assertEqual(second.message()['body']['text'], {'content': 'x'})
+        for path, status in ('/nosuch', '404'), ('/', '404'):
+            self.assertIn(status, self.program(False, path).head.split('\r\n')[0])
+
+
 BOT = '''
 import os, sys
 sys.path.insert(0, %r)
@@ -510,7 +607,8 @@ class SimulatorCommandTests(SimulatorCase):
         word, pid, *args = process.stdout.readline().decode().split()
         self.assertEqual((word, args), ('bot', ['--port', '7']))
         self.assertIn('通过了校验', process.stdout.readline().decode())
-        self.assertRegex(process.stderr.readline(), b'^EasyWeChat .*/weixin')
+        lines = iter(process.stderr.readline, b'')
+        self.assertTrue(any(re.match(b'EasyWeChat .*/weixin', line) for line in lines))
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
         config, *folders = self.events('out', url=url)[-1]['body']['content'].split()[1:]
