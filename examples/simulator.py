@@ -1150,7 +1150,9 @@ class Bot(Uplink):
 
     def _bubble_of(self, bubble):
         """气泡，或者它是哪件事 → 气泡。"""
-        return bubble if isinstance(bubble, dict) else next(b for b in self.bubbles if b['id'] == bubble)
+        found = [b for b in self.bubbles if bubble in (b['id'], b)]
+        need(found, 40058, '没有这个气泡')
+        return found[0]
 
     def press(self, bubble, key, user='zhangsan', selected=None):
         """点卡片（气泡或它的 id）上的按钮 → 那一帧；``selected`` 是 {question_key: [option_id, …]}。"""
@@ -2007,6 +2009,25 @@ dialog label { display: flex; flex-direction: column; font-size: 13px; } dialog 
 .end { display: flex; flex-direction: row-reverse; gap: 8px; margin-top: 10px; }
 #raw .top { position: sticky; top: -16px; flex-direction: row; margin-top: -16px; padding: 16px 0 8px;
   background: var(--bar); }
+#chats { display: flex; gap: 4px; padding: 4px 8px; background: var(--bar); border-bottom: 1px solid var(--line); }
+#chats button { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: 13px;
+  padding: 4px 6px; color: var(--faint); }
+#chats [aria-current=true] { background: var(--phone); color: var(--text); font-weight: 600; }
+#chats .new::after { content: " ●"; color: var(--bad); font-size: 9px; vertical-align: 2px; }
+.other > .face { background: #4b8f6b; color: #fff; } .off { display: none !important; }
+.prose { white-space: normal; } .prose > * + * { margin-top: 6px; } .prose .item { display: flex; gap: 6px; }
+.prose .item > :last-child { min-width: 0; } .prose hr { border: 0; border-top: 1px solid var(--line); width: 100%; }
+.prose pre { white-space: pre; overflow-x: auto; padding: 8px; margin: 6px 0 0; }
+.prose summary { color: var(--faint); font-size: 13px; }
+.prose table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 13px; }
+.prose td, .prose th { border: 1px solid var(--line); padding: 3px 8px; text-align: left; overflow-wrap: normal; }
+.prose details > :not(summary) { border-left: 3px solid var(--line); padding-left: 8px; color: var(--faint);
+  font-size: 13px; }
+.growing::after { content: ""; display: inline-block; width: 7px; height: 14px; background: var(--accent);
+  animation: blink 1s steps(2) infinite; margin-top: 4px; } @keyframes blink { 50% { opacity: 0; } }
+#quoted { display: flex; gap: 6px; margin-bottom: 6px; } #quoted .quote { flex: 1; min-width: 0; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; } aside section { display: flex; flex-direction: column; gap: 12px; }
+#fault { width: 100%; } #fault_value { width: 84px; flex: 1; min-width: 0; }
 #switch { display: none; }
 @media (min-width: 800px) { main { height: min(100vh - 40px, 860px); border-radius: 22px; border: 1px solid var(--line);
   box-shadow: 0 12px 40px #0002; } }
@@ -2060,6 +2081,45 @@ function markdown(body) {
   });
 }
 
+function block(lines) {                         // 智能机器人的 Markdown：几行里的下一块 → 节点，用掉的行从 lines 里去掉
+  const line = lines.shift(), item = /^(\s*)([-*+]|\d+[.)])\s+(.*)/.exec(line);
+  const m = /^(#{1,6}) +(.*)|^ *> ?(.*)/.exec(line);
+  const cells = text => text.trim().replace(/^\||\|$/g, '').split('|').map(cell => spans(cell.trim()));
+  if (/^\s*```/.test(line)) {
+    const end = lines.findIndex(next => /^\s*```/.test(next)), body = lines.splice(0, end < 0 ? lines.length : end + 1);
+    return el('pre', {tabIndex: 0}, (end < 0 ? body : body.slice(0, -1)).join('\n'));
+  }
+  if (line.includes('|') && /^[\s|:-]*-[\s|:-]*$/.test(lines[0] || '') && lines[0].includes('|')) {
+    const rows = [line];
+    for (lines.shift(); lines.length && lines[0].includes('|');) rows.push(lines.shift());
+    return el('table', {}, rows.map((row, n) => el('tr', {}, cells(row).map(c => el(n ? 'td' : 'th', {}, c)))));
+  }
+  if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) return el('hr');
+  if (item) {
+    const node = el('div', {className: 'item'}, el('span', {}, /\d/.test(item[2]) ? item[2] : '•'),
+      el('span', {}, spans(item[3])));
+    node.style.paddingLeft = item[1].length * 6 + 'px';
+    return node;
+  }
+  return !m ? el('div', {}, spans(line)) : m[1] ? el('div', {className: 'h h' + m[1].length}, spans(m[2]))
+    : el('blockquote', {}, spans(m[3]));
+}
+
+function blocks(text) {
+  const lines = text.split('\n'), out = [];
+  while (lines.length) out.push(block(lines));
+  return out;
+}
+
+function thought(text, closed) {                // 一段 <think>，想完了就折起来
+  const done = closed && text.trim(), title = done ? '思考过程' : '思考中…';
+  return el('details', {open: !closed, className: done ? 'thought' : ''}, el('summary', {}, title),
+    el('div', {}, blocks(text.trim())));
+}
+
+const prose = body => el('div', {className: 'prose'}, pieces(body.content || '', /<think>([\s\S]*?)(<\/think>|$)/g,
+  m => thought(m[1], m[2])).map(part => typeof part !== 'string' ? part : part.trim() ? blocks(part.trim()) : ''));
+
 function picture(url, note) {                   // 图片只从本机来
   const own = (url || '').startsWith(location.origin + '/') || /^\/media\//.test(url || '');
   return !url ? '' : own ? el('img', {src: url, alt: note || '图片', onload: settle})
@@ -2102,6 +2162,10 @@ const render = {
   miniprogram_notice: body => [el('b', {}, body.title), faint(body.description),
     list(body.content_item).map(i => pair(i.key, i.value))],
   template_card: card,
+  stream: prose,
+  said: (body, event) => [body.quote && el('div', {className: 'quote'}, body.quote),
+    list(body.items).map(item => el('div', {}, item.type === 'voice' ? '语音 · ' + item.body.content
+      : render[item.type](item.body, event)))],
 };
 
 const pair = (key, value) => el('div', {className: 'pair'}, el('span', {}, key), el('span', {}, value));
@@ -2111,6 +2175,9 @@ function chosen(root) {                         // 卡片上选了什么
     OptionIds: {OptionId: [...question.querySelectorAll('option:checked, input:checked')].map(o => o.value)}}));
   return items.length ? {SelectedItems: {SelectedItem: items}} : {};
 }
+
+const picked = root => Object.fromEntries([...root.querySelectorAll('[data-key]')].map(question => [
+  question.dataset.key, [...question.querySelectorAll('option:checked, input:checked')].map(o => o.value)]));
 
 function choice(question) {
   const node = el('label', {}, el('span', {}, question.title), el('select', {disabled: yes(question.disable)},
@@ -2128,9 +2195,9 @@ function boxes(question, name) {
 }
 
 function card(body, event) {
-  const press = (key, menu) => say({MsgType: 'event', Event: menu ? 'template_card_menu_event' : 'template_card_event',
-    EventKey: key, TaskId: body.task_id || event.body.task_id || '', CardType: body.card_type,
-    ...(menu ? {} : chosen(root))}, event.id);
+  const press = (key, menu) => event.chat ? act('press', {bubble: event.id, key, selected: picked(root)})
+    : say({MsgType: 'event', Event: menu ? 'template_card_menu_event' : 'template_card_event', EventKey: key, TaskId:
+      body.task_id || event.body.task_id || '', CardType: body.card_type, ...(menu ? {} : chosen(root))}, event.id);
   const button = b => Object.assign(String(b.type) === '1' ? link(b.url, b.text)
     : el('button', {type: 'button', onclick: () => press(b.key)}, b.text), {className: 's' + (b.style || 1)});
   const titled = (part, className) => part && el('div', {}, el('div', {className}, part.title), faint(part.desc));
@@ -2153,7 +2220,9 @@ function card(body, event) {
     body.checkbox && boxes(body.checkbox, 'box' + event.id),
     el('div', {className: 'acts'}, event.replaced ? el('button', {disabled: true}, event.replaced)
       : [list(body.button_list).map(button), body.submit_button && button({text: '提交', ...body.submit_button})]),
-    list(body.jump_list).map(jump => el('div', {className: 'jump'}, link(jump.url, jump.title))),
+    list(body.jump_list).map(jump => el('div', {className: 'jump'}, String(jump.type) === '3'
+      ? el('button', {type: 'button', className: 'link', onclick: () => talk({text: jump.question})}, jump.title)
+      : link(jump.url, jump.title))),
     body.card_action && body.card_action.url && el('div', {className: 'jump'}, link(body.card_action.url, '打开')));
   if (event.replaced) for (const node of root.querySelectorAll('select, input')) node.disabled = true;
   return root;
@@ -2162,7 +2231,10 @@ function card(body, event) {
 // ---- 发生的每件事一个函数 ----
 
 const bubbles = new Map();                      // 事件的 id → {bubble, meta, event, raws}
-let all = [], user = null, state = {}, run = null, low = true;
+let all = [], user = null, chat = '', state = {}, run = null, low = true, quote = null;
+const place = event => !('chat' in event) ? '' : state.users[event.chat] ? 'bot' : event.chat;
+const here = event => event.chat === null ? chat !== '' : place(event) === chat     // 画不画在现在的会话里
+  && (chat === 'bot' ? event.chat === user : chat !== '' || !event.user || event.user === user);
 const bare = ['image', 'video'], wide = ['textcard', 'news', 'mpnews', 'template_card', 'miniprogram_notice'];
 const took = seconds => seconds === null || seconds === undefined ? ''
   : seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + '\u00a0ms' : seconds.toFixed(1) + '\u00a0s';
@@ -2198,8 +2270,10 @@ const heard = {                                 // 用户发的消息 → 气泡
   location: m => ['location', {label: m.Label, x: m.Location_X, y: m.Location_Y}],
   link: m => ['link', {url: m.Url, title: m.Title, description: m.Description}],
 };
-const EVENTS = {enter_agent: '进入了应用', click: '点了菜单', view: '点了菜单里的网址',
-  view_miniprogram: '打开了小程序', template_card_event: '点了卡片上的', template_card_menu_event: '点了卡片的菜单'};
+const HOW = {reply: '回复', welcome: '欢迎语', push: '推送', response: 'response_url'};
+const EVENTS = {enter_chat: '打开了单聊', feedback_event: '评价了', enter_agent: '进入了应用', click: '点了菜单',
+  view: '点了菜单里的网址', view_miniprogram: '打开了小程序', template_card_event: '点了卡片上的',
+  template_card_menu_event: '点了卡片的菜单'};
 
 const on = {
   in(event) {
@@ -2228,6 +2302,7 @@ const on = {
   },
   update(event) {
     const entry = bubbles.get(event.of);
+    if (event.users && event.users.length && !event.users.includes(user)) return;
     if (!entry || entry.type !== 'template_card') return note(event, '更新了一张不在这里的卡片');
     const body = event.body || entry.event.shown || entry.event.body;
     const replaced = event.button ? event.button.replace_name : body.replace_text;
@@ -2242,37 +2317,116 @@ const on = {
     entry.bubble.className = 'bubble gone';
     entry.bubble.textContent = '这条消息撤回了';
   },
+  said(event) {                                 // 成员对智能机器人说的
+    const {items, event: what} = event.body, mine = event.user === user, name = state.users[event.user] || event.user;
+    if (what) {
+      const data = what[what.eventtype] || what;
+      return note(event, [mine ? '' : name + ' ', EVENTS[what.eventtype] || '事件 ' + what.eventtype, ' ',
+        data.event_key || ['', '准确', '不准确', '取消'][data.type]]);
+    }
+    const only = list(items).length === 1 && bare.includes(items[0].type) && !event.body.quote;
+    const entry = bubble(event, mine ? 'me' : 'other', name.slice(0, 1), 'said', event.body);
+    entry.bubble.classList.toggle('bare', only);
+    entry.meta.append([mine ? '' : name, clock(event.at)].filter(Boolean).join(' · '), ' ');
+    if (event.raw) entry.meta.append(rawButton(entry));
+  },
+  bubble(event) {                               // 智能机器人的
+    const type = event.type === 'markdown' ? 'stream' : event.type;
+    const entry = bubble(event, 'passive', '机', type, event.body);
+    entry.bubble.classList.toggle('growing', !event.finished);
+    below(entry);
+  },
+  grow(event) {
+    const entry = bubbles.get(event.of);
+    if (!entry) return;
+    const open = [...entry.bubble.querySelectorAll('details')].map(node => node.open && node.className);
+    entry.bubble.replaceChildren(prose(entry.event.body));
+    entry.bubble.querySelectorAll('details').forEach((node, n) => { node.open = node.open || Boolean(open[n]); });
+    entry.bubble.classList.toggle('growing', !event.finished);
+    entry.raws = entry.raws.concat(event.raw).slice(-60);
+    below(entry);
+  },
   call: event => note(event, event.path + ' 被拒绝:' + event.errcode + ' ' + event.errmsg, 'bad'),
   note: event => note(event, event.text, 'bad'),
 };
+
+function below(entry) {                         // 智能机器人的气泡下面：什么时候、几帧、评价、引用
+  const {event} = entry, small = (label, onclick) => el('button', {type: 'button', onclick}, label);
+  const rate = kind => act('feedback', {bubble: event.id, kind});
+  const buttons = [rawButton(entry)];
+  if (event.body.content) buttons.push(small('引用', () => setQuote(event.body.content)));
+  if (event.feedback) buttons.push(small('准确', () => rate(1)), small('不准确', () => rate(2)));
+  entry.meta.replaceChildren([clock(event.at), HOW[event.how], event.frames > 1 && event.frames + ' 帧'].filter(Boolean)
+    .join(' · '), ' ', ...buttons);
+}
 
 function settle() {                             // 在底下的时候,新来的也要看得见
   if (low) $('log').scrollTop = $('log').scrollHeight;
 }
 
 function show(event) {
-  if (!on[event.kind] || event.user && event.user !== user) return;
-  low = low || event.kind === 'in';
+  if (!on[event.kind] || event.kind !== 'attempt' && event.kind !== 'answer' && !here(event)) return;
+  low = low || event.kind === 'in' || event.kind === 'said';
   on[event.kind](event);
   settle();
 }
 
-function redraw() {                             // 换了成员:从头画
+function redraw() {                             // 换了成员或会话：从头画
+  const group = state.bot.groups[chat], json = state.bot.mode === 'json';
+  const kinds = [!chat ? 'app' : group ? 'group' : 'bot', chat ? 'talk' : '', json && chat ? 'json' : ''];
+  for (const node of document.querySelectorAll('[data-in]')) {
+    node.classList.toggle('off', !node.dataset.in.split(' ').some(kind => kinds.includes(kind)));
+  }
+  const groups = Object.entries(state.bot.groups).map(([id, one]) => [id, one.name]);
+  $('chats').replaceChildren(...[['', state.name], ['bot', state.bot.name], ...groups].map(([id, name]) => el('button',
+    {type: 'button', onclick: () => go(id), ariaCurrent: id === chat, className: unread.has(id) ? 'new' : ''}, name)));
+  $('text').placeholder = group ? '说点什么，@' + state.bot.name + ' 才听得到' : '说点什么，Enter 发送';
   bubbles.clear();
   $('log').replaceChildren();
   all.forEach(show);
 }
 
+const unread = new Set();
+function go(next) {                             // 打开一个会话
+  chat = next;
+  unread.delete(chat);
+  low = true;
+  setQuote(null);
+  title();
+  redraw();
+  if (chat === 'bot') act('enter');
+}
+
+function title() {
+  const {bot} = state, group = bot.groups[chat];
+  $('name').textContent = document.title = !chat ? state.name : group ? group.name : bot.name;
+  const by = bot.mode === 'json' ? bot.callback ? '智能机器人 · JSON 回调' : '智能机器人 · 还没有回调 URL'
+    : bot.connected ? '智能机器人 · 长连接，第 ' + bot.connected + ' 条' : '智能机器人 · 还没有连上';
+  $('bot').textContent = chat ? (group ? group.members.length + ' 人 · ' : '') + by
+    : state.callback ? '回调 ' + state.callback : '还没有机器人在听';
+  $('armed').textContent = Object.entries(bot.armed).map(([name, value]) => (FAULTS[name] || name)
+    + (value === null ? '' : ' ' + value)).join('；');
+  $('armed').hidden = !$('armed').textContent;
+}
+
+const FAULTS = {close: '关闭，码是', abort: '断开 (RST)', half_open: '半开：不读、不答了', kick: '别处连上了，然后关',
+  kick_open: '别处连上了，不关', unknown_cmd: '没有听说过的 cmd', ping: '服务器的 ping', masked_ping: '加掩码的 ping',
+  refuse: '订阅被拒绝', error: '下一个 ack 是错误', no_ack: '下一个 ack 不来', late_ack: '下一个 ack 晚几秒',
+  duplicate: '下一条投递两次', control: '下一条有控制字符', fragments: '下一条分片', big: '下一条有多少字节',
+  no_pong: 'ping 没有 ack', masked: '控制帧加掩码'};
+
 function setState(next) {
   if (run && run !== next.run) location.reload();
   run = next.run;
   state = next;
-  $('name').textContent = document.title = state.name;
-  $('bot').textContent = state.callback ? '回调 ' + state.callback : '还没有机器人在听';
   if (!user) {
     user = Object.keys(state.users)[0];
     $('user').replaceChildren(...Object.entries(state.users).map(([id, name]) => el('option', {value: id}, name)));
+    $('fault').replaceChildren(...Object.keys(state.bot.faults).map(id => el('option', {value: id}, FAULTS[id] || id)));
+    chooseFault();
+    redraw();
   }
+  title();
   for (const name of ['delay', 'lost']) $(name).value = String(state[name]);
   $('wrong_token').checked = state.wrong_token;
   $('trusted').checked = !state.trusted;
@@ -2291,7 +2445,23 @@ async function post(path, body) {
 }
 const say = (message, event) => post('/say', {user, message, card: event});
 const change = values => post('/switch', values);
-const pick = (type, chosen) => post('/file?' + new URLSearchParams({user, type, name: chosen.name}), chosen);
+const target = () => chat === 'bot' ? user : chat;
+const act = (what, values) => post('/bot', {do: what, user, ...values});
+const pick = (type, file) => post('/file?' + new URLSearchParams({user, type, name: file.name, chat: target()}), file);
+function talk(values) {
+  act('say', {chat: target(), mention: false, ...(quote ? {quote} : {}), ...values});
+  setQuote(null);
+}
+function setQuote(text) {
+  quote = text;
+  $('quoted').hidden = !text;
+  $('quoted').firstChild.textContent = text || '';
+}
+function chooseFault() {
+  const value = state.bot.faults[$('fault').value];
+  $('fault_value').hidden = value === null;
+  $('fault_value').value = value === null ? '' : value;
+}
 
 function ask(title, fields) {                   // 一张小表 → {名字: 值},取消是 null
   return new Promise(done => {
@@ -2311,11 +2481,11 @@ function showRaw(raws) {                        // 元素之间换行,好读
   $('raw').showModal();
 }
 
-const place = () => ask('位置', [['Label', '地点', '广州塔'], ['Location_X', '纬度', '23.106'],
+const whereabouts = () => ask('位置', [['Label', '地点', '广州塔'], ['Location_X', '纬度', '23.106'],
   ['Location_Y', '经度', '113.324']]);
 const tools = {
   async location() {
-    const where = await place();
+    const where = await whereabouts();
     if (where) say({MsgType: 'location', Scale: '15', AppType: 'wxwork', ...where});
   },
   async link() {
@@ -2323,6 +2493,12 @@ const tools = {
     if (what) say({MsgType: 'link', PicUrl: '', ...what});
   },
   enter: () => say({MsgType: 'event', Event: 'enter_agent', EventKey: ''}),
+  async spoken() {
+    const what = await ask('语音，企业微信转成文字', [['voice', '说了什么', '现在怎么样']]);
+    if (what) talk(what);
+  },
+  at() { $('text').value = '@' + state.bot.name + ' ' + $('text').value; $('text').focus(); },
+  enter_chat: () => act('event', {eventtype: 'enter_chat'}),
 };
 
 async function press(button) {                  // 菜单的一个按钮
@@ -2334,7 +2510,7 @@ async function press(button) {                  // 菜单的一个按钮
     const code = await ask('扫到的', [['ScanResult', '内容', 'hello']]);
     if (code) event({ScanCodeInfo: {ScanType: 'qrcode', ...code}});
   } else if (kind === 'location') {
-    const where = await place();
+    const where = await whereabouts();
     if (!where) return;
     await event({SendLocationInfo: {...where, Scale: '15', Poiname: ''}, AppType: 'wxwork'});
     say({MsgType: 'location', Scale: '15', AppType: 'wxwork', ...where});
@@ -2367,7 +2543,8 @@ const closeMenus = () => { for (const items of document.querySelectorAll('#menu 
 function send() {
   const content = $('text').value;
   if (!content.trim()) return;
-  say({MsgType: 'text', Content: content});
+  if (chat) talk({text: content});
+  else say({MsgType: 'text', Content: content});
   $('text').value = '';
   $('text').style.height = '';
 }
@@ -2380,7 +2557,12 @@ for (const input of document.querySelectorAll('#tools input')) {
   input.onchange = () => { if (input.files[0]) pick(input.name, input.files[0]); input.value = ''; };
 }
 for (const button of document.querySelectorAll('#tools button')) button.onclick = tools[button.name];
-$('user').onchange = () => { user = $('user').value; redraw(); };
+$('user').onchange = () => { user = $('user').value; unread.clear(); go(chat); };
+$('quoted').lastChild.onclick = () => setQuote(null);
+$('fault').onchange = chooseFault;
+$('do_fault').onclick = () => post('/bot', {do: 'fault', name: $('fault').value,
+  ...($('fault_value').hidden ? {} : {value: Number($('fault_value').value)})});
+$('heal').onclick = () => post('/bot', {do: 'heal'});
 for (const name of ['delay', 'lost']) $(name).onchange = () => change({[name]: Number($(name).value)});
 $('wrong_token').onchange = () => change({wrong_token: $('wrong_token').checked});
 $('trusted').onchange = () => change({trusted: !$('trusted').checked});
@@ -2393,8 +2575,16 @@ document.onkeydown = e => { if (e.key === 'Escape') { closeMenus(); $('panel').c
 new EventSource('/events?' + key).onmessage = message => {
   const event = JSON.parse(message.data);
   if (event.kind === 'state') return setState(event);
-  all.push(event);
-  show(event);
+  const grown = event.kind === 'grow' && all.find(old => old.id === event.of);
+  if (grown) {                                  // 重画的时候只要最后的样子
+    grown.frames = (grown.frames || 0) + 1;
+    Object.assign(grown, {finished: event.finished, body: {...grown.body, content: event.text}});
+  } else all.push(event);
+  const where = place(event);
+  if (where !== chat && event.kind === 'bubble' && event.chat && (where !== 'bot' || event.chat === user)) {
+    unread.add(where);
+    redraw();
+  } else show(event);
 };
 '''
 
@@ -2405,22 +2595,32 @@ PAGE = '''<!doctype html>
   <header><div><h1 id="name">…</h1><small id="bot">连接中…</small></div>
     <select id="user" aria-label="以谁的身份说话"></select>
     <button id="switch" type="button" aria-expanded="false" aria-controls="panel">开关</button></header>
+  <nav id="chats" aria-label="会话"></nav>
   <section id="log" role="log" aria-label="聊天" tabindex="0"></section>
-  <footer><div id="menu" hidden></div>
+  <footer><div id="menu" data-in="app" hidden></div>
+    <div id="quoted" hidden><div class="quote"></div><button type="button" aria-label="不引用了">✕</button></div>
     <form id="write">
       <button id="more" type="button" aria-label="更多" aria-expanded="false" aria-controls="tools">＋</button>
-      <textarea id="text" rows="1" aria-label="消息" placeholder="说点什么,Enter 发送" autofocus></textarea>
+      <textarea id="text" rows="1" aria-label="消息" placeholder="说点什么，Enter 发送" autofocus></textarea>
       <button class="solid">发送</button></form>
     <div id="tools" hidden>
       <label>图片<input type="file" name="image" accept=".jpg,.jpeg,.png"></label>
-      <label>语音<input type="file" name="voice" accept=".amr,audio/*"></label>
+      <label data-in="app">语音<input type="file" name="voice" accept=".amr,audio/*"></label>
       <label>视频<input type="file" name="video" accept=".mp4,video/*"></label>
       <label>文件<input type="file" name="file"></label>
-      <button type="button" name="location">位置</button><button type="button" name="link">链接</button>
-      <button type="button" name="enter">进入应用</button></div></footer>
+      <button type="button" name="location" data-in="app">位置</button>
+      <button type="button" name="link" data-in="app">链接</button>
+      <button type="button" name="enter" data-in="app">进入应用</button>
+      <button type="button" name="spoken" data-in="bot">语音</button>
+      <button type="button" name="enter_chat" data-in="bot">进入单聊</button>
+      <button type="button" name="at" data-in="group">@ 机器人</button></div></footer>
 </main>
 <aside id="panel" aria-label="捣乱的开关"><h2>捣乱</h2>
-  <p>企业微信和网络不总是好好的。打开一个,再说一句话。</p>
+  <section data-in="talk"><p>长连接不总是好好的。选一个，来一下；写着「下一」的，做的时候才用。</p>
+    <select id="fault" aria-label="怎么捣乱"></select>
+    <label><input id="fault_value" aria-label="值"><button id="do_fault" type="button">来一下</button></label>
+    <p id="armed" hidden></p><button id="heal" type="button">都好了</button></section>
+  <section data-in="app json"><p>企业微信和网络不总是好好的。打开一个，再说一句话。</p>
   <label>网络慢 <select id="delay"><option value="0">不</option><option value="1">1 秒</option>
     <option value="3">3 秒</option><option value="6">6 秒</option></select></label>
   <label>回答丢在路上 <select id="lost"><option value="0">不</option><option value="1">第 1 次</option>
@@ -2428,7 +2628,7 @@ PAGE = '''<!doctype html>
   <label>Token 不一样 <input id="wrong_token" type="checkbox"></label>
   <label>IP 不可信 (60020) <input id="trusted" type="checkbox"></label>
   <button id="expire" type="button">让 access_token 过期</button>
-  <p>等机器人 5 秒,等不到就断开、再投递,一共 3 次。气泡下面的「原文」是加密前后的 XML 和 JSON。</p></aside>
+  <p>等机器人 5 秒，等不到就断开、再投递，一共 3 次。气泡下面的「原文」是加密前后的 XML 和 JSON。</p></section></aside>
 <dialog id="ask" aria-label="填写"></dialog>
 <dialog id="raw" aria-label="原文">
   <form method="dialog" class="top"><h2>原文</h2><button class="solid">关闭</button></form>
@@ -2474,7 +2674,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             prefix, api, name = path.rpartition('/cgi-bin/')
             if not (path.startswith('/') and all(re.fullmatch('[0-9]{1,9}', n) for n in numbers)):
                 self._write(400, 'text/plain', b'bad request\n')
-            elif self._foreign(api or path.startswith('/aibot')):
+            elif self._foreign(api):
                 self._write(403, 'text/plain', b'only for this machine\n')
             elif path == '/aibot' or self.headers.get('Upgrade'):
                 self._web_socket(path)
@@ -2582,7 +2782,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._events()
         elif what == 'GET /media' and path[7:] in self.server.wecom.media:
             self._media(self.server.wecom.media[path[7:]])
-        elif what in ('POST /say', 'POST /file', 'POST /switch'):
+        elif what in ('POST /say', 'POST /file', 'POST /switch', 'POST /bot'):
             try:
                 getattr(self, '_' + self.path[1:].partition('?')[0])(query, body)
                 self._json({})
@@ -2596,7 +2796,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.wecom.say(asked['user'], asked['message'], asked.get('card'))
 
     def _file(self, query, body):
-        self.server.wecom.send_file(query['user'], query['type'], query['name'], body)
+        user, kind, name = query['user'], query['type'], query['name']
+        if query.get('chat'):           # parse_qsl 丢掉空的
+            need(kind in MEDIA and body, 40004, '没有文件')
+            self.server.wecom.bot.say(user, chat=query['chat'], **{kind: (name, body)})
+        else:
+            self.server.wecom.send_file(user, kind, name, body)
+
+    def _bot(self, query, body):
+        asked = json.loads(body.decode('utf-8'))
+        what = asked.pop('do')
+        need(what in ('say', 'enter', 'press', 'feedback', 'event', 'fault', 'heal'), 40058, '没有这件事')
+        getattr(self.server.wecom.bot, what)(**asked)
 
     def _switch(self, query, body):
         asked = json.loads(body.decode('utf-8'))
