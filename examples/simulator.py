@@ -467,6 +467,7 @@ class Connection:
 
     def __init__(self, number, sock, stream, receive):
         self.number, self._sock, self._stream, self._receive = number, sock, stream, receive
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.subscribed = self.deaf = self.masks = False    # masks：控制帧加掩码，像企业微信的网关
         self.waiting = set()            # ack 还没有发出去的 req_id
         self.over = threading.Event()
