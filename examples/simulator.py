@@ -1076,6 +1076,7 @@ class Bot(Uplink):
         …]）。``quote`` 是引用的：一句话、一个气泡，或正文的 dict。
         """
         (kind, value), = dict(media, **{'text': text} if text is not None else {}).items()
+        need(kind in ('text', 'voice', 'mixed') + tuple(MEDIA), 40008, '没有这种消息')
         group = self.groups.get(self.group if chat == 'group' else chat)
         chat = (self.group if chat == 'group' else chat) if group else user
         need(user in (group['members'] if group else self.corp.users), 40031, '没有这个成员')
@@ -1158,6 +1159,7 @@ class Bot(Uplink):
     def press(self, bubble, key, user='zhangsan', selected=None):
         """点卡片（气泡或它的 id）上的按钮 → 那一帧；``selected`` 是 {question_key: [option_id, …]}。"""
         bubble = self._bubble_of(bubble)
+        need(bubble['kind'] == 'template_card', 40058, '这不是卡片')
         card = bubble['body']
         items = [{'question_key': question, 'option_ids': {'option_id': list(ids)}}
                  for question, ids in (selected or {}).items()]

@@ -478,14 +478,14 @@ class Program:
         url = urllib.parse.urlsplit(wecom.bot_settings['bot_url'])
         self.wecom, self.settings = wecom, wecom.bot_settings
         self.sock = socket.create_connection((url.hostname, url.port), 10)
-        self.stream = self.sock.makefile('rb')
+        self.reader = self.sock.makefile('rb')
         lines = ['GET %s HTTP/1.1' % (path or url.path), 'Host: ' + url.netloc, 'Upgrade: websocket',
                  'Connection: Upgrade', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==', 'Sec-WebSocket-Version: 13']
         self.sock.sendall('\r\n'.join(lines + ['', '']).encode())
-        self.head = b''.join(iter(self.stream.readline, b'\r\n')).decode()
+        self.head = b''.join(iter(self.reader.readline, b'\r\n')).decode()
 
     def close(self):
-        self.stream.close()
+        self.reader.close()
         self.sock.close()
 
     def write(self, opcode, data, final=0x80, mask=b'mask'):
@@ -496,14 +496,14 @@ class Program:
 
     def frame(self):
         """→ (最后的片段吗, 类型, 加了掩码吗, 内容)；断了是 None。"""
-        head = self.stream.read(2)
+        head = self.reader.read(2)
         if len(head) < 2:
             return None
         size = head[1] & 127
         if size > 125:
-            size = int.from_bytes(self.stream.read(2 if size == 126 else 8), 'big')
-        mask = self.stream.read(4) if head[1] & 128 else b''
-        data = self.stream.read(size)
+            size = int.from_bytes(self.reader.read(2 if size == 126 else 8), 'big')
+        mask = self.reader.read(4) if head[1] & 128 else b''
+        data = self.reader.read(size)
         return head[0] >= 128, head[0] & 15, bool(mask), simulator.masked(data, mask) if mask else data
 
     def message(self, strict=True):
@@ -567,6 +567,481 @@ class SimulatorBotTests(SimulatorCase):
         for path, status in ('/nosuch', '404'), ('/', '404'):
             self.assertIn(status, self.program(False, path).head.split('\r\n')[0])
 
+    def test_a_stream_grows_in_one_bubble_for_six_minutes(self):
+        program, bot = self.program(), self.bot
+        frame = bot.say('lisi', '你好')
+        self.assertEqual(program.message(), frame)
+        sent = [program.stream(frame, text, feedback={'id': 'F'}) for text in ('你', '你好', ' \n')]
+        self.assertEqual(sent, [0, 0, 0])
+        seen = bot.bubbles[-1]
+        keys = 'chat how kind text finished frames feedback msgid'
+        self.assertEqual([seen[key] for key in keys.split()],
+                         ['lisi', 'reply', 'stream', '你好', False, 3, 'F', frame['body']['msgid']])
+        bot.skip(359)
+        self.assertEqual(program.stream(frame, '你好！'), 0)
+        bot.skip(2)
+        self.assertEqual([program.stream(frame, 'x', True), seen['text'], seen['finished']], [846608, '你好！', False])
+        self.assertEqual([program.stream(frame, text, True, 't') for text in ('另一个', '又')], [0, 846608])
+        self.assertEqual([len(bot.bubbles), len(bot.problems)], [2, 1])        # 上一个还没有结束
+        for errcode, body in ((45002, {'id': 's', 'content': 'x' * 20481}), (40058, {'content': 'x'}), (40058, 7),
+                              (40058, {'id': 's', 'finish': 'x'}), (40058, {'id': 's', 'feedback': {'id': 'x' * 257}}),
+                              (40058, {'id': 's', 'feedback': 7})):
+            self.assertEqual(program.reply(frame, 'stream', body), errcode, body)
+        self.assertEqual(program.stream(frame, '<think>只是想</think>', True, 'u'), 0)
+        self.assertIn('看得见', bot.problems[-1])
+        self.assertEqual(program.stream(frame, 'x', True, 'v', msg_item=[{}]), 0)
+        self.assertIn('msg_item', bot.problems[-1])
+        program.send('aibot_respond_msg', {'msgtype': 'stream', 'stream': {'id': 'w', 'content': 'a'}}, 'nosuch')
+        self.assertEqual(program.message()['errcode'], 846605)
+        bot.skip(86400)
+        self.assertEqual(program.stream(frame, 'x', True, 'w'), 846605)
+
+    def test_two_frames_in_flight_and_a_req_id_of_another_connection(self):
+        self.bot.ack_after = 0.2
+        program = self.program()
+        frame, other = self.bot.say(text='1'), self.bot.say(text='2')
+        bodies = [program.message()['headers']['req_id'] for _ in range(2)]
+        for req_id in bodies[0], bodies[0], bodies[1]:
+            program.send('aibot_respond_msg', {'msgtype': 'stream', 'stream': {'id': 's', 'content': 'x'}}, req_id)
+        acks = [program.message() for _ in range(3)]
+        self.assertEqual([(ack['headers']['req_id'], ack['errcode']) for ack in acks],
+                         [(bodies[0], 6000), (bodies[0], 0), (bodies[1], 0)])
+        self.assertEqual(self.bot.bubbles[0]['frames'], 1)
+        self.bot.ack_after = 0
+        second = self.program()
+        self.assertEqual([second.stream(frame, 'x', True), second.stream(other, 'x', True)], [846605, 846605])
+
+    def test_what_may_be_sent_and_to_whom(self):
+        program, bot = self.program(), self.bot
+        frame = bot.say(text='x')
+        program.message()
+        wide = {'content': 'x' * 20481}
+        for errcode, kind, body in ((40008, 'text', {'content': 'x'}), (40008, 'news', {}), (45002, 'markdown', wide),
+                                    (44004, 'markdown', {'content': ''}), (40007, 'file', {'media_id': 'nosuch'}),
+                                    (42031, 'template_card', {'card_type': 'x'}), (0, 'markdown', {'content': 'x'})):
+            self.assertEqual(program.reply(frame, kind, body), errcode, kind)
+            push = {'chatid': 'zhangsan', 'msgtype': kind, kind: body}
+            self.assertEqual(program.ask('aibot_send_msg', push)['errcode'], errcode, kind)
+        hello = {'msgtype': 'markdown', 'markdown': {'content': 'x'}}
+        for errcode, more in ((93006, {'chatid': 'lisi'}), (93006, {'chatid': bot.group}), (93006, {}),
+                              (93006, {'chatid': 'zhangsan', 'chat_type': 2}),
+                              (0, {'chatid': 'zhangsan', 'chat_type': 1})):
+            self.assertEqual(program.ask('aibot_send_msg', dict(hello, **more))['errcode'], errcode, more)
+        bot.say('lisi', 'x', chat='group')
+        program.message()
+        bot.per_minute, bot.per_hour = 3, 5
+        group = dict(hello, chatid=bot.group, chat_type=2)
+        sent = [program.ask('aibot_send_msg', group)['errcode'] for _ in range(4)]
+        bot.skip(61)
+        sent += [program.ask('aibot_send_msg', group)['errcode'] for _ in range(3)]
+        self.assertEqual(sent, [0, 0, 0, 45009, 0, 0, 45009])
+        self.assertEqual({b['chat'] for b in bot.bubbles[-5:]}, {bot.group})
+        refused = [e for e in self.wecom.events if e['kind'] == 'call']
+        self.assertEqual((refused[-1]['chat'], refused[-1]['errcode']), (bot.group, 45009))
+
+    def test_a_card_its_button_its_update_and_its_feedback(self):
+        program, bot = self.program(), self.bot
+        frame = bot.say('lisi', 'x', chat='group')
+        program.message()
+        for errcode, more in ((0, {}), (42014, {}), (42014, {'task_id': None}), (42014, {'task_id': 'a b'}),
+                              (42033, {'main_title': {'title': '长' * 27}}), (42035, {'button_list': None}),
+                              (42028, {'task_id': 't', 'jump_list': [{'title': 't', 'type': 3}]}),
+                              (0, {'task_id': 't', 'jump_list': [{'title': 't', 'type': 3, 'question': 'q'}]})):
+            body = {k: v for k, v in dict(CARD, feedback={'id': 'F'}, **more).items() if v is not None}
+            self.assertEqual(program.reply(frame, 'template_card', body), errcode, more)
+        shown = bot.bubbles[0]
+        bot.press(shown, 'ok', 'lisi', {'q': ['a']})
+        pressed = program.message()
+        self.assertEqual(pressed['body']['event'], {'eventtype': 'template_card_event', 'template_card_event': {
+            'card_type': 'button_interaction', 'event_key': 'ok', 'task_id': 'job-7', 'selected_items': {
+                'selected_item': [{'question_key': 'q', 'option_ids': {'option_id': ['a']}}]}}})
+        self.assertEqual([pressed['body'][key] for key in ('chattype', 'chatid', 'from')],
+                         ['group', bot.group, {'userid': 'lisi'}])
+        update = {'response_type': 'update_template_card', 'template_card': {
+            'card_type': 'text_notice', 'main_title': {'title': '好了'}, 'task_id': 'job-7'}, 'userids': ['lisi']}
+        req_id = pressed['headers']['req_id']
+        for errcode, body in ((40058, dict(update, response_type='x')), (40058, dict(update, template_card=7)),
+                              (42014, dict(update, template_card=dict(update['template_card'], task_id='x'))),
+                              (0, update)):
+            self.assertEqual(program.ask('aibot_respond_update_msg', body, req_id)['errcode'], errcode, body)
+        self.assertEqual((shown['text'], shown['frames']), ('好了', 2))
+        event = [e for e in self.wecom.events if e['kind'] == 'update'][-1]
+        self.assertEqual((event['of'], event['users']), (shown['id'], ['lisi']))
+        self.assertEqual(program.reply(pressed, 'markdown', {'content': 'x'}), 846605)      # 事件不是消息
+        self.assertEqual(program.ask('aibot_respond_update_msg', update, frame['headers']['req_id'])['errcode'], 846605)
+        bot.skip(5)
+        self.assertEqual(program.ask('aibot_respond_update_msg', update, req_id)['errcode'], 846605)
+        bot.flat_events = True
+        bot.feedback(shown['id'], 2, '不准', [2], 'lisi')
+        self.assertEqual(program.message()['body']['event'], {
+            'eventtype': 'feedback_event', 'id': 'F', 'type': 2, 'content': '不准', 'inaccurate_reason_list': [2]})
+
+    def test_a_welcome_once_a_day_within_five_seconds(self):
+        program, bot = self.program(), self.bot
+        entered = [bot.enter(user) for user in ('lisi', 'lisi', 'zhangsan')]
+        self.assertEqual([frame is None for frame in entered], [False, True, False])
+        self.assertEqual(program.message()['body']['event'], {'eventtype': 'enter_chat'})
+        program.message()
+        for errcode, kind, body in ((40008, 'markdown', {'content': 'x'}), (44004, 'text', {'content': ''}),
+                                    (0, 'text', {'content': '您好'}), (0, 'template_card', CARD)):
+            self.assertEqual(program.reply(entered[0], kind, body, 'aibot_respond_welcome_msg'), errcode, kind)
+        self.assertEqual([(b['how'], b['kind'], b['chat']) for b in bot.bubbles],
+                         [('welcome', 'text', 'lisi'), ('welcome', 'template_card', 'lisi')])
+        bot.skip(86400)
+        self.assertEqual(program.reply(entered[2], 'text', {'content': 'x'}, 'aibot_respond_welcome_msg'), 846605)
+        self.assertTrue(bot.enter('lisi'))
+        self.assertNotIn('lisi', bot.met)       # 打开不是说话
+
+    def test_an_upload_in_any_order_survives_a_reconnect(self):
+        data = os.urandom(1300)
+        program, bot = self.program(), self.bot
+        bot.chunk, piece = 512, [binascii.b2a_base64(data[n:n + 512], newline=False).decode() for n in (0, 512, 1024)]
+        init = {'type': 'file', 'filename': '报告.bin', 'total_size': 1300, 'total_chunks': 3,
+                'md5': hashlib.md5(data).hexdigest()}
+        for errcode, more in ((40004, {'type': 'x'}), (40058, {'filename': ''}), (40005, {'type': 'image'}),
+                              (40006, {'total_size': 4}), (40006, {'total_chunks': 2}), (40006, {'total_chunks': 101})):
+            self.assertEqual(program.ask('aibot_upload_media_init', dict(init, **more))['errcode'], errcode, more)
+        upload = program.ask('aibot_upload_media_init', init)['body']
+        chunk = dict(upload, chunk_index=2, base64_data=piece[2])
+        for errcode, more in ((0, {}), (0, {}), (40058, {'chunk_index': 3}), (40058, {'upload_id': 'x'}),
+                              (40058, {'base64_data': '*'}), (40006, {'base64_data': 'AAAA' * 171}),
+                              (0, {'chunk_index': 0, 'base64_data': piece[0]})):
+            self.assertEqual(program.ask('aibot_upload_media_chunk', dict(chunk, **more))['errcode'], errcode, more)
+        self.assertEqual(program.ask('aibot_upload_media_finish', upload)['errcode'], 40058)
+        program.close()
+        program = self.program()
+        program.ask('aibot_upload_media_chunk', dict(chunk, chunk_index=1, base64_data=piece[1]))
+        done = [program.ask('aibot_upload_media_finish', upload)['body'] for _ in range(2)]
+        self.assertEqual([(d['type'], d['media_id'], d['created_at'].isdigit()) for d in done],
+                         [('file', done[0]['media_id'], True)] * 2)
+        frame = bot.say(text='x')
+        program.message()
+        self.assertEqual([program.reply(frame, kind, {'media_id': done[0]['media_id']}) for kind in ('file', 'image')],
+                         [0, 40007])
+        self.assertEqual(self.wecom.media[bot.bubbles[-1]['body']['media_id']]['data'], data)
+        self.assertEqual(bot.bubbles[-1]['text'], '报告.bin')
+        self.assertIn('(684 characters)', str(bot.frames))
+        bot.skip(1800)
+        self.assertEqual(program.ask('aibot_upload_media_finish', upload)['errcode'], 40058)
+        bot.per_minute = 0
+        self.assertEqual(program.ask('aibot_upload_media_init', init)['errcode'], 45009)
+
+    def test_what_members_send_is_served_encrypted_for_five_minutes(self):
+        program, bot, png = self.program(), self.bot, b'\x89PNG' + bytes(range(99))
+        for say, group, kind, path in (
+                ({'image': png}, False, 'image', ()), ({'file': ('报告 1.bin', png)}, False, 'file', ()),
+                ({'video': ('a.mp4', png)}, False, 'video', ()), ({'image': png}, True, 'mixed', (1, 'image')),
+                ({'mixed': ['看', png, ('b.bin', png)]}, False, 'mixed', (2, 'file'))):
+            bot.say('lisi', chat='group' if group else None, **say)
+            body = program.message()['body']
+            self.assertEqual((body['msgtype'], body['chattype']), (kind, 'group' if group else 'single'))
+            inner = body[kind]['msg_item'][path[0]][path[1]] if path else body[kind]
+            status, headers, data = self.http('GET', inner['url'][len(self.url):])
+            key = binascii.a2b_base64(inner['aeskey'] + '=' * (-len(inner['aeskey']) % 4))
+            self.assertEqual((status, len(key), len(data)), (200, 32, 128))
+            padding = bytes([128 - len(png)]) * (128 - len(png))
+            self.assertEqual(simulator.sealed(key, png), data)
+            self.assertEqual(unsealed(key, data), png + padding)
+            name = {'file': '报告 1.bin', 'video': 'a.mp4'}.get(kind, 'b.bin' if 'file' in path else 'image.png')
+            self.assertEqual(headers['Content-Disposition'],
+                             "attachment; filename*=UTF-8''" + urllib.parse.quote(name, safe=''))
+        self.assertEqual(body['mixed']['msg_item'][0], {'msgtype': 'text', 'text': {'content': '看'}})
+        bot.skip(301)
+        self.assertEqual(self.http('GET', inner['url'][len(self.url):])[0], 403)
+        self.assertEqual(self.http('GET', '/aibot/file/nosuch')[0], 404)
+
+    def test_a_group_hears_its_name_quotes_and_transcripts(self):
+        program, bot = self.program(), self.bot
+        self.assertIsNone(bot.say('lisi', '谁在', chat='group', mention=False))
+        self.assertIsNone(bot.say('lisi', voice='谁在', chat='group'))
+        self.assertEqual(bot.met, set())
+        self.assertEqual(bot.say('lisi', '@小助手 在吗', chat=bot.group)['body']['text'], {'content': '@小助手 在吗'})
+        frame = program.message()
+        program.stream(frame, '在', True)
+        for quote, quoted in (('昨天', '昨天'), (bot.bubbles[-1], '在'),
+                              ({'msgtype': 'voice', 'voice': {'content': 'v'}}, 'v')):
+            bot.say('wangwu', '什么', quote=quote)
+            quote = program.message()['body']['quote']
+            self.assertEqual(quote[quote['msgtype']], {'content': quoted})
+        bot.say(voice='说的话')
+        self.assertEqual(program.message()['body']['voice'], {'content': '说的话'})
+        with self.assertRaises(simulator.Refused):
+            bot.say('nobody', 'x')
+        for nothing in 'nosuch', bot.bubbles[-1]:
+            with self.assertRaises(simulator.Refused):
+                bot.press(nothing, 'ok')
+
+    def test_acks_go_wrong_on_request(self):
+        program, bot = self.program(), self.bot
+        frame = bot.say(text='x')
+        program.message()
+        bot.fault('error', 846608, times=2, cmd='aibot_respond_msg')
+        bot.met.add('zhangsan')
+        push = {'chatid': 'zhangsan', 'msgtype': 'markdown', 'markdown': {'content': 'x'}}
+        self.assertEqual([program.stream(frame, 'x'), program.ask('aibot_send_msg', push)['errcode'],
+                          program.stream(frame, 'x'), program.stream(frame, 'y')], [846608, 0, 846608, 0])
+        self.assertEqual((bot.bubbles[-1]['frames'], bot.faults), (1, {}))
+        bot.fault('no_ack')
+        program.send('aibot_send_msg', push, 'lost')
+        self.assertEqual(program.ask('ping', req_id='p')['headers'], {'req_id': 'p'})
+        bot.fault('late_ack', 0.1)
+        program.send('aibot_send_msg', push, 'late')
+        self.assertEqual(program.ask('ping', req_id='p')['headers'], {'req_id': 'p'})
+        self.assertEqual(program.message()['headers'], {'req_id': 'late'})
+        self.assertEqual(len(bot.bubbles), 4)
+        bot.fault('no_pong')
+        program.send('ping', req_id='q')
+        bot.heal()
+        bot.fault('refuse', 40001)
+        other = self.program(subscribe=False)
+        self.assertEqual([other.subscribe(), other.subscribe()], [40001, 0])
+        bot.subscribes = 3
+        self.assertEqual(self.program(subscribe=False).subscribe(), 45009)
+
+    def test_frames_go_wrong_on_request(self):
+        program, bot = self.program(), self.bot
+        bot.fault('duplicate')
+        bot.say(text='x')
+        first, second = program.message(), program.message()
+        self.assertEqual((first['body'], first['headers'] == second['headers']), (second['body'], False))
+        bot.fault('control')
+        said = bot.say(text='a"\\n"')
+        with self.assertRaises(ValueError):
+            json.loads(json.dumps(said).replace('\\u0001', '\x01'))
+        self.assertEqual(program.message(strict=False)['body']['text']['content'], '\x01a"\\n"\t')
+        bot.fault('fragments')
+        bot.say(text='分成几片')
+        frames = [program.frame() for _ in range(4)]
+        self.assertEqual([frame[:3] for frame in frames],
+                         [(False, 1, False), (False, 0, False), (True, 9, False), (True, 0, False)])
+        self.assertIn('分成几片', b''.join(frame[3] for frame in frames if frame[1] != 9).decode())
+        bot.fault('big')
+        bot.say(text='x')
+        self.assertTrue(len(json.dumps(program.message())) > 1200000)
+        bot.fault('unknown_cmd')
+        self.assertEqual(program.message()['cmd'], 'aibot_who_knows')
+        bot.fault('ping')
+        bot.fault('masked_ping')
+        self.assertEqual([program.frame()[1:3] for _ in range(2)], [(9, False), (9, True)])
+        program.write(9, b'x')
+        bot.fault('masked')
+        program.write(9, b'y')
+        self.assertEqual([program.frame()[3] for _ in range(2)], [b'x', b'y'])
+        program.write(10, b'')
+        program.write(1, b'{')              # 不是 JSON
+        program.write(1, b'[]')
+        program.write(2, json.dumps({'cmd': 'ping', 'headers': {'req_id': 'b'}}).encode())
+        self.assertEqual(program.message()['errcode'], 0)
+        self.assertEqual(len(bot.problems), 2)
+
+    def test_a_connection_ends_in_every_way(self):
+        bot = self.bot
+        for fault, value, code in (('close', None, 1000), ('close', 1001, 1001), ('kick', None, 1000)):
+            program = self.program()
+            bot.fault(fault, value)
+            if fault == 'kick':
+                self.assertEqual(program.message()['body']['event']['eventtype'], 'disconnected_event')
+            self.assertEqual(struct.unpack('>H', program.frame()[3][:2]), (code,))
+            program.write(8, b'')
+            self.assertIsNone(program.frame())
+            bot.wait(lambda bot: not bot.connections)
+        program = self.program()
+        bot.fault('abort')
+        with self.assertRaises(ConnectionResetError):
+            program.frame()
+        bot.wait(lambda bot: not bot.connections)
+        with self.assertRaises(simulator.Refused):
+            bot.fault('ping')                   # 没有连着的
+        program = self.program()
+        bot.fault('kick_open')
+        self.assertEqual((program.message()['body']['event']['eventtype'], program.ask('ping')['errcode']),
+                         ('disconnected_event', 846609))
+        program = self.program()
+        bot.fault('half_open')
+        program.send('ping')
+        bot.say(text='x')
+        program.sock.settimeout(0.05)
+        with self.assertRaises(OSError):
+            program.reader.read(1)
+        program = self.program()
+        program.write(8, b'\x03\xe8')
+        self.assertEqual((program.frame()[1:], program.frame()), ((8, False, b'\x03\xe8'), None))
+        bot.wait(lambda bot: not bot.connected)
+        bot.say(text='x')
+        self.assertIn('没有连上', self.wecom.events[-1]['text'])
+
+    def test_a_program_that_breaks_the_rfc_is_told_so(self):
+        simulator.Connection.most, most = 1000, simulator.Connection.most
+        self.addCleanup(setattr, simulator.Connection, 'most', most)
+        for code, frames in ((1002, [(0, b'x', 0x80)]), (1002, [(1, b'x', 0), (1, b'x', 0x80)]), (1002, [(9, b'x', 0)]),
+                             (1002, [(3, b'', 0x80)]), (1007, [(1, b'\xff', 0x80)]), (1009, [(1, b'x' * 1001, 0x80)]),
+                             (1002, [(1, b'x' * 900, 0), (0, b'x' * 900, 0x80)])):
+            program = self.program(subscribe=False)
+            for opcode, data, final in frames:
+                program.write(opcode, data, final)
+            self.assertEqual(struct.unpack('>H', program.frame()[3][:2]), (code,), frames)
+
+    def test_the_page_shows_and_does_it_all(self):
+        program, bot = self.program(), self.bot
+
+        def post(path, body, **more):
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return json.loads(self.http('POST', path, body, **more)[2].decode())
+        self.assertEqual(post('/bot', {'do': 'say', 'user': 'lisi', 'text': '你好', 'quote': '昨天'}), {})
+        frame = program.message()
+        program.stream(frame, '<think></think>')
+        program.stream(frame, '好', True, feedback={'id': 'F'})
+        state, *seen = self.events('said', 'bubble', 'grow', 'grow')
+        said, bubble, *_, grown = [event for event in seen if event['kind'] in ('said', 'bubble', 'grow')]
+        self.assertEqual((state['bot']['connected'], state['bot']['name']), (1, '小助手'))
+        self.assertEqual((said['chat'], said['body']['items'], said['body']['quote']),
+                         ('lisi', [{'type': 'text', 'body': {'content': '你好'}}], '昨天'))
+        self.assertEqual((grown['of'], grown['text'], grown['finished']), (bubble['id'], '好', True))
+        self.assertEqual(json.loads(grown['raw'][0][1])['body']['stream']['content'], '好')
+        self.assertEqual(post('/file?user=lisi&chat=lisi&type=image&name=a.png', b'PNG'), {})
+        self.assertEqual(program.message()['body']['msgtype'], 'image')
+        for asked in ({'do': 'stop'}, {'do': 'press', 'bubble': 7, 'key': 'x'}, {'do': 'fault', 'name': 'x'},
+                      {'do': 'say', 'x': 'y'}):
+            self.assertIn('error', post('/bot', asked), asked)
+        self.assertEqual(post('/bot', {'do': 'fault', 'name': 'error', 'value': 6000}), {})
+        self.assertEqual(bot.state()['armed'], {'error': 6000})
+        self.assertEqual(self.http('GET', '/aibot')[0], 400)
+
+
+def unsealed(key, data):
+    """AES-256-CBC 的另一个方向，填充还在。"""
+    try:
+        from Crypto.Cipher import AES
+    except ImportError:
+        from Cryptodome.Cipher import AES
+    return AES.new(key, AES.MODE_CBC, key[:16]).decrypt(data)
+
+
+class SimulatorJsonTests(SimulatorCase):
+    """智能机器人的 JSON 回调。"""
+
+    def setUp(self):
+        super().setUp()
+        self.bot = self.wecom.bot
+        self.bot.mode, self.bot.poll_every, self.got, self.answers, self.spoilt = 'json', 0.01, [], {}, {}
+        self.assertNotIn('bot_secret', self.wecom.bot_settings)
+        self.assertEqual(self.bot.verify(stand_in(self, self.answer)), '')
+
+    def answer(self, handler):
+        """回调 URL：明文记在 got，照 answers 答；spoilt 改信封。"""
+        query = dict(urllib.parse.parse_qsl(handler.path.partition('?')[2]))
+        crypt = easywechat.WXBizMsgCrypt(self.wecom.settings['token'], self.wecom.settings['encoding_aes_key'], '')
+        signed = [query[name] for name in ('msg_signature', 'timestamp', 'nonce')]
+        if handler.command == 'GET':
+            data = crypt.verify_url(*signed + [query['echostr']]).encode()
+        else:
+            body = handler.rfile.read(int(handler.headers['Content-Length'])).decode()
+            message = json.loads(crypt.decrypt_message(body, *signed))
+            self.got.append(message)
+            answer = self.answers.get(message.get('event', {}).get('eventtype', message['msgtype']), {})
+            answer = answer(message) if callable(answer) else answer
+            sealed = crypt.seal(json.dumps(answer))
+            envelope = {'encrypt': sealed.decode(), 'msgsignature': crypt.sign(*signed[1:] + [sealed]),
+                        'timestamp': int(query['timestamp']), 'nonce': query['nonce']}
+            data = b'' if answer == '' else json.dumps(dict(envelope, **self.spoilt)).encode()
+        handler.send_response(200)
+        handler.send_header('Content-Length', str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    def stream(self, content, finish=False, **more):
+        return {'msgtype': 'stream', 'stream': dict({'id': 's', 'finish': finish, 'content': content}, **more)}
+
+    def test_a_stream_is_asked_for_until_it_is_finished(self):
+        texts, png = iter(['一二', '一二三']), b'\x89PNG\r\n'
+        image = {'base64': binascii.b2a_base64(png).decode(), 'md5': hashlib.md5(png).hexdigest()}
+        self.answers['text'] = self.stream('一')
+        self.answers['stream'] = lambda message: self.stream(next(texts), len(self.got) == 3, **{
+            'msg_item': [{'msgtype': 'image', 'image': image}]} if len(self.got) == 3 else {})
+        said = self.bot.say('lisi', '说', chat='group')['body']
+        seen = self.bot.wait(lambda bot: [b for b in bot.bubbles if b['finished']])[0]
+        self.assertEqual((seen['text'], seen['frames'], seen['images']), ('一二三', 3, [png]))
+        self.assertEqual(self.got[0], said)
+        self.assertEqual(len({message['msgid'] for message in self.got}), 3)
+        self.assertEqual({k: v for k, v in self.got[2].items() if k != 'msgid'}, {
+            'aibotid': said['aibotid'], 'chatid': self.bot.group, 'chattype': 'group', 'from': {'userid': 'lisi'},
+            'msgtype': 'stream', 'stream': {'id': 's'}})
+        self.assertEqual(self.bot.problems, [])
+
+    def test_a_stream_that_never_ends_and_polls_without_an_answer(self):
+        def late(message):
+            if len(self.got) == 4:
+                self.bot.skip(361)
+            return [{}, self.stream('x', id='t'), self.stream('y')][len(self.got) % 3]
+        self.answers.update(text=self.stream('x'), stream=late)
+        self.bot.say(text='x')
+        self.bot.wait(lambda bot: '6 分钟' in ''.join(bot.problems))
+        self.assertEqual(len(self.bot.problems), 3)
+        self.assertFalse(self.bot.bubbles[-1]['finished'])
+
+    def test_what_wecom_does_not_take_is_a_problem(self):
+        card = dict(CARD, feedback={'id': 'F'})
+        shown = {'msgtype': 'template_card', 'template_card': card}
+        for kind, answer, words, do in (
+                ('text', {'msgtype': 'text', 'text': {'content': 'x'}}, 'text 不能', None), ('text', '', '', None),
+                ('text', self.stream('x' * 20481, True), 'out of limit', None), ('text', {}, '', None),
+                ('text', {'msgtype': 'stream'}, 'invalid parameter', None), ('text', [], 'JSON', None),
+                ('text', shown, '', None), ('enter_chat', shown, 'duplicate', lambda: self.bot.enter()),
+                ('template_card_event', shown, 'response_type', lambda: self.bot.press(self.bot.bubbles[0], 'ok')),
+                ('feedback_event', shown, '没有答复', lambda: self.bot.feedback(self.bot.bubbles[0]))):
+            self.answers, before = {kind: answer}, self.wecom.events[-1]['id']
+            if do:
+                do()
+            else:
+                self.bot.say(text='x')
+            seen = self.events('answer' if not words or words == 'JSON' else 'note', last=before)[-1]
+            self.assertIn(words, seen.get('text', seen.get('error')), answer)
+        self.assertEqual(len(self.bot.bubbles), 1)
+        self.spoilt, before = {'nonce': 'x'}, self.wecom.events[-1]['id']
+        self.bot.say(text='x')
+        self.assertIn('nonce', self.events('answer', last=before)[-1]['error'])
+
+    def test_it_is_delivered_again_and_its_events_are_answered(self):
+        self.wecom.patience, self.wecom.deliveries = 0.2, 3
+        self.wecom.lost = 2
+        self.answers['enter_chat'] = {'msgtype': 'text', 'text': {'content': '您好'}}
+        self.bot.enter('lisi')
+        self.bot.wait(lambda bot: bot.bubbles)
+        self.assertEqual([message['msgid'] for message in self.got], [self.got[0]['msgid']] * 3)
+        self.assertNotIn('response_url', self.got[0])
+        self.wecom.lost, self.answers['text'] = 0, {'msgtype': 'template_card', 'template_card': CARD}
+        self.bot.say('lisi', 'x')
+        card = self.bot.wait(lambda bot: bot.bubbles[1:])[0]
+        self.answers['template_card_event'] = {'response_type': 'update_template_card', 'template_card': dict(
+            CARD, main_title={'title': '好了'})}
+        self.bot.press(card, 'ok', 'lisi')
+        self.bot.wait(lambda bot: card['text'] == '好了')
+        self.wecom.lost, count = 3, len(self.got)
+        self.bot.press(card, 'ok', 'lisi')
+        self.events('answer', last=self.wecom.events[-1]['id'] - 1)
+        self.assertEqual(len(self.got), count + 1)          # 事件只投递一次
+
+    def test_a_response_url_is_good_once_within_an_hour(self):
+        said = self.bot.say('lisi', 'x')['body']['response_url'][len(self.url):]
+        group = self.bot.say('lisi', 'x', chat='group')['body']['response_url'][len(self.url):]
+        hello = {'msgtype': 'markdown', 'markdown': {'content': '\u665a\u4e86'}}
+        for errcode, url, message in (
+                (40008, said, {'msgtype': 'text', 'text': {'content': 'x'}}), (40035, said, 7), (0, said, hello),
+                (60140, said, hello), (40008, group, {'msgtype': 'template_card', 'template_card': CARD})):
+            answer = json.loads(self.http('POST', url, json.dumps(message).encode())[2].decode())
+            self.assertEqual(answer['errcode'], errcode, message)
+        self.assertEqual([(b['how'], b['text'], b['chat']) for b in self.bot.bubbles], [('response', '晚了', 'lisi')])
+        self.bot.skip(3600)
+        self.assertEqual(json.loads(self.http('POST', group, json.dumps(hello).encode())[2].decode())['errcode'], 60140)
+
+    def test_its_media_are_under_the_encoding_aes_key(self):
+        self.bot.say(file=('a.bin', b'x' * 99))
+        self.bot.wait(lambda bot: self.got)
+        self.assertEqual(list(self.got[0]['file']), ['url'])
+        key = binascii.a2b_base64(self.wecom.settings['encoding_aes_key'] + '=')
+        data = self.http('GET', self.got[0]['file']['url'][len(self.url):])[2]
+        self.assertEqual(unsealed(key, data)[:99], b'x' * 99)
+
 
 BOT = '''
 import os, sys
@@ -614,7 +1089,7 @@ class SimulatorCommandTests(SimulatorCase):
         config, *folders = self.events('out', url=url)[-1]['body']['content'].split()[1:]
         self.assertEqual(folders, [os.path.dirname(config)] * 2)
         self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
-        with open(config) as f:
+        with open(config, encoding='utf-8') as f:
             text = f.read()
         for key in 'secret', 'token', 'encoding_aes_key', 'robot':
             self.assertNotIn(self.wecom.settings[key], text)
@@ -638,6 +1113,16 @@ class SimulatorCommandTests(SimulatorCase):
         for process, status, words in processes:
             err = process.communicate(timeout=20)[1].decode('utf-8')
             self.assertEqual((process.returncode, words in err), (status, True), err)
+
+    def test_the_keys_of_the_bot_are_in_its_config(self):
+        code = 'import os, shutil, sys\nwith open(os.environ["EASYWECHAT_CONFIG"], "rb") as f:\n' \
+               '    shutil.copyfileobj(f, sys.stdout.buffer)'
+        processes = [self.command(*args + [self.bot(code)]) for args in ([], ['--json'])]
+        found = [dict(re.findall('^(bot_.*) = (.*)$', process.communicate(timeout=20)[0].decode('utf-8'), re.M))
+                 for process in processes]
+        self.assertEqual([sorted(keys) for keys in found],
+                         [['bot_id', 'bot_name', 'bot_secret', 'bot_url'], ['bot_id', 'bot_name']])
+        self.assertRegex(found[0]['bot_url'], '^ws://127.0.0.1:[0-9]+/aibot$')
 
     def test_a_bot_that_runs_elsewhere(self):
         server = make_server(**dict(self.wecom.settings, api_base=self.url))
