@@ -1,28 +1,36 @@
 """A browser on the simulator's page: browser.py [--keep] [FOLDER]. Debian's chromium, headless, and a bot of its own.
 
 It says 你好, sends a picture, presses a menu's button and a card's, waits for a callback of seven seconds and loses
-answers; no error on the console, no request to another host. Pictures of the page, light, dark and 360 pixels wide, of
-every kind of message, the menus, the panel and the raw text go into FOLDER; --keep writes the one that the README
-shows, examples/simulator.png.
+answers. Then a scripted 智能机器人 lets bubbles grow in a single chat and a group. No error on the console, no request
+to another host. Pictures of the page, light, dark and 360 pixels wide, of every kind of message, the menus, the panel
+and the raw text go into FOLDER; --keep writes the one that the README shows, examples/simulator.png.
 """
 import argparse
 import base64
+import contextlib
 import json
 import os
 import re
 import struct
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.parse
 import zlib
 
+import websocket        # selenium needs it
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
+sys.path.insert(0, os.path.join(ROOT, 'examples'))
+
+import simulator  # noqa: E402
+
 BOT = r'''
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -101,6 +109,81 @@ def png(width, height):
         + chunk(b'IDAT', zlib.compress(rows, 9)) + chunk(b'IEND', b'')
 
 
+PROSE = '''<think>先看磁盘，再看日志。</think># 备份
+**失败** 了 2 次，见 [日志](https://e.x/)，`backup.sh` 停在：
+
+| 磁盘 | 用了 | 还有 |
+|---|---:|---|
+| sda1 | 91% | 12 GB |
+| sdb1 | 40% | 1.2 TB，很长很长很长的一格，放在这里看会怎样 |
+
+1. 删掉旧的快照
+   - 先停服务
+2. 再跑一次
+> 昨天也是
+---
+```
+df -h | sort -k5 -r | head -n 3 && echo "a long line that scrolls inside of its bubble"
+```
+<script>alert(1)</script>'''
+CARD = {'card_type': 'button_interaction', 'task_id': 'job-7', 'main_title': {'title': '备份失败', 'desc': '23:10'},
+        'button_selection': {'question_key': 'disk', 'title': '哪一块', 'option_list': [
+            {'id': 'a', 'text': 'sda1'}, {'id': 'b', 'text': 'sdb1'}]},
+        'button_list': [{'text': '再试一次', 'key': 'again'}, {'text': '不管', 'style': 2, 'key': 'no'}]}
+
+
+class Talker(threading.Thread):
+    """A scripted 智能机器人. A stream goes on when ``go`` is set; what it heard is in ``heard``."""
+
+    def __init__(self, settings):
+        super().__init__(daemon=True)
+        self.go, self.heard, self.later = threading.Semaphore(0), queue.Queue(), []
+        self.socket = websocket.create_connection(settings['bot_url'])
+        self.ask('aibot_subscribe', {'bot_id': settings['bot_id'], 'secret': settings['bot_secret']}, 's')
+        self.start()
+
+    def ask(self, cmd, body, req_id):
+        self.socket.send(json.dumps({'cmd': cmd, 'headers': {'req_id': req_id}, 'body': body}))
+        while True:
+            frame = json.loads(self.socket.recv())
+            if 'cmd' not in frame:
+                return frame['errcode']
+            self.later.append(frame)
+
+    def reply(self, frame, kind, body, cmd='aibot_respond_msg'):
+        return self.ask(cmd, {'msgtype': kind, kind: body}, frame['headers']['req_id'])
+
+    def run(self):
+        with contextlib.suppress(websocket.WebSocketException, OSError, ValueError):
+            while True:
+                frame = self.later.pop(0) if self.later else json.loads(self.socket.recv())
+                self.event(frame) if frame['body']['msgtype'] == 'event' else self.message(frame)
+
+    def event(self, frame):
+        event = frame['body']['event']
+        self.heard.put(event)
+        if event['eventtype'] == 'enter_chat':
+            self.reply(frame, 'text', {'content': '您好，我是小助手'}, 'aibot_respond_welcome_msg')
+        if event['eventtype'] == 'template_card_event':
+            card = dict(CARD, main_title={'title': '在备份了'}, replace_text='已经在备份')
+            self.ask('aibot_respond_update_msg', {'response_type': 'update_template_card', 'template_card': card},
+                     frame['headers']['req_id'])
+
+    def message(self, frame):
+        body = frame['body']
+        self.heard.put(body)
+        text = body.get('text', {}).get('content', body['msgtype'])
+        if '备份怎么样' in text:
+            for content in '<think></think>', PROSE[:9], PROSE[:60], PROSE:
+                self.reply(frame, 'stream', {'id': 's', 'content': content, 'finish': content == PROSE,
+                                             'feedback': {'id': 'F'}})
+                self.go.acquire()
+        elif '卡片' in text:
+            self.reply(frame, 'template_card', CARD)
+        else:
+            self.reply(frame, 'stream', {'id': 's', 'content': '听到 **%s**' % text, 'finish': True})
+
+
 class Page:
     """The page in a browser."""
 
@@ -113,7 +196,7 @@ class Page:
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService('/usr/bin/chromedriver'))
         self.look(1000, 760)
         self.driver.get(url)
-        self.wait(lambda: self.texts('#bot')[0].startswith('回调'))
+        self.wait(lambda: self.texts('#bot')[0] != '连接中…')
 
     def look(self, width, height, scheme='light'):
         self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {
@@ -248,15 +331,107 @@ def kinds(page, folder):
     page.look(1000, 760)
 
 
-def looks(page, folder):
+def talk(page, folder, bot, program):
+    """The same with the 智能机器人 → (name, whether it went right)."""
+    page.click('#chats button', '小助手')
+    yield 'who opens the chat is welcomed', page.heard('您好，我是小助手')
+    page.say('备份怎么样')
+    growing = 'return [...document.querySelectorAll(".growing")].map(node => node.innerText)'
+    for name, sign in (('think', '思考中…'), ('thinking', '先看'), ('growing', '备份')):
+        page.wait(lambda sign=sign: sign in ''.join(page.driver.execute_script(growing)))
+        page.picture(folder, 'bot-%s.png' % name)
+        program.go.release()
+    page.wait(lambda: page.count('.prose table') and not page.count('.growing'))
+    program.go.release()
+    yield 'a bubble grows and closes', [(b['frames'], b['finished']) for b in bot.bubbles[1:]] == [(4, True)]
+    text = page.texts('.prose')[-1]
+    yield 'its thoughts are folded', '思考过程' in text and '先看磁盘' not in text
+    yield 'its Markdown is text and nothing else', '<script>alert(1)</script>' in text and '**' not in text
+    yield from looks(page, folder, 'bot-')
+    page.click('.passive .meta button', '不准确')
+    events = [program.heard.get(timeout=5) for _ in range(3)]
+    yield 'a bubble is rated', events[-1].get('feedback_event') == {'id': 'F', 'type': 2}
+    page.say('卡片')
+    page.wait(lambda: page.count('.acts button', '再试一次'))
+    Select(page.driver.find_element(By.CSS_SELECTOR, '.card select')).select_by_value('b')
+    page.click('.acts button', '再试一次')
+    page.wait(lambda: page.count('.acts button:disabled', '已经在备份'))
+    pressed = [program.heard.get(timeout=5) for _ in range(2)][-1]['template_card_event']
+    yield "a card's button and choice arrive", (pressed['event_key'], pressed['selected_items']['selected_item']) == (
+        'again', [{'question_key': 'disk', 'option_ids': {'option_id': ['b']}}])
+    page.click('#more')
+    for kind in 'image', 'file':
+        page.driver.find_element(By.NAME, kind).send_keys(os.path.join(folder, '照片.png'))
+        page.heard('听到 ' + kind)
+    page.picture(folder, 'bot-files.png')
+    page.click('#more')
+    kinds = [program.heard.get(timeout=5)['msgtype'] for _ in range(2)]
+    yield 'a picture and a file go out', kinds == ['image', 'file']
+    yield from group(page, folder, bot, program)
+    Select(page.driver.find_element(By.ID, 'fault')).select_by_value('error')
+    page.click('#do_fault')
+    page.wait(lambda: page.count('#armed', '下一个 ack 是错误 6000'))
+    page.say('@小助手 错')
+    page.wait(lambda: any('6000' in note for note in page.texts('.note.bad')))
+    yield 'a fault is asked for', not bot.faults
+    Select(page.driver.find_element(By.ID, 'fault')).select_by_value('close')
+    page.click('#do_fault')
+    page.wait(lambda: '还没有连上' in page.texts('#bot')[0])
+    page.click('#chats button', '监控')
+    yield 'the app is what it was', page.count('.bubble') == 0 and page.count('#expire') == 1
+
+
+def group(page, folder, bot, program):
+    bot.say('lisi', '早', chat='group')
+    page.wait(lambda: page.count('#chats .new', '值班群'))
+    page.click('#chats button', '值班群')
+    page.heard('听到 @小助手 早')
+    yield 'another member stands on the left', page.texts('.other .bubble') == ['@小助手 早']
+    page.say('谁在')
+    page.wait(lambda: page.count('.note.bad', '没有 @小助手，机器人收不到'))
+    page.click('.passive .meta button', '引用')
+    page.click('#more')
+    page.click('#tools button', '@ 机器人')
+    page.click('#more')
+    page.say('对')
+    page.heard('听到 @小助手 对')
+    heard = [program.heard.get(timeout=5) for _ in range(2)]
+    yield 'it hears its name, and what is quoted', [(m['text']['content'], m.get('quote')) for m in heard] == [
+        ('@小助手 早', None), ('@小助手 对', {'msgtype': 'text', 'text': {'content': '听到 **@小助手 早**'}})]
+    yield from looks(page, folder, 'group-')
+    page.look(360, 740)
+    page.click('#switch')
+    page.picture(folder, 'group-panel.png')
+    page.click('#switch')
+    page.look(1000, 760)
+
+
+def looks(page, folder, prefix=''):
     for name, width, height, scheme in (('light', 1000, 760, 'light'), ('dark', 1000, 760, 'dark'),
                                         ('narrow', 360, 740, 'light'), ('narrow-dark', 360, 740, 'dark')):
         page.look(width, height, scheme)
-        page.picture(folder, name + '.png')
-        yield '%s: no horizontal scrolling' % name, page.narrow()
+        page.picture(folder, prefix + name + '.png')
+        yield '%s: no horizontal scrolling' % (prefix + name), page.narrow()
+    page.look(1000, 760)
     errors, hosts = page.errors(), page.hosts()
     yield 'no error on the console: %s' % errors, not errors
     yield 'no other host is asked: %s' % hosts, hosts == {'127.0.0.1'}
+
+
+def run_talk(folder):
+    """→ the checks of the 智能机器人."""
+    wecom, page, done = simulator.WeCom(), None, []
+    wecom.start()
+    try:
+        program = Talker(wecom.bot_settings)
+        page = Page(wecom.page)
+        done += talk(page, folder, wecom.bot, program)
+        done += looks(page, folder, 'after-')
+    finally:
+        if page:
+            page.driver.quit()
+        wecom.stop()
+    return done + [('no problem for WeCom: %s' % wecom.bot.problems, not wecom.bot.problems)]
 
 
 def run(folder):
@@ -265,18 +440,19 @@ def run(folder):
         f.write(png(240, 135))
     with open(os.path.join(folder, 'bot.py'), 'w', encoding='utf-8') as f:
         f.write(BOT)
-    simulator = subprocess.Popen([sys.executable, os.path.join(ROOT, 'examples', 'simulator.py'),
-                                  os.path.join(folder, 'bot.py'), ROOT], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'examples', 'simulator.py'),
+                                os.path.join(folder, 'bot.py'), ROOT], stdout=subprocess.PIPE)
     page, done = None, []
     try:
-        page = Page(re.search(r'聊天页: (\S+)', simulator.stdout.readline().decode()).group(1))
+        page = Page(re.search(r'聊天页: (\S+)', process.stdout.readline().decode()).group(1))
         for check in checks, looks:
             done += check(page, folder)
     finally:
         if page:
             page.driver.quit()
-        simulator.terminate()
-        done.append(('the simulator ends with 0', simulator.wait(20) == 0))
+        process.terminate()
+        done.append(('the simulator ends with 0', process.wait(20) == 0))
+    done += run_talk(folder)
     return [name for name, good in done if not good], len(done)
 
 
