@@ -373,7 +373,7 @@ def talk(page, folder, bot, program):
     page.wait(lambda: page.count('#armed', '下一个 ack 是错误 6000'))
     page.say('@小助手 错')
     page.wait(lambda: any('6000' in note for note in page.texts('.note.bad')))
-    yield 'a fault is asked for', not bot.faults
+    yield 'a fault is asked for', not bot.faults.armed
     Select(page.driver.find_element(By.ID, 'fault')).select_by_value('close')
     page.click('#do_fault')
     page.wait(lambda: '还没有连上' in page.texts('#bot')[0])

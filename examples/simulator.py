@@ -584,15 +584,14 @@ class Connection:
 
 
 # ---- 智能机器人 (path/101463) -----------------------------------------------------------------
-# 三个房间：`Chats` 是用户看到的和各种限制，`Uplink` 是长连接上的命令，`Bot` 是成员做的事和 JSON 回调。
-# 文档没有说的：太长是 45002，写错的字段是 40058，过了 5 秒的 req_id 是 846605。
+# 一间一间往上：`Chats` 是用户看到的和各种限制，`Uplink` 是长连接上的命令，`Callbacks` 是投递，`Bot` 是成员做的事。
+# 旁边两间小的：`Faults` 是要捣的乱，`Uploads` 是分片上传。文档没有说的错误码：太长是 45002，写错的字段是 40058，
+# 过了 5 秒的 req_id 是 846605。
 
 #: 各条路上能发的类型。
 ANSWERS = ('stream', 'stream_with_template_card', 'template_card', 'markdown') + tuple(MEDIA)
 PUSHES = ('markdown', 'template_card') + tuple(MEDIA)
 WELCOMES = 'text', 'template_card'
-#: 上传的素材 (§5)：文件 100 片，每片 512 KiB。
-UPLOADS = dict(MEDIA, file=(50 << 20, ()))
 
 
 def sealed(key, data):
@@ -614,7 +613,7 @@ class Chats:
     reply_within, event_within, stream_life = 86400, 5, 360
 
     def __init__(self, corp):
-        self.corp, self.name = corp, '小助手'
+        self.corp, self.name, self.mode = corp, '小助手', 'ws'
         self.group = 'wr' + secrets.token_hex(15)       # 群的 chatid
         self.groups = {self.group: {'name': '值班群', 'members': list(corp.users)}}
         self.bubbles = []       # 用户看到的，依次；见 `_bubble`
@@ -710,7 +709,7 @@ class Chats:
         return self._bubble(chat, how, kind, body, raw, **more)
 
     def _answer(self, asked, message, raw):
-        """对 ``asked``（用户的一句话，见 `Bot._ask`）的一个回答。"""
+        """对 ``asked``（用户的一句话，见 `Callbacks._deliver`）的一个回答。"""
         kind = message.get('msgtype')
         need(kind in ANSWERS, 40008, 'invalid message type')
         if kind[:6] == 'stream':
@@ -727,7 +726,7 @@ class Chats:
     def _stream(self, asked, stream, raw):
         """一个 stream 的一帧：新的 id 是新的气泡，``content`` 每次都是全文。"""
         self._check('stream', stream)
-        content, chat = stream.get('content', ''), asked['chat']
+        content, chat, images = stream.get('content', ''), asked['chat'], self._images(asked, stream, raw)
         bubble, begin = asked['streams'].get(stream['id'], (None, 0))
         if bubble is None:
             self._spend(chat)
@@ -743,29 +742,29 @@ class Chats:
             bubble['frames'] += 1
         bubble['text'] = bubble['body']['content'] = content if content.strip() else bubble['text']
         bubble['finished'] = bool(stream.get('finish'))
-        self._stream_images(asked, bubble, stream, raw)
+        bubble['images'] += images
         self.corp._log('grow', of=bubble['id'], chat=chat, text=bubble['text'], finished=bubble['finished'], raw=raw)
+        for data in images:
+            media_id = self.corp.keep('image', 'image.' + ('png' if data[:1] == b'\x89' else 'jpg'), data, 'bot')
+            self.corp._log('bubble', chat=chat, how='reply', type='image', body={'media_id': media_id}, finished=True,
+                           raw=raw)
         if bubble['finished'] and not re.sub('<think>.*?(</think>|$)', '', bubble['text'], flags=re.S).strip():
             self._problem(chat, 'stream 结束了，气泡里没有看得见的字', raw)
 
-    def _stream_images(self, asked, bubble, stream, raw):
-        """``msg_item``：JSON 回调的最后一帧才能带图片。"""
-        items = stream.get('msg_item') or []
-        if not items:
-            return
-        if asked['connection'] or not bubble['finished']:
+    def _images(self, asked, stream, raw):
+        """``msg_item`` → 图片 (bytes)：JSON 回调的最后一帧才能带。"""
+        items, images = stream.get('msg_item') or [], []
+        if items and (self.mode == 'ws' or not stream.get('finish')):
             self._problem(asked['chat'], 'msg_item 只能在 JSON 回调的最后一帧里，图片没有显示', raw)
-            return
+            return []
         need(len(items) <= 10, 45008, 'msg_item size out of limit')
         for item in items:
             need(item.get('msgtype') == 'image', 40008, 'invalid msg_item')
             data = base64.b64decode(item['image']['base64'])
             need(hashlib.md5(data).hexdigest() == item['image'].get('md5'), 301019, 'media md5 not match')
             need(len(data) <= 10 << 20 and data.startswith((b'\xff\xd8', b'\x89PNG')), 40006, 'invalid image')
-            bubble['images'].append(data)
-            media_id = self.corp.keep('image', 'image.png' if data[:1] == b'\x89' else 'image.jpg', data, 'bot')
-            self.corp._log('bubble', chat=asked['chat'], how='reply', type='image', body={'media_id': media_id},
-                           finished=True, raw=raw)
+            images.append(data)
+        return images
 
     def _welcome(self, asked, message, raw):
         kind = message.get('msgtype')
@@ -788,17 +787,88 @@ class Chats:
 #: 捣乱 → 不写 ``value`` 时的值。马上就做的：
 AT_ONCE = {'close': 1000, 'abort': None, 'half_open': None, 'kick': None, 'kick_open': None, 'unknown_cmd': None,
            'ping': None, 'masked_ping': None}
-#: 记着的：下一次用得上的时候，``times`` 次；没有次数的几种一直到 `Uplink.heal`。
+#: 记着的，下面 ``times`` 次用；最后两种一直到 `Bot.heal`。
 ARMED = {'refuse': 853000, 'error': 6000, 'no_ack': None, 'late_ack': 6, 'duplicate': None, 'control': None,
          'fragments': None, 'big': 1200000, 'no_pong': None, 'masked': None}
 FOR_EVER = 'no_pong', 'masked'
 
 
+class Faults:
+    """记着的捣乱；``changed()`` 是有了变化。"""
+
+    def __init__(self, changed):
+        self.armed, self._changed = {}, changed         # 名字 → {'value', 'times', 'cmd'}
+
+    def arm(self, name, value, times, cmd):
+        value = ARMED[name] if value is None else value
+        self.armed[name] = {'value': value, 'times': None if name in FOR_EVER else times, 'cmd': cmd}
+
+    def take(self, name, cmd=None):
+        """轮到它了 → 它的值（没有值的是 True），没有记着是 None。"""
+        fault = self.armed.get(name)
+        if not fault or fault['cmd'] not in (None, cmd):
+            return None
+        if fault['times']:
+            fault['times'] -= 1
+            if not fault['times']:
+                del self.armed[name]
+            self._changed()
+        return True if fault['value'] is None else fault['value']
+
+
+class Uploads:
+    """分片上传 (§5)：片从 0 数起，什么顺序都行，可以重来；断线了还在。"""
+
+    #: 一片、一个文件最多多少字节，最多几片，会话活多少秒。
+    chunk, longest, chunks, life = 512 << 10, 50 << 20, 100, 1800
+
+    def __init__(self, now, keep, next_id):
+        self._now, self._keep, self._next, self._open = now, keep, next_id, {}
+
+    def begin(self, body):
+        """→ ack 的 body，下面两个也是。"""
+        kind, name, total, chunks = (body.get(k) for k in ('type', 'filename', 'total_size', 'total_chunks'))
+        need(kind in MEDIA, 40004, 'invalid media type')
+        need(size(name) and isinstance(total, int) and isinstance(chunks, int), 40058, 'invalid parameter')
+        need(name.lower().endswith(MEDIA[kind][1] or ''), 40005, 'invalid file type')
+        most = self.longest if kind == 'file' else MEDIA[kind][0]
+        need(5 <= total <= most and 1 <= chunks <= self.chunks and total <= chunks * self.chunk, 40006,
+             'invalid media size')
+        upload_id = self._next('upload')
+        self._open[upload_id] = {'at': self._now(), 'parts': {}, 'asked': body, 'done': None}
+        return {'upload_id': upload_id}
+
+    def _upload(self, body):
+        upload = self._open.get(body.get('upload_id'))
+        need(upload and self._now() < upload['at'] + self.life, 40058, 'invalid upload_id')
+        return upload
+
+    def add(self, body):
+        upload, index = self._upload(body), body.get('chunk_index')
+        need(isinstance(index, int) and 0 <= index < upload['asked']['total_chunks'], 40058, 'invalid chunk_index')
+        data = base64.b64decode(body['base64_data'], validate=True)
+        need(0 < len(data) <= self.chunk, 40006, 'invalid chunk size')
+        upload['parts'][index] = data
+
+    def finish(self, body):
+        upload = self._upload(body)
+        asked, parts = upload['asked'], upload['parts']
+        if not upload['done']:
+            need(len(parts) == asked['total_chunks'], 40058, 'chunks missing')
+            data = b''.join(parts[n] for n in sorted(parts))
+            need(len(data) == asked['total_size'], 40006, 'invalid media size')
+            need(asked.get('md5') in (None, '', hashlib.md5(data).hexdigest()), 301019, 'media md5 not match')
+            media_id = self._keep(asked['type'], asked['filename'], data, 'bot')
+            upload['done'] = {'type': asked['type'], 'media_id': media_id, 'created_at': str(int(time.time()))}
+            parts.clear()
+        return upload['done']
+
+
 class Uplink(Chats):
     """长连接上的命令 (§2.1)：一帧进来，一个 ack 出去。"""
 
-    #: 一分钟里能订阅几次；上传的一片、会话；ack 在路上几秒（这段时间里同一个 req_id 又来一帧是 6000）。
-    subscribes, chunk, upload_life, ack_after = 30, 512 << 10, 1800, 0.005
+    #: 一分钟里能订阅几次；ack 在路上几秒（这段时间里同一个 req_id 又来一帧是 6000）。
+    subscribes, ack_after = 30, 0.005
 
     def __init__(self, corp):
         super().__init__(corp)
@@ -807,15 +877,17 @@ class Uplink(Chats):
         self.connections = []       # 连着的，订阅了的和没有的
         self.connected = None       # 订阅了的那一条 `Connection`
         self.frames = []            # 两个方向的每一帧：{'at', 'sender': 'bot' 或 'wecom', 'frame', 'connection'}
-        self.faults = {}            # 记着的捣乱：名字 → {'value', 'times', 'cmd'}
-        self._asked = {}            # req_id → 见 `Bot._ask`
-        self._uploads, self._count = {}, 0
+        self.faults = Faults(lambda: corp._log('changed'))
+        self.uploads = Uploads(self.now, corp.keep, corp._next)
+        self._asked = {}            # req_id → 问的是什么，见 `Callbacks._deliver`
+        self._count = 0
 
     def connect(self, sock, stream):
         """一条升级了的连接，收到它断开为止。"""
         with self.corp._lock:
             self._count += 1
             connection = Connection(self._count, sock, stream, self._take)
+            connection.masks = 'masked' in self.faults.armed
             self.connections.append(connection)
         try:
             connection.serve()
@@ -850,7 +922,7 @@ class Uplink(Chats):
                 return self._problem(None, '机器人发来一帧看不懂的：%s' % text[:200])
             raw = [['机器人 → 企业微信 · ' + cmd, self._record('bot', connection, frame)]]
             busy, errcode, errmsg, more = req_id in connection.waiting, 0, 'ok', {}
-            fault = None if cmd in ('ping', 'aibot_subscribe') else self._fault('error', cmd)
+            fault = None if cmd in ('ping', 'aibot_subscribe') else self.faults.take('error', cmd)
             try:
                 need(not busy, 6000, 'data version conflict')
                 need(fault is None, fault, 'as asked')
@@ -868,13 +940,13 @@ class Uplink(Chats):
     def _ack(self, connection, cmd, ack, busy):
         req_id = ack['headers']['req_id']
         if cmd == 'ping':
-            if not self._fault('no_pong'):
+            if not self.faults.take('no_pong'):
                 self._send(connection, ack)
         elif cmd == 'aibot_subscribe' or busy:
             self._send(connection, ack)
-        elif not self._fault('no_ack', cmd):
+        elif not self.faults.take('no_ack', cmd):
             connection.waiting.add(req_id)
-            self._send(connection, ack, self._fault('late_ack', cmd) or self.ack_after,
+            self._send(connection, ack, self.faults.take('late_ack', cmd) or self.ack_after,
                        lambda: connection.waiting.discard(req_id))
         self.corp._changed.notify_all()         # 等着的看一看
 
@@ -895,11 +967,15 @@ class Uplink(Chats):
         if cmd == 'aibot_respond_update_msg':
             asked = self._asked_in(connection, req_id, 'template_card_event', self.event_within)
             return self._update(asked, body, raw)
-        method = {'ping': lambda body, raw: None, 'aibot_send_msg': self._push,
-                  'aibot_upload_media_init': self._begin_upload, 'aibot_upload_media_chunk': self._chunk,
-                  'aibot_upload_media_finish': self._finish_upload}.get(cmd)
+        if cmd == 'aibot_send_msg':
+            return self._push(body, raw)
+        if cmd == 'aibot_upload_media_init':
+            self._spend('uploads')
+        uploads = self.uploads
+        method = {'ping': lambda body: None, 'aibot_upload_media_init': uploads.begin,
+                  'aibot_upload_media_chunk': uploads.add, 'aibot_upload_media_finish': uploads.finish}.get(cmd)
         need(method, 40058, 'invalid cmd')
-        return method(body, raw)
+        return method(body)
 
     def _asked_in(self, connection, req_id, kind, within):
         """``req_id`` 是这条连接上问过的，种类对，还没有过期。"""
@@ -911,11 +987,10 @@ class Uplink(Chats):
     def _subscribe(self, connection, body):
         times = self._times['subscribe'] = [t for t in self._times['subscribe'] if t > self.now() - 60] + [self.now()]
         need(not connection.subscribed and len(times) <= self.subscribes, 45009, 'api freq out of limit')
-        refusal = self._fault('refuse')
+        refusal = self.faults.take('refuse')
         need(refusal is None, refusal, 'as asked')
         need(body.get('bot_id') == self.settings['bot_id'], 93019, 'invalid bot_id')
-        need(self.settings['bot_secret'] and body.get('secret') == self.settings['bot_secret'], 853000,
-             'signature incorrect')
+        need(self.mode == 'ws' and body.get('secret') == self.settings['bot_secret'], 853000, 'signature incorrect')
         if self.connected:
             self._kick(self.connected)
         connection.subscribed, self.connected = True, connection
@@ -923,15 +998,12 @@ class Uplink(Chats):
 
     def _kick(self, connection, close=True):
         """别处用同一个 BotID 连上了。"""
-        self._event_frame(connection, {'eventtype': 'disconnected_event'})
+        self._send(connection, {'cmd': 'aibot_event_callback', 'headers': {'req_id': self.corp._next('req')}, 'body': {
+            'msgid': self.corp._next('msg'), 'create_time': int(time.time()), 'aibotid': self.settings['bot_id'],
+            'msgtype': 'event', 'event': {'eventtype': 'disconnected_event'}}})
         connection.subscribed = False
         if close:
             connection.close(1000)
-
-    def _event_frame(self, connection, event):
-        self._send(connection, {'cmd': 'aibot_event_callback', 'headers': {'req_id': self.corp._next('req')}, 'body': {
-            'msgid': self.corp._next('msg'), 'create_time': int(time.time()), 'aibotid': self.settings['bot_id'],
-            'msgtype': 'event', 'event': event}})
 
     def _push(self, body, raw):
         kind, chat = body.get('msgtype'), body.get('chatid')
@@ -940,132 +1012,206 @@ class Uplink(Chats):
              'invalid chatid')
         self._show(chat, 'push', kind, body.get(kind), raw)
 
-    # 上传 (§5)
-
-    def _begin_upload(self, body, raw):
-        kind, name, total, chunks = (body.get(k) for k in ('type', 'filename', 'total_size', 'total_chunks'))
-        need(kind in UPLOADS, 40004, 'invalid media type')
-        most, suffixes = UPLOADS[kind]
-        need(size(name) and isinstance(total, int) and isinstance(chunks, int), 40058, 'invalid parameter')
-        need(not suffixes or name.lower().endswith(suffixes), 40005, 'invalid file type')
-        need(5 <= total <= most and 1 <= chunks <= 100 and total <= chunks * self.chunk, 40006, 'invalid media size')
-        self._spend('uploads')
-        upload_id = self.corp._next('upload')
-        self._uploads[upload_id] = {'at': self.now(), 'chunks': {}, 'asked': dict(body), 'media_id': None}
-        return {'upload_id': upload_id}
-
-    def _upload_of(self, body):
-        upload = self._uploads.get(body.get('upload_id'))
-        need(upload and self.now() < upload['at'] + self.upload_life, 40058, 'invalid upload_id')
-        return upload
-
-    def _chunk(self, body, raw):
-        upload, index = self._upload_of(body), body.get('chunk_index')
-        need(isinstance(index, int) and 0 <= index < upload['asked']['total_chunks'], 40058, 'invalid chunk_index')
-        data = base64.b64decode(body['base64_data'], validate=True)
-        need(0 < len(data) <= self.chunk, 40006, 'invalid chunk size')
-        upload['chunks'][index] = data
-
-    def _finish_upload(self, body, raw):
-        upload, asked = self._upload_of(body), self._upload_of(body)['asked']
-        if not upload['media_id']:
-            need(len(upload['chunks']) == asked['total_chunks'], 40058, 'chunks missing')
-            data = b''.join(upload['chunks'][n] for n in range(asked['total_chunks']))
-            need(len(data) == asked['total_size'], 40006, 'invalid media size')
-            need(asked.get('md5') in (None, '', hashlib.md5(data).hexdigest()), 301019, 'media md5 not match')
-            upload.update(media_id=self.corp.keep(asked['type'], asked['filename'], data, 'bot'), chunks={0: b''})
-        return {'type': asked['type'], 'media_id': upload['media_id'], 'created_at': str(int(time.time()))}
-
-    # 捣乱
-
-    def fault(self, name, value=None, times=1, cmd=None):
-        """捣乱一下。马上就做的：
-
-        'close' 关（``value`` 是关闭码，照常 1000）；'abort' RST；'half_open' 这条连接从此不读、不答；'kick' 是
-        disconnected_event，然后关，'kick_open' 不关；'unknown_cmd' 一个没有听说过的 cmd；'ping' 服务器的 ping，
-        'masked_ping' 加掩码的。
-
-        记着、下面 ``times`` 次用的：'refuse' 订阅被拒绝（照常 853000）；'error' ack 是这个错误码（照常 6000），那一帧
-        不算；'no_ack' 做了、不 ack；'late_ack' 晚这么多秒（照常 6）；'duplicate' 同一个 msgid 两次；'control' 字符串里
-        有裸的控制字符；'fragments' 分片；'big' 投递的消息有这么多字节（照常 1200000）。'error'、'no_ack'、
-        'late_ack' 不算 ping 和订阅，``cmd`` 是只算这一种。
-
-        一直到 `heal` 的：'no_pong' ping 没有 ack；'masked' 控制帧加掩码，像企业微信的网关。
-        """
-        with self.corp._lock:
-            if name in ARMED:
-                value = ARMED[name] if value is None else value
-                self.faults[name] = {'value': value, 'times': None if name in FOR_EVER else times, 'cmd': cmd}
-                for connection in self.connections:
-                    connection.masks = 'masked' in self.faults
-            else:
-                need(self.connected, 846609, '机器人没有连上')
-                self._at_once(name, AT_ONCE[name] if value is None else value, self.connected)
-            self.corp._log('changed')
-
-    def _at_once(self, name, value, connection):
-        if name == 'close':
-            connection.close(value, 'as asked')
-        elif name == 'abort':
-            connection.cut(rst=True)
-        elif name == 'half_open':
-            connection.deaf = True
-        elif name == 'unknown_cmd':
-            req_id = self.corp._next('req')
-            self._send(connection, {'cmd': 'aibot_who_knows', 'headers': {'req_id': req_id}, 'body': {}})
-        elif name in ('ping', 'masked_ping'):
-            connection.control(PING, b'alive?', masks=name == 'masked_ping')
-        else:
-            self._kick(connection, close=name == 'kick')
-
-    def heal(self):
-        """记着的捣乱都不要了。"""
-        with self.corp._lock:
-            self.faults.clear()
-            for connection in self.connections:
-                connection.masks = False
-            self.corp._log('changed')
-
-    def _fault(self, name, cmd=None):
-        """轮到它捣乱了 → 它的值（没有值的是 True），没有记着是 None。"""
-        fault = self.faults.get(name)
-        if not fault or fault['cmd'] not in (None, cmd):
-            return None
-        if fault['times']:
-            fault['times'] -= 1
-            if not fault['times']:
-                del self.faults[name]
-            self.corp._log('changed')
-        return True if fault['value'] is None else fault['value']
-
     def stop(self):
         for connection in list(self.connections):
             connection.cut()
 
 
-class Bot(Uplink):
+class Callbacks(Uplink):
+    """投递：``mode`` 是 'ws' 就到连着的那一条，'json' 就到 ``callback``（回调 URL，§6）。"""
+
+    #: 多少秒：素材的网址，response_url，两次问 stream 之间。
+    url_life, response_life, poll_every = 300, 3600, 1
+
+    def __init__(self, corp):
+        super().__init__(corp)
+        self.callback = ''
+        self.files = {}             # 名字 → {'name', 'data'（密文）, 'at'}：成员发来的素材
+        self._codes, self._stopped = {}, threading.Event()
+
+    def _served(self, name, data):
+        """成员发来的素材加密了放着，5 分钟里能下载 → JSON；aeskey 末尾的 = 时有时无。"""
+        key = base64.b64decode(self.corp.settings['encoding_aes_key'] + '=') if self.mode == 'json' else os.urandom(32)
+        where = secrets.token_hex(16)
+        self.files[where] = {'name': name, 'data': sealed(key, data), 'at': self.now()}
+        shown = base64.b64encode(key).decode()
+        more = {'aeskey': shown.rstrip('=') if len(self.files) % 2 else shown} if self.mode == 'ws' else {}
+        return dict({'url': '%s/aibot/file/%s?sign=%s' % (self.corp.url, where, secrets.token_hex(8))}, **more)
+
+    def _deliver(self, kind, body, chat, user, shown, card=None):
+        """投递一句话或一个事件 → 那一帧。没有连上就丢了，企业微信不补。"""
+        full = {'msgid': self.corp._next('msg'), 'aibotid': self.settings['bot_id'], 'from': {'userid': user}}
+        if kind != 'enter_chat':        # §2.1 的例子没有
+            full.update({'chatid': chat, 'chattype': 'group'} if chat in self.groups else {'chattype': 'single'})
+        if kind != 'message':
+            full['create_time'] = int(time.time())
+        full.update(body)
+        asked = {'kind': kind, 'chat': chat, 'user': user, 'connection': self.connected, 'at': self.now(),
+                 'msgid': full['msgid'], 'streams': {}, 'card': card}
+        if self.mode == 'json' and kind in ('message', 'template_card_event'):
+            code = self.corp._next('code')
+            self._codes[code] = asked
+            full['response_url'] = '%s/cgi-bin/aibot/response?response_code=%s' % (self.corp.url, code)
+        big = kind == 'message' and self.faults.take('big')
+        if big:
+            full['quote'] = {'msgtype': 'text', 'text': {'content': 'x' * big}}
+        cmd = 'aibot_msg_callback' if kind == 'message' else 'aibot_event_callback'
+        frame = {'cmd': cmd, 'headers': {'req_id': self.corp._next('req')}, 'body': full}
+        text = self._encoded(full if self.mode == 'json' else frame, full)
+        what = {'items': shown, 'quote': self._quote_text(full), 'event': full.get('event')}
+        said = self.corp._log('said', chat=chat, user=user, raw=[['企业微信 → 机器人', text[:20000]]], body=what)
+        if self.mode == 'json':
+            need(self.callback, 40057, '还没有回调 URL')
+            threading.Thread(target=self._call_back, args=(text, full, asked, said['id']), daemon=True).start()
+        elif self.connected:
+            self._put(frame, text, asked)
+            if self.faults.take('duplicate'):
+                again = dict(frame, headers={'req_id': self.corp._next('req')})
+                self._put(again, self._encoded(again, full), asked)
+        else:
+            self.corp._log('note', chat=chat, text='机器人没有连上，这一条它收不到了')
+        return frame
+
+    def _put(self, frame, text, asked):
+        self._asked[frame['headers']['req_id']] = asked
+        self._record('wecom', self.connected, frame)
+        data = text.encode('utf-8', 'replace')
+        self.connected.put(in_fragments(data) if self.faults.take('fragments') else message_frame(TEXT, data))
+
+    def _encoded(self, message, body):
+        """→ JSON；捣乱的时候，字符串里的控制字符不转义，没有的话加两个。"""
+        if not self.faults.take('control'):
+            return json.dumps(message, ensure_ascii=False)
+        text = body.get('text')
+        if text and not re.search('[\0-\x1f]', text['content']):
+            text['content'] = '\x01%s\t' % text['content']
+        return re.sub(r'\\(\\|"|u00[01][0-9a-f]|[bfnrt])', lambda found: found.group() if found.group(1) in '\\"'
+                      else json.loads('"%s"' % found.group()), json.dumps(message, ensure_ascii=False))
+
+    def _quote_text(self, body):
+        quote = body.get('quote')
+        return quote and (quote.get(quote['msgtype']) or {}).get('content', quote['msgtype'])[:200]
+
+    def verify(self, url):
+        """像后台的「保存」那样校验回调 URL → 哪里不对，'' 是通过。"""
+        problem = self.corp._verify(url, corpid='')
+        if not problem:
+            self.callback = url
+            self.corp._log('changed')
+        return problem
+
+    def _wrapped(self, text):
+        query, encrypt = self.corp._signed(text, corpid='')
+        return urllib.parse.urlencode(query), json.dumps({'encrypt': encrypt}).encode()
+
+    def _unwrapped(self, answer, query):
+        """回答的信封 (bytes) → (明文, dict)；没有话说是 ('', {})。"""
+        if answer.strip() in (b'', b'success'):
+            return '', {}
+        try:
+            envelope = json.loads(answer.decode('utf-8'))
+            nonce = dict(urllib.parse.parse_qsl(query))['nonce']
+            need(envelope['nonce'] == nonce, 40058, '信封的 nonce 不是 URL 里的')
+            inner = json.dumps({'encrypt': envelope['encrypt']})
+            text = self.corp._crypt(corpid='').decrypt_message(inner, envelope['msgsignature'],
+                                                               str(envelope['timestamp']), nonce)
+            reply = json.loads(text)
+            need(isinstance(reply, dict), 40058, '不是 JSON 的对象')
+            return text, reply
+        except (KeyError, TypeError, ValueError) as e:
+            raise Refused(40058, '不是信封: %r' % e) from None
+
+    def _call_back(self, text, body, asked, said):
+        """投递到回调 URL：等不到就再来，同一个 msgid；答的是没有结束的 stream，就一秒问一次。"""
+        deliveries = 1 if asked['kind'] == 'template_card_event' else self.corp.deliveries
+        for n in range(1, deliveries + 1):
+            reply, raw = self.corp._attempt(self.callback, text, self._wrapped, self._unwrapped,
+                                            {'of': said, 'n': n, 'chat': asked['chat']}, deliveries)
+            if reply is not None:
+                break
+        else:
+            return
+        self._passive(asked, reply, raw)
+        while True:
+            unfinished = [name for name, (bubble, _) in asked['streams'].items() if not bubble['finished']]
+            if not unfinished or self._stopped.wait(self.poll_every):
+                return
+            if self.now() > asked['at'] + self.stream_life:
+                return self._problem(asked['chat'], 'stream 6 分钟没有结束')
+            self._poll(unfinished[0], body, asked)
+
+    def _poll(self, stream, body, asked):
+        """问一次 stream 现在的全文：自己的 msgid，没有 response_url。"""
+        poll = {k: v for k, v in body.items() if k in ('aibotid', 'chatid', 'chattype', 'from')}
+        poll.update(msgid=self.corp._next('msg'), msgtype='stream', stream={'id': stream})
+        text = json.dumps(poll, ensure_ascii=False)
+        query, envelope = self._wrapped(text)
+        raw = [['企业微信 → 机器人 · 明文', text]]
+        try:
+            status, answer = self.corp._exchange(self.callback, query, envelope, kind='application/json')
+            need(status == 200, 40058, '答的是 %d' % status)
+            opened, reply = self._unwrapped(answer, query)
+            raw.append(['机器人 → 企业微信 · 明文', opened])
+            need((reply.get('stream') or {}).get('id') == stream, 40058, '不是这个 stream')
+        except (NetworkError, WeChatError, Refused, AttributeError) as e:
+            self._problem(asked['chat'], '问 stream 没有好的回答: %s' % e.args[-1], raw)
+        else:
+            self._passive(asked, reply, raw)
+
+    def _passive(self, asked, reply, raw):
+        """对投递的回答到了用户那里；企业微信不认的是问题。"""
+        kind = asked['kind']
+        with self.corp._lock:
+            try:
+                if kind == 'message' and reply:
+                    need(reply.get('msgtype') in ANSWERS[:3], 40008, '%s 不能回答消息' % reply.get('msgtype'))
+                    self._answer(asked, reply, raw)
+                elif kind == 'enter_chat' and reply:
+                    self._welcome(asked, reply, raw)
+                elif kind == 'template_card_event' and reply:
+                    self._update(asked, reply, raw)
+                else:
+                    need(not reply, 40008, '%s 没有答复' % kind)
+            except (Refused, AttributeError, KeyError, TypeError, ValueError) as e:
+                self._problem(asked['chat'], '企业微信不认这个答复: %s' % e.args[-1], raw)
+
+    def respond(self, code, body):
+        """response_url：一小时里一次，markdown 或卡片，不加密。"""
+        asked = self._codes.get(code)
+        need(asked and self.now() < asked['at'] + self.response_life, 60140, 'invalid response_code')
+        message = json.loads(body.decode('utf-8'))
+        kind = message.get('msgtype')
+        need(kind == 'markdown' or kind == 'template_card' and asked['chat'] not in self.groups, 40008,
+             'invalid message type')
+        raw = [['机器人 → response_url', body.decode('utf-8')]]
+        self._show(asked['chat'], 'response', kind, message.get(kind), raw, msgid=asked['msgid'])
+        del self._codes[code]
+        return {}
+
+    def stop(self):
+        self._stopped.set()
+        super().stop()
+
+
+class Bot(Callbacks):
     """一个智能机器人，和成员对它做的事：`say`、`enter`、`press`、`feedback`、`event`；捣乱是 `fault`、`heal`。
 
     ``mode`` 是 'ws'（长连接）或 'json'（投递到 ``callback``，它的回调 URL）。做过的看 ``bubbles``、``frames``、
     ``problems``；等一件事用 `wait`，过期不用等，`skip`。
     """
 
-    #: 多少秒：素材的网址，response_url，两次问 stream 之间。
-    url_life, response_life, poll_every = 300, 3600, 1
-    #: 事件的数据直接写在 event 里，不是 event.<eventtype> 里；成员的素材在 JSON 模式里用 EncodingAESKey。
+    #: 事件的数据直接写在 event 里，不是 event.<eventtype> 里。
     flat_events = False
 
     def __init__(self, corp):
         super().__init__(corp)
-        self.mode, self.callback = 'ws', ''
-        self.files = {}             # 名字 → {'name', 'data'（密文）, 'at'}：成员发来的素材
-        self._entered, self._codes, self._stopped = set(), {}, threading.Event()
+        self._entered = set()       # (成员, 哪一天)
 
     def state(self):
         """聊天页要知道的。"""
         return {'name': self.name, 'mode': self.mode, 'callback': self.callback, 'groups': self.groups,
                 'connected': self.connected.number if self.connected else 0,
-                'armed': {name: fault['value'] for name, fault in self.faults.items()},
+                'armed': {name: fault['value'] for name, fault in self.faults.armed.items()},
                 'faults': dict(AT_ONCE, **ARMED)}
 
     def say(self, user='zhangsan', text=None, chat=None, quote=None, mention=True, **media):
@@ -1116,23 +1262,10 @@ class Bot(Uplink):
         shown = {'type': kind, 'body': {'media_id': self.corp.keep(kind, name, data, 'user')}}
         return {'msgtype': kind, kind: self._served(name, data), 'shown': shown}
 
-    def _served(self, name, data):
-        """成员发来的素材加密了放着，5 分钟里能下载 → JSON；aeskey 末尾的 = 时有时无。"""
-        key = base64.b64decode(self.corp.settings['encoding_aes_key'] + '=') if self.mode == 'json' else os.urandom(32)
-        where = secrets.token_hex(16)
-        self.files[where] = {'name': name, 'data': sealed(key, data), 'at': self.now()}
-        shown = base64.b64encode(key).decode()
-        more = {'aeskey': shown.rstrip('=') if len(self.files) % 2 else shown} if self.mode == 'ws' else {}
-        return dict({'url': '%s/aibot/file/%s?sign=%s' % (self.corp.url, where, secrets.token_hex(8))}, **more)
-
     def _quoted(self, quote):
         if isinstance(quote, dict) and 'msgtype' in quote:
             return quote
         return {'msgtype': 'text', 'text': {'content': quote['text'] if isinstance(quote, dict) else quote}}
-
-    def _quote_text(self, body):
-        quote = body.get('quote')
-        return quote and (quote.get(quote['msgtype']) or {}).get('content', quote['msgtype'])[:200]
 
     def event(self, eventtype, user='zhangsan', chat=None, card=None, **data):
         """一个事件 → 投递的那一帧；``data`` 是它的数据，``card`` 是点了的那张卡片（气泡）。"""
@@ -1175,161 +1308,56 @@ class Bot(Uplink):
         return self.event('feedback_event', user, bubble['chat'], id=bubble['feedback'], type=kind,
                           **{name: value for name, value in more.items() if value})
 
-    # 投递
+    # 捣乱
 
-    def _deliver(self, kind, body, chat, user, shown, card=None):
-        """投递一句话或一个事件 → 那一帧。没有连上就丢了，企业微信不补。"""
-        group = chat in self.groups
-        full = {'msgid': self.corp._next('msg'), 'aibotid': self.settings['bot_id'], 'from': {'userid': user}}
-        full.update({'chatid': chat, 'chattype': 'group'} if group else {} if kind == 'enter_chat' else
-                    {'chattype': 'single'})
-        full.update({} if kind == 'message' else {'create_time': int(time.time())}, **body)
-        big = self._fault('big')
-        if big:
-            full['quote'] = {'msgtype': 'text', 'text': {'content': 'x' * big}}
-        frame = {'cmd': 'aibot_msg_callback' if kind == 'message' else 'aibot_event_callback',
-                 'headers': {'req_id': self.corp._next('req')}, 'body': full}
-        asked = {'kind': kind, 'chat': chat, 'user': user, 'connection': self.connected, 'at': self.now(),
-                 'msgid': full['msgid'], 'streams': {}, 'card': card}
-        if self.mode == 'json':
-            asked['connection'] = None
-            if kind in ('message', 'template_card_event'):
-                code = self.corp._next('code')
-                self._codes[code] = asked
-                full['response_url'] = '%s/cgi-bin/aibot/response?response_code=%s' % (self.corp.url, code)
-        text = self._encoded(frame)
-        raw = [['企业微信 → 机器人', text[:20000]]]
-        said = self.corp._log('said', chat=chat, user=user, raw=raw, body=dict(
-            {'items': shown, 'quote': self._quote_text(full)}, **{'event': full['event']} if kind != 'message' else {}))
-        if self.mode == 'json':
-            self._deliver_json(full, asked, said['id'])
-        elif self.connected:
-            for n in range(2 if self._fault('duplicate') else 1):
-                again = dict(frame, headers={'req_id': self.corp._next('req')}) if n else frame
-                self._asked[again['headers']['req_id']] = asked
-                self._record('wecom', self.connected, again)
-                data = (self._encoded(again) if n else text).encode('utf-8', 'replace')
-                self.connected.put(in_fragments(data) if self._fault('fragments') else message_frame(TEXT, data))
-        else:
-            self.corp._log('note', chat=chat, text='机器人没有连上，这一条它收不到了')
-        return frame
+    def fault(self, name, value=None, times=1, cmd=None):
+        """捣乱一下。马上就做的：
 
-    def _encoded(self, frame):
-        """一帧的 JSON；捣乱的时候，字符串里的控制字符不转义。"""
-        if not self._fault('control'):
-            return json.dumps(frame, ensure_ascii=False)
-        text = frame['body'].get('text')
-        if text and not re.search('[\0-\x1f]', text['content']):
-            text['content'] = '\x01%s\t' % text['content']
-        return re.sub(r'\\(\\|"|u00[01][0-9a-f]|[bfnrt])', lambda found: found.group() if found.group(1) in '\\"'
-                      else json.loads('"%s"' % found.group()), json.dumps(frame, ensure_ascii=False))
+        'close' 关（``value`` 是关闭码，照常 1000）；'abort' RST；'half_open' 这条连接从此不读、不答；'kick' 是
+        disconnected_event，然后关，'kick_open' 不关；'unknown_cmd' 一个没有听说过的 cmd；'ping' 服务器的 ping，
+        'masked_ping' 加掩码的。
 
-    # JSON 回调 (§6)
+        记着、下面 ``times`` 次用的：'refuse' 订阅被拒绝（照常 853000）；'error' ack 是这个错误码（照常 6000），那一帧
+        不算；'no_ack' 做了、不 ack；'late_ack' 晚这么多秒（照常 6）；'duplicate' 同一个 msgid 两次；'control' 字符串里
+        有裸的控制字符；'fragments' 分片；'big' 投递的消息有这么多字节（照常 1200000）。'error'、'no_ack'、
+        'late_ack' 不算 ping 和订阅，``cmd`` 是只算这一种。
 
-    def verify(self, url):
-        """像后台的「保存」那样校验回调 URL → 哪里不对，'' 是通过。"""
-        problem = self.corp._verify(url, corpid='')
-        if not problem:
-            self.callback = url
-            self.corp._log('changed')
-        return problem
-
-    def _wrapped(self, text):
-        query, encrypt = self.corp._signed(text, corpid='')
-        return urllib.parse.urlencode(query), json.dumps({'encrypt': encrypt}).encode()
-
-    def _unwrapped(self, answer, query):
-        """回答的信封 (bytes) → (明文, dict)；没有话说是 ('', {})。"""
-        if answer.strip() in (b'', b'success'):
-            return '', {}
-        try:
-            envelope = json.loads(answer.decode('utf-8'))
-            nonce = dict(urllib.parse.parse_qsl(query))['nonce']
-            need(envelope['nonce'] == nonce, 40058, '信封的 nonce 不是 URL 里的')
-            inner = json.dumps({'encrypt': envelope['encrypt']})
-            text = self.corp._crypt(corpid='').decrypt_message(inner, envelope['msgsignature'],
-                                                               str(envelope['timestamp']), nonce)
-            reply = json.loads(text)
-            need(isinstance(reply, dict), 40058, '不是 JSON 的对象')
-            return text, reply
-        except (KeyError, TypeError, ValueError) as e:
-            raise Refused(40058, '不是信封: %r' % e) from None
-
-    def _deliver_json(self, body, asked, said):
-        need(self.callback, 40057, '还没有回调 URL')
-        threading.Thread(target=self._call_back, args=(body, asked, said), daemon=True).start()
-
-    def _call_back(self, body, asked, said):
-        """投递到回调 URL：等不到就再来，同一个 msgid；答的是没有结束的 stream，就一秒问一次。"""
-        deliveries = 1 if asked['kind'] == 'template_card_event' else self.corp.deliveries
-        for n in range(1, deliveries + 1):
-            reply, raw = self.corp._attempt(self.callback, json.dumps(body, ensure_ascii=False), self._wrapped,
-                                            self._unwrapped, {'of': said, 'n': n, 'chat': asked['chat']}, deliveries)
-            if reply is not None:
-                break
-        else:
-            return
-        self._passive(asked, reply, raw)
-        while self._open_stream(asked) and not self._stopped.wait(self.poll_every):
-            if self.now() > asked['at'] + self.stream_life:
-                self._problem(asked['chat'], 'stream 6 分钟没有结束')
-                return
-            self._poll(body, asked)
-
-    def _open_stream(self, asked):
-        return [name for name, (bubble, _) in asked['streams'].items() if not bubble['finished']]
-
-    def _poll(self, body, asked):
-        stream = self._open_stream(asked)[0]
-        poll = {k: v for k, v in body.items() if k in ('aibotid', 'chatid', 'chattype', 'from')}
-        poll.update(msgid=self.corp._next('msg'), msgtype='stream', stream={'id': stream})
-        text = json.dumps(poll, ensure_ascii=False)
-        query, sealed_body = self._wrapped(text)
-        raw = [['企业微信 → 机器人 · 明文', text]]
-        try:
-            status, answer = self.corp._exchange(self.callback, query, sealed_body, kind='application/json')
-            need(status == 200, 40058, '答的是 %d' % status)
-            opened, reply = self._unwrapped(answer, query)
-            raw.append(['机器人 → 企业微信 · 明文', opened])
-            need((reply.get('stream') or {}).get('id') == stream, 40058, '不是这个 stream')
-        except (NetworkError, WeChatError, Refused, AttributeError) as e:
-            self._problem(asked['chat'], '问 stream 没有好的回答: %s' % e.args[-1], raw)
-        else:
-            self._passive(asked, reply, raw)
-
-    def _passive(self, asked, reply, raw):
-        """对投递的回答到了用户那里；企业微信不认的是问题。"""
-        kind = asked['kind']
+        一直到 `heal` 的：'no_pong' ping 没有 ack；'masked' 控制帧加掩码，像企业微信的网关。
+        """
         with self.corp._lock:
-            try:
-                if kind == 'message' and reply:
-                    need(reply.get('msgtype') in ANSWERS[:3], 40008, '%s 不能回答消息' % reply.get('msgtype'))
-                    self._answer(asked, reply, raw)
-                elif kind == 'enter_chat' and reply:
-                    self._welcome(asked, reply, raw)
-                elif kind == 'template_card_event' and reply:
-                    self._update(asked, reply, raw)
-                else:
-                    need(not reply, 40008, '%s 没有答复' % kind)
-            except (Refused, AttributeError, KeyError, TypeError, ValueError) as e:
-                self._problem(asked['chat'], '企业微信不认这个答复: %s' % e.args[-1], raw)
+            if name in ARMED:
+                self.faults.arm(name, value, times, cmd)
+                self._mask()
+            else:
+                need(self.connected, 846609, '机器人没有连上')
+                self._at_once(name, AT_ONCE[name] if value is None else value, self.connected)
+            self.corp._log('changed')
 
-    def respond(self, code, body):
-        """response_url：一小时里一次，markdown 或卡片，不加密。"""
-        asked = self._codes.get(code)
-        need(asked and self.now() < asked['at'] + self.response_life, 60140, 'invalid response_code')
-        message = json.loads(body.decode('utf-8'))
-        kind = message.get('msgtype')
-        need(kind == 'markdown' or kind == 'template_card' and asked['chat'] not in self.groups, 40008,
-             'invalid message type')
-        raw = [['机器人 → response_url', body.decode('utf-8')]]
-        self._show(asked['chat'], 'response', kind, message.get(kind), raw, msgid=asked['msgid'])
-        del self._codes[code]
-        return {}
+    def _at_once(self, name, value, connection):
+        if name == 'close':
+            connection.close(value, 'as asked')
+        elif name == 'abort':
+            connection.cut(rst=True)
+        elif name == 'half_open':
+            connection.deaf = True
+        elif name == 'unknown_cmd':
+            req_id = self.corp._next('req')
+            self._send(connection, {'cmd': 'aibot_who_knows', 'headers': {'req_id': req_id}, 'body': {}})
+        elif name in ('ping', 'masked_ping'):
+            connection.control(PING, b'alive?', masks=name == 'masked_ping')
+        else:
+            self._kick(connection, close=name == 'kick')
 
-    def stop(self):
-        self._stopped.set()
-        super().stop()
+    def heal(self):
+        """记着的捣乱都不要了。"""
+        with self.corp._lock:
+            self.faults.armed.clear()
+            self._mask()
+            self.corp._log('changed')
+
+    def _mask(self):
+        for connection in self.connections:
+            connection.masks = 'masked' in self.faults.armed
 
 
 # ---- 企业微信 ---------------------------------------------------------------------------------
@@ -2914,7 +2942,7 @@ def callback_url(line):
 
 def introduce(wecom, url, told=None):
     """校验回调 URL → 哪里不对,'' 是通过。``told`` 是上一次说过的,不说第二遍;None 是只试一次。"""
-    problem = wecom.verify(url) or wecom.bot.mode == 'json' and wecom.bot.verify(url)
+    problem = wecom.bot.mode == 'json' and wecom.bot.verify(url) or wecom.verify(url)
     if not problem:
         tell('回调 URL %s 通过了校验' % url)
     elif problem != told:
