@@ -613,13 +613,19 @@ class Chats:
     reply_within, event_within, stream_life = 86400, 5, 360
 
     def __init__(self, corp):
-        self.corp, self.name, self.mode = corp, '小助手', 'ws'
+        self.corp, self.mode = corp, 'ws'
+        self.settings = {'bot_id': 'aib' + secrets.token_hex(16), 'bot_secret': secrets.token_urlsafe(32),
+                         'bot_url': '', 'bot_name': '小助手'}
         self.group = 'wr' + secrets.token_hex(15)       # 群的 chatid
         self.groups = {self.group: {'name': '值班群', 'members': list(corp.users)}}
         self.bubbles = []       # 用户看到的，依次；见 `_bubble`
         self.problems = []      # 企业微信不认的，和用户看了会糊涂的，一条一句话
         self.met = set()        # 和机器人说过话的会话，只能主动发到这些
         self._times, self._tasks, self._later = collections.defaultdict(list), {}, 0
+
+    @property
+    def name(self):
+        return self.settings['bot_name']
 
     def now(self):
         return time.monotonic() + self._later
@@ -715,7 +721,7 @@ class Chats:
         if kind[:6] == 'stream':
             card = message.get('template_card')
             if kind != 'stream' and card:
-                need(not asked.get('card'), 40058, 'template_card was sent already')
+                need(not asked['card'], 40058, 'template_card was sent already')
                 self._check('template_card', card)
             self._stream(asked, message.get('stream'), raw)
             if kind != 'stream' and card:
@@ -788,8 +794,8 @@ class Chats:
 AT_ONCE = {'close': 1000, 'abort': None, 'half_open': None, 'kick': None, 'kick_open': None, 'unknown_cmd': None,
            'ping': None, 'masked_ping': None}
 #: 记着的，下面 ``times`` 次用；最后两种一直到 `Bot.heal`。
-ARMED = {'refuse': 853000, 'error': 6000, 'no_ack': None, 'late_ack': 6, 'duplicate': None, 'control': None,
-         'fragments': None, 'big': 1200000, 'no_pong': None, 'masked': None}
+ARMED = {'handshake': 503, 'refuse': 853000, 'error': 6000, 'no_ack': None, 'late_ack': 6, 'duplicate': None,
+         'control': None, 'fragments': None, 'big': 1200000, 'no_pong': None, 'masked': None}
 FOR_EVER = 'no_pong', 'masked'
 
 
@@ -872,8 +878,6 @@ class Uplink(Chats):
 
     def __init__(self, corp):
         super().__init__(corp)
-        self.settings = {'bot_id': 'aib' + secrets.token_hex(16), 'bot_secret': secrets.token_urlsafe(32),
-                         'bot_url': '', 'bot_name': self.name}
         self.connections = []       # 连着的，订阅了的和没有的
         self.connected = None       # 订阅了的那一条 `Connection`
         self.frames = []            # 两个方向的每一帧：{'at', 'sender': 'bot' 或 'wecom', 'frame', 'connection'}
@@ -1001,7 +1005,7 @@ class Uplink(Chats):
         self._send(connection, {'cmd': 'aibot_event_callback', 'headers': {'req_id': self.corp._next('req')}, 'body': {
             'msgid': self.corp._next('msg'), 'create_time': int(time.time()), 'aibotid': self.settings['bot_id'],
             'msgtype': 'event', 'event': {'eventtype': 'disconnected_event'}}})
-        connection.subscribed = False
+        connection.subscribed, self.connected = False, None
         if close:
             connection.close(1000)
 
@@ -1188,6 +1192,10 @@ class Callbacks(Uplink):
         del self._codes[code]
         return {}
 
+    def start(self, url):
+        self.settings['bot_url'] = url
+        self._stopped.clear()
+
     def stop(self):
         self._stopped.set()
         super().stop()
@@ -1224,6 +1232,7 @@ class Bot(Callbacks):
         (kind, value), = dict(media, **{'text': text} if text is not None else {}).items()
         need(kind in ('text', 'voice', 'mixed') + tuple(MEDIA), 40008, '没有这种消息')
         group = self.groups.get(self.group if chat == 'group' else chat)
+        need(group or chat in (None, user), 93006, '没有这个会话')
         chat = (self.group if chat == 'group' else chat) if group else user
         need(user in (group['members'] if group else self.corp.users), 40031, '没有这个成员')
         parts = value if kind == 'mixed' else [value]
@@ -1236,7 +1245,8 @@ class Bot(Callbacks):
             shown = [item.pop('shown') for item in items]
             if quote is not None:
                 body['quote'] = self._quoted(quote)
-            if not group or '@' + self.name in ''.join(item['body'].get('content', '') for item in shown):
+            words = ''.join(item['body'].get('content', '') for item in shown)
+            if not group or kind in ('text', 'mixed') and '@' + self.name in words:
                 self.met.add(chat)
                 return self._deliver('message', body, chat, user, shown)
             self.corp._log('said', chat=chat, user=user, body={'items': shown, 'quote': self._quote_text(body)})
@@ -1317,10 +1327,10 @@ class Bot(Callbacks):
         disconnected_event，然后关，'kick_open' 不关；'unknown_cmd' 一个没有听说过的 cmd；'ping' 服务器的 ping，
         'masked_ping' 加掩码的。
 
-        记着、下面 ``times`` 次用的：'refuse' 订阅被拒绝（照常 853000）；'error' ack 是这个错误码（照常 6000），那一帧
-        不算；'no_ack' 做了、不 ack；'late_ack' 晚这么多秒（照常 6）；'duplicate' 同一个 msgid 两次；'control' 字符串里
-        有裸的控制字符；'fragments' 分片；'big' 投递的消息有这么多字节（照常 1200000）。'error'、'no_ack'、
-        'late_ack' 不算 ping 和订阅，``cmd`` 是只算这一种。
+        记着、下面 ``times`` 次用的：'handshake' 握手的回答是这个状态（照常 503）；'refuse' 订阅被拒绝（照常 853000）；
+        'error' ack 是这个错误码（照常 6000），那一帧不算；'no_ack' 做了、不 ack；'late_ack' 晚这么多秒（照常 6）；
+        'duplicate' 同一个 msgid 两次；'control' 字符串里有裸的控制字符；'fragments' 分片；'big' 投递的消息有这么多字节
+        （照常 1200000）。'error'、'no_ack'、'late_ack' 不算 ping 和订阅，``cmd`` 是只算这一种。
 
         一直到 `heal` 的：'no_pong' ping 没有 ack；'masked' 控制帧加掩码，像企业微信的网关。
         """
@@ -2442,7 +2452,8 @@ function title() {
 
 const FAULTS = {close: '关闭，码是', abort: '断开 (RST)', half_open: '半开：不读、不答了', kick: '别处连上了，然后关',
   kick_open: '别处连上了，不关', unknown_cmd: '没有听说过的 cmd', ping: '服务器的 ping', masked_ping: '加掩码的 ping',
-  refuse: '订阅被拒绝', error: '下一个 ack 是错误', no_ack: '下一个 ack 不来', late_ack: '下一个 ack 晚几秒',
+  handshake: '下一次握手的回答是', refuse: '下一次订阅被拒绝', error: '下一个 ack 是错误', no_ack: '下一个 ack 不来',
+  late_ack: '下一个 ack 晚几秒',
   duplicate: '下一条投递两次', control: '下一条有控制字符', fragments: '下一条分片', big: '下一条有多少字节',
   no_pong: 'ping 没有 ack', masked: '控制帧加掩码'};
 
@@ -2728,15 +2739,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _web_socket(self, path):
         """智能机器人的长连接；不是它的路径、不是握手，就是一个普通的回答。"""
-        key = self.headers.get('Sec-WebSocket-Key', '')
-        if path != '/aibot' or self.headers.get('Sec-WebSocket-Version') != '13' or not key:
-            self._write(400 if path == '/aibot' else 404, 'text/plain', b'no WebSocket here\n')
-            return
+        key, bot = self.headers.get('Sec-WebSocket-Key', ''), self.server.wecom.bot
+        fault = bot.faults.take('handshake')
+        if path != '/aibot' or self.headers.get('Sec-WebSocket-Version') != '13' or not key or fault:
+            return self._write(fault or (400 if path == '/aibot' else 404), 'text/plain', b'no WebSocket here\n')
         accept = base64.b64encode(hashlib.sha1(key.encode() + GUID).digest())
         self.wfile.write(b'HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n'
                          b'Sec-WebSocket-Accept: %s\r\n\r\n' % accept)
         self.close_connection = True
-        self.server.wecom.bot.connect(self.connection, self.rfile)
+        bot.connect(self.connection, self.rfile)
 
     def _file_of_a_member(self, where):
         """成员发给机器人的素材的密文。"""
@@ -2889,7 +2900,7 @@ class WeCom(Corp):
         self._server.wecom = self
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = 'http://%s:%d' % self._server.server_address[:2]
-        self.bot.settings['bot_url'] = self.url.replace('http', 'ws', 1) + '/aibot'
+        self.bot.start(self.url.replace('http', 'ws', 1) + '/aibot')
         return self.url
 
     @property
@@ -3067,7 +3078,6 @@ def main(argv=None):
         settings = get_config(args.app, args.config) if args.config else {}
         for ours in wecom.settings, wecom.bot.settings:
             ours.update((k, settings[k]) for k in ours if settings.get(k))
-        wecom.bot.name = wecom.bot.settings['bot_name']
     except WeChatError as e:
         tell('simulator: --config: %s' % e.errmsg, sys.stderr)
         return 2

@@ -754,7 +754,7 @@ class SimulatorBotTests(SimulatorCase):
     def test_a_group_hears_its_name_quotes_and_transcripts(self):
         program, bot = self.program(), self.bot
         self.assertIsNone(bot.say('lisi', '谁在', chat='group', mention=False))
-        self.assertIsNone(bot.say('lisi', voice='谁在', chat='group'))
+        self.assertIsNone(bot.say('lisi', voice='@小助手 谁在', chat='group'))
         self.assertEqual(bot.met, set())
         self.assertEqual(bot.say('lisi', '@小助手 在吗', chat=bot.group)['body']['text'], {'content': '@小助手 在吗'})
         frame = program.message()
@@ -766,8 +766,9 @@ class SimulatorBotTests(SimulatorCase):
             self.assertEqual(quote[quote['msgtype']], {'content': quoted})
         bot.say(voice='说的话')
         self.assertEqual(program.message()['body']['voice'], {'content': '说的话'})
-        with self.assertRaises(simulator.Refused):
-            bot.say('nobody', 'x')
+        for user, chat in ('nobody', None), ('lisi', 'zhangsan'):
+            with self.assertRaises(simulator.Refused):
+                bot.say(user, 'x', chat=chat)
         for nothing in 'nosuch', bot.bubbles[-1]:
             with self.assertRaises(simulator.Refused):
                 bot.press(nothing, 'ok')
@@ -857,6 +858,9 @@ class SimulatorBotTests(SimulatorCase):
         bot.fault('kick_open')
         self.assertEqual((program.message()['body']['event']['eventtype'], program.ask('ping')['errcode']),
                          ('disconnected_event', 846609))
+        self.assertIsNone(bot.connected)
+        bot.fault('handshake', 404)
+        self.assertIn(' 404 ', self.program(subscribe=False).head)
         program = self.program()
         bot.fault('half_open')
         program.send('ping')
@@ -870,6 +874,11 @@ class SimulatorBotTests(SimulatorCase):
         bot.wait(lambda bot: not bot.connected)
         bot.say(text='x')
         self.assertIn('没有连上', self.wecom.events[-1]['text'])
+        self.wecom.stop()
+        with self.assertRaises(OSError):
+            self.program()
+        self.wecom.start()
+        self.program()
 
     def test_a_program_that_breaks_the_rfc_is_told_so(self):
         simulator.Connection.most, most = 1000, simulator.Connection.most
