@@ -5,7 +5,7 @@
     python examples/simulator.py --with nas examples/nas_monitor.py     # 自己 config.ini 的 [nas] 也给它
     python examples/simulator.py --json examples/demo.py        # 智能机器人不用长连接，用 JSON 回调
     python examples/simulator.py --port 9000 --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
-    python examples/simulator.py --port 9000 --url … --config config.ini    # 用它自己的密钥，只加一行 api_base
+    python examples/simulator.py --port 9000 --url … --config config.ini    # 用它自己的密钥，只加 api_base 和 bot_url
     python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
 
 机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。自己的 config.ini 里,
@@ -1063,7 +1063,8 @@ class Callbacks(Uplink):
         frame = {'cmd': cmd, 'headers': {'req_id': self.corp._next('req')}, 'body': full}
         text = self._encoded(full if self.mode == 'json' else frame, full)
         what = {'items': shown, 'quote': self._quote_text(full), 'event': full.get('event')}
-        said = self.corp._log('said', chat=chat, user=user, raw=[['企业微信 → 机器人', text[:20000]]], body=what)
+        raw = [['企业微信 → 机器人', text[:20000]]] if self.mode == 'ws' else []
+        said = self.corp._log('said', chat=chat, user=user, raw=raw, body=what)
         if self.mode == 'json':
             need(self.callback, 40057, '还没有回调 URL')
             threading.Thread(target=self._call_back, args=(text, full, asked, said['id']), daemon=True).start()
@@ -2412,15 +2413,19 @@ function show(event) {
   settle();
 }
 
-function redraw() {                             // 换了成员或会话：从头画
-  const group = state.bot.groups[chat], json = state.bot.mode === 'json';
-  const kinds = [!chat ? 'app' : group ? 'group' : 'bot', chat ? 'talk' : '', json && chat ? 'json' : ''];
-  for (const node of document.querySelectorAll('[data-in]')) {
-    node.classList.toggle('off', !node.dataset.in.split(' ').some(kind => kinds.includes(kind)));
-  }
+function tabs() {                               // 会话：应用、机器人的单聊、群
   const groups = Object.entries(state.bot.groups).map(([id, one]) => [id, one.name]);
   $('chats').replaceChildren(...[['', state.name], ['bot', state.bot.name], ...groups].map(([id, name]) => el('button',
     {type: 'button', onclick: () => go(id), ariaCurrent: id === chat, className: unread.has(id) ? 'new' : ''}, name)));
+}
+
+function redraw() {                             // 换了成员或会话：从头画
+  const group = state.bot.groups[chat], json = state.bot.mode === 'json';
+  const kinds = [!chat || json ? 'switches' : 'line', !chat ? 'app' : group ? 'group' : 'bot'];
+  for (const node of document.querySelectorAll('[data-in]')) {
+    node.classList.toggle('off', !node.dataset.in.split(' ').some(kind => kinds.includes(kind)));
+  }
+  tabs();
   $('text').placeholder = group ? '说点什么，@' + state.bot.name + ' 才听得到' : '说点什么，Enter 发送';
   bubbles.clear();
   $('log').replaceChildren();
@@ -2453,9 +2458,8 @@ function title() {
 const FAULTS = {close: '关闭，码是', abort: '断开 (RST)', half_open: '半开：不读、不答了', kick: '别处连上了，然后关',
   kick_open: '别处连上了，不关', unknown_cmd: '没有听说过的 cmd', ping: '服务器的 ping', masked_ping: '加掩码的 ping',
   handshake: '下一次握手的回答是', refuse: '下一次订阅被拒绝', error: '下一个 ack 是错误', no_ack: '下一个 ack 不来',
-  late_ack: '下一个 ack 晚几秒',
-  duplicate: '下一条投递两次', control: '下一条有控制字符', fragments: '下一条分片', big: '下一条有多少字节',
-  no_pong: 'ping 没有 ack', masked: '控制帧加掩码'};
+  late_ack: '下一个 ack 晚几秒', duplicate: '下一条投递两次', control: '下一条有控制字符', fragments: '下一条分片',
+  big: '下一条有多少字节', no_pong: 'ping 没有 ack', masked: '控制帧加掩码'};
 
 function setState(next) {
   if (run && run !== next.run) location.reload();
@@ -2625,7 +2629,7 @@ new EventSource('/events?' + key).onmessage = message => {
   const where = place(event);
   if (where !== chat && event.kind === 'bubble' && event.chat && (where !== 'bot' || event.chat === user)) {
     unread.add(where);
-    redraw();
+    tabs();
   } else show(event);
 };
 '''
@@ -2658,11 +2662,11 @@ PAGE = '''<!doctype html>
       <button type="button" name="at" data-in="group">@ 机器人</button></div></footer>
 </main>
 <aside id="panel" aria-label="捣乱的开关"><h2>捣乱</h2>
-  <section data-in="talk"><p>长连接不总是好好的。选一个，来一下；写着「下一」的，做的时候才用。</p>
+  <section data-in="line"><p>长连接不总是好好的。选一个，来一下；写着「下一」的，做的时候才用。</p>
     <select id="fault" aria-label="怎么捣乱"></select>
     <label><input id="fault_value" aria-label="值"><button id="do_fault" type="button">来一下</button></label>
     <p id="armed" hidden></p><button id="heal" type="button">都好了</button></section>
-  <section data-in="app json"><p>企业微信和网络不总是好好的。打开一个，再说一句话。</p>
+  <section data-in="switches"><p>企业微信和网络不总是好好的。打开一个，再说一句话。</p>
   <label>网络慢 <select id="delay"><option value="0">不</option><option value="1">1 秒</option>
     <option value="3">3 秒</option><option value="6">6 秒</option></select></label>
   <label>回答丢在路上 <select id="lost"><option value="0">不</option><option value="1">第 1 次</option>
@@ -2718,7 +2722,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._write(400, 'text/plain', b'bad request\n')
             elif self._foreign(api):
                 self._write(403, 'text/plain', b'only for this machine\n')
-            elif path == '/aibot' or self.headers.get('Upgrade'):
+            elif path == '/aibot' or self.headers.get('Upgrade', '').lower() == 'websocket':
                 self._web_socket(path)
             elif path.startswith('/aibot/file/'):
                 self._file_of_a_member(path[len('/aibot/file/'):])
@@ -3015,10 +3019,11 @@ def run_bot(wecom, command, app, sections, stopping):
 
 
 def serve(wecom, app, url, stopping, own=''):
-    """没有要启动的机器人：打印设置和收到的消息，到被停下为止 → 退出码。``own``：用机器人自己的密钥，不打印。"""
+    """没有要启动的机器人：打印设置和收到的消息，到被停下为止 → 退出码。``own``：用机器人自己的密钥，只打印网址。"""
     tell('[%s]\napi_base = %s' % (app, wecom.url))
-    for item in () if own else list(wecom.settings.items()) + list(wecom.bot_settings.items()):
-        tell('%s = %s' % item)
+    for name, value in dict(wecom.settings, **wecom.bot_settings).items():
+        if name == 'bot_url' or not own:
+            tell('%s = %s' % (name, value))
     told, next_try = '', 0
     while not stopping:
         if url and not wecom.callback and time.monotonic() >= next_try:
