@@ -113,7 +113,7 @@ __version__ = '0.1.0'
 
 __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt', 'MemoryStore', 'FileStore',
            'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config', 'get_section', 'state_folder', 'plain_text',
-           'fetch', 'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
+           'fetch', 'Stream', 'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
            'NetworkError']
 
 # 注解写成字符串，只给类型检查器和编辑器：运行的时候不导入 typing。没有注解的是这个文件自己的。
@@ -122,15 +122,15 @@ __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import (
-        AbstractSet, Any, AsyncIterator, Awaitable, BinaryIO, Callable, Deque, Dict, Iterator, List, Mapping, Optional,
-        Sequence, Set, Tuple, TypeVar, Union, overload)
+        AbstractSet, Any, AsyncIterable, AsyncIterator, Awaitable, BinaryIO, Callable, Deque, Dict, Iterable, Iterator,
+        List, Mapping, Optional, Sequence, Set, Tuple, TypeVar, Union, overload)
     from typing_extensions import ParamSpec
     from pathlib import Path
     Message = Dict[str, Any]            # 收到的消息，企业微信的回答
     Who = Union[None, str, int, Sequence[object], AbstractSet[object]]
     File = Union[str, bytes, os.PathLike[str], BinaryIO]        # 路径；文件对象，bytes 要另给名字
-    Sendable = Union[
-        None, str, Mapping[str, Any], os.PathLike[str], BinaryIO, Sequence['Sendable'], Iterator['Sendable']]
+    Sendable = Union[None, str, Mapping[str, Any], os.PathLike[str], BinaryIO, 'Stream', Sequence['Sendable'],
+                     Iterator['Sendable']]
     # 回调返回的
     Result = Union[Sendable, Sequence['Result'], Iterator['Result'], Awaitable['Result'], AsyncIterator['Result']]
     Function = TypeVar('Function', bound=Callable[..., Result])
@@ -790,7 +790,10 @@ class WXBizMsgCrypt:
 # config.ini：每个应用一节，[system] 放其余的；文件里没写的由环境变量 EASYWECHAT_<大写的键> 补上，关键字参数优先于两者。
 # 一行是 [节]、键 = 值（也可以是 :）、# 注释，或空的；缩进、首尾的空白和引号去掉，键不分大小写和下划线。
 
-_APP_KEYS = tuple('corpid secret appid agentid token encoding_aes_key touser robot api_base ca_file'.split())
+_APP_KEYS = tuple('corpid secret appid agentid token encoding_aes_key touser robot api_base ca_file '
+                  'bot_id bot_secret bot_url bot_name bot_placeholder'.split())
+_SECRETS = 'secret', 'token', 'encoding_aes_key', 'robot', 'bot_secret'
+_THINKING = '<think></think>'   #: bot_placeholder 的默认值：企业微信显示「思考中」。
 _SYSTEM_KEYS = 'route_name', 'log_path', 'log_name'
 _BLANKS = ' \t\r\n\u00a0\u200b\u3000\ufeff'
 
@@ -991,7 +994,8 @@ def _known(found, keys, where, unknown):
 def _sources(appname, path, settings, unknown):
     """→ [(从哪里来, {键: 值})],前面的优先:文件的两节、环境变量。"""
     keys = _APP_KEYS + _SYSTEM_KEYS
-    sources = [('environment', {k: _clean(_decoded(os.environ.get('EASYWECHAT_' + k.upper(), ''))) for k in keys})]
+    variables = ((key, os.environ.get('EASYWECHAT_' + key.upper())) for key in keys)
+    sources = [('environment', {key: _clean(_decoded(value)) for key, value in variables if value})]
     if path:
         ini = _read_ini(path)
         if appname not in ini and not settings:
@@ -1003,6 +1007,18 @@ def _sources(appname, path, settings, unknown):
             if section in ini:
                 sources.insert(0, (where, _known(ini[section], keys, where, unknown)))
     return sources
+
+
+def _complete(values):
+    """从别的键推出来的：agentid 和 appid 一样；后台的「Secret」；bot_placeholder 不写和空着不一样。"""
+    for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
+        if not values[key]:
+            values[key], values.sources[key] = values[other], values.sources.get(other, '')
+    if values['bot_id'] and not values['corpid'] and not values['bot_secret']:     # 后台的「Secret」，抄了过来
+        values['bot_secret'], values['secret'] = values['secret'], ''
+        values.sources['bot_secret'] = values.sources.get('secret', '')
+    if 'bot_placeholder' not in values.sources:
+        values['bot_placeholder'] = _THINKING
 
 
 def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' = None,
@@ -1029,16 +1045,14 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
     if not path and (ini_name or not any(values[k] for k in _APP_KEYS)):
         raise ConfigError('没有找到配置，找过：%s；python easywechat.py --init 会写一个'
                           % '、'.join(paths))
-    for key in ('api_base', 'ca_file') * here:      # 别人写的 config.ini 里的 api_base，不能得到环境变量里的密钥
+    for key in ('api_base', 'ca_file', 'bot_url') * here:   # 别人写的 config.ini 的 api_base，不能得到环境变量里的密钥
         if values[key] and values.sources[key].startswith(path) and any(
-                values[k] and not values.sources[k].startswith(path) for k in ('secret', 'robot')):
+                values[k] and not values.sources[k].startswith(path) for k in ('secret', 'robot', 'bot_secret')):
             raise ConfigError('%s 里的 %s 得不到别处的密钥：设置 EASYWECHAT_%s，或用 EASYWECHAT_CONFIG 指定这个文件'
                               % (path, key, key.upper()))
-    for key, other in ('agentid', 'appid'), ('appid', 'agentid'):
-        if not values[key]:
-            values[key], values.sources[key] = values[other], values.sources.get(other, '')
+    _complete(values)
     values['touser'] = _joined(values['touser'])
-    _remember(*(values[k] for k in ('secret', 'token', 'encoding_aes_key', 'robot')))
+    _remember(*(values[k] for k in _SECRETS))
     return values
 
 
@@ -1743,15 +1757,11 @@ def _where(text, begin, end, whole, again):
     return end
 
 
-def _split_text(text, limit=2048):
-    """长文本 → 一段一段的 (生成器)，每段至多 ``limit`` 字节，段首尾的空行去掉。
-
-    依次在段落、行、句子、分句之后分，找不到才在字与字之间；太靠前的断点不用，免得分得太碎。网址、标签、一个表情不断开；
-    断在代码、表格、<font> 里的，前一段补上结尾，后一段补上开头。
-    """
-    text, begin, head = _xml_chars(text), 0, ''
+def _cuts(text, limit):
+    """`_split_text`，每段是 (它, 后一段从哪里开始, 后一段的开头)。"""
+    begin, head = 0, ''
     if text and len(text.encode('utf-8')) <= limit:
-        yield text
+        yield text, len(text), ''
         return
     whole, again = _markup(text, limit)
     while begin < len(text):
@@ -1766,9 +1776,18 @@ def _split_text(text, limit=2048):
             while passed and passed[0][1] <= end:
                 passed.popleft()
         inside = [a for a in again if a[0] <= end < a[1]]
+        before, begin, head = head, end, ''.join(a[2] for a in inside)
         if piece.strip():
-            yield head + piece.strip('\r\n') + ''.join(a[3] for a in inside[::-1])
-        begin, head = end, ''.join(a[2] for a in inside)
+            yield before + piece.strip('\r\n') + ''.join(a[3] for a in inside[::-1]), begin, head
+
+
+def _split_text(text, limit=2048):
+    """长文本 → 一段一段的 (生成器)，每段至多 ``limit`` 字节，段首尾的空行去掉。
+
+    依次在段落、行、句子、分句之后分，找不到才在字与字之间；太靠前的断点不用，免得分得太碎。网址、标签、一个表情不断开；
+    断在代码、表格、<font> 里的，前一段补上结尾，后一段补上开头。
+    """
+    return (piece for piece, _, _ in _cuts(_xml_chars(text), limit))
 
 
 def _is_file(value):
@@ -1795,6 +1814,63 @@ class _Message(dict):
         return new
 
 
+def _need(condition, rule):
+    if not condition:
+        raise TypeError(rule)
+
+
+_FENCE = re.compile(' {0,3}(`{3,}|~{3,})')
+
+
+class _Paragraph(str):
+    """`Stream` 的一段：还没有发的几段，合成一条。"""
+
+
+class Stream:
+    """回调返回的，一段会长的文字，例如大模型的回答::
+
+        @server.register_callback('text')
+        def chat(msg):
+            return Stream(piece for piece in llm(msg['Content']))
+
+    ``pieces`` 是 str 的 iterable 或 async iterable，依次接起来是全文。智能机器人里是一个越来越长的气泡；应用里第一段
+    写完了马上发，别的一段一段地发，等着发的接成一条。不是 iterable 的抛 `TypeError`。
+    """
+    def __init__(self, pieces: 'Union[Iterable[str], AsyncIterable[str]]') -> None:
+        if not hasattr(pieces, '__iter__') and not hasattr(pieces, '__aiter__'):
+            raise TypeError('Stream takes an iterable of str, not %s' % type(pieces).__name__)
+        self._pieces = [pieces] if isinstance(pieces, str) else pieces
+
+    def pieces(self, under_way: 'Optional[Set[Any]]' = None) -> 'Iterator[str]':
+        """一块一块的 (生成器，str)；不是 str 的抛 `TypeError`。"""
+        pieces = self._pieces
+        if hasattr(pieces, '__aiter__'):
+            pieces = _LOOP.each(pieces, set() if under_way is None else under_way)
+        for piece in pieces:
+            _need(isinstance(piece, str), 'the pieces of a Stream must be str, not %s' % type(piece).__name__)
+            yield _xml_chars(piece)
+
+    def paragraphs(self, under_way: 'Optional[Set[Any]]' = None) -> 'Iterator[str]':
+        """一段一段的 (生成器，str)，写完一段给一段；代码 (```) 里的空行不分段。"""
+        line, lines, fence = [], [], ''
+        for piece in itertools.chain(self.pieces(under_way), '\n\n'):
+            for n, part in enumerate(piece.split('\n')):
+                if n:
+                    text = ''.join(line)
+                    mark = _FENCE.match(text)
+                    if mark:
+                        fence = '' if fence and mark.group(1).startswith(fence) else fence or mark.group(1)
+                    if fence or text.strip():
+                        lines.append(text)
+                    elif lines:
+                        yield _Paragraph('\n'.join(lines))
+                        lines = []
+                    line = []
+                line.append(part)
+        if lines:
+            yield _Paragraph('\n'.join(lines))
+
+
 _TAG = re.compile('<[/!?]?[A-Za-z][^<>]*>')
 
 
@@ -1810,16 +1886,13 @@ def _is_several(result):
 
 def _flat(result):
     """send() 的参数 → 一条一条 (生成器)，去掉 None。"""
+    if isinstance(result, Stream):
+        result = result.paragraphs()
     if _is_several(result):
         for item in result:
             yield from _flat(item)
     elif result is not None:
         yield result
-
-
-def _need(condition, rule):
-    if not condition:
-        raise TypeError(rule)
 
 
 def _snake_case(value):
@@ -1868,6 +1941,10 @@ def _reply_body(kind, item):
 
 def _from_reply(item, default):
     """被动回复的写法（``{'Content': …}``、``{'MsgType': 'image', 'MediaId': …}``）→ 官方 JSON。"""
+    if item.get('response_type') == 'update_template_card':     # 智能机器人的写法 (path/101463)
+        _need(isinstance(item.get('template_card'), dict), 'update_template_card needs template_card, a dict')
+        return _Message({key: item[key] for key in ('template_card', 'userids') if key in item},
+                        msgtype='update_template_card')
     kind = item.get('MsgType') or next((k for k, (name, _) in _REPLIES.items() if name in item), default)
     if not isinstance(kind, str) or kind not in _REPLIES:
         raise TypeError('%s is no type of passive reply; these are: %s' % (_show(repr(kind)), ', '.join(_REPLIES)))
@@ -1900,8 +1977,9 @@ def _message_of(item, default):
     if not isinstance(item, dict):
         raise TypeError("bytes have no name: client.upload(data, name='photo.jpg') takes them" if isinstance(
             item, (bytes, bytearray)) else 'expected str, dict, Path or a list of these, got %s' % type(item).__name__)
-    message = _Message(item) if 'msgtype' in item else _from_reply(item, default)
-    if 'msgtype' in item:
+    own = 'msgtype' in item and 'MsgType' not in item       # 智能机器人的消息，原样返回的，两样都有
+    message = _Message(item) if own else _from_reply(item, default)
+    if own:
         message.own = True
         _need(isinstance(item['msgtype'], str), 'msgtype must be a str')
         json.dumps(item, allow_nan=False, default=lambda value: _need(      # 不是 JSON 的，只有还没上传的文件可以
@@ -2236,8 +2314,7 @@ def _save(f, default, call, response):
         with _local():
             f.write(block)
     f.truncate()
-    name = _file_name(_name_in(response.headers) or default, response.headers.get_content_type())
-    return {'name': name + '_' * bool(_RUNNABLE.search(name))}
+    return {'name': _file_name(_name_in(response.headers) or default, response.headers.get_content_type())}
 
 
 def _put(part, folder, name):
@@ -2250,6 +2327,20 @@ def _put(part, folder, name):
             os.replace(part, path)
             return path
     raise FileExistsError(errno.EEXIST, 'too many files of this name', name)
+
+
+def _saved(folder, write):
+    """``write(f)`` 写进 ``folder`` 里的一个临时文件，返回它的名字 → `pathlib.Path`。"""
+    import pathlib
+    folder = os.fspath(_private([os.path.join(state_folder(), 'downloads')]) if folder is None else folder)
+    part = os.path.join(folder, '.easywechat-%s.part' % binascii.hexlify(os.urandom(8)).decode())
+    try:
+        with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 'wb') as f:
+            name = write(f)
+        return pathlib.Path(_put(part, folder, name + '_' * bool(_RUNNABLE.search(name))))
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
 
 
 class _Attempt:
@@ -2440,33 +2531,38 @@ class _Call:
 # token 见 path/91039，素材见 path/90253，群机器人见 path/91770。
 
 class _Pace:
-    """每个收件人每分钟最多 ``limit`` 条:再多的等。"""
+    """每个收件人一分钟、一小时最多几条：再多的等。"""
     def __init__(self, sleep):
-        self._slots = collections.OrderedDict()     # 收件人 → 一分钟以来的 [时刻],最近用过的收件人在后
+        self._slots = collections.OrderedDict()     # 收件人 → 还算数的 [时刻]，最近用过的收件人在后
         self._sleep = sleep
         _fresh(self, _lock=threading.Lock)
 
-    def wait(self, receivers, limit, clock):
-        """轮到的时候返回一个格子:发到了,把 ``[0]`` 改成那时的时刻。同一个收件人的先来先走。"""
+    def turn(self, receivers, limits, clock):
+        """占一个格子 → (它, 还要等多少秒)；``limits`` 是 {秒: 最多几条}。同一个收件人的先来先走。"""
         _check_fork()
-        slot = [clock()]
+        slot, longest = [clock()], max(limits)
         with self._lock:
             now = slot[0]
-            while self._slots and next(iter(self._slots.values()))[-1][0] < now - 60:
+            while self._slots and next(iter(self._slots.values()))[-1][0] < now - longest:
                 self._slots.popitem(last=False)
             for who in receivers:
                 slots = self._slots.setdefault(who, [])
                 self._slots.move_to_end(who)
-                while slots and slots[0][0] < now - 60:
+                while slots and slots[0][0] < now - longest:
                     del slots[0]
-                if slots:
-                    full = slots[-limit][0] + 60 if len(slots) >= limit else 0
-                    slot[0] = max(slot[0], slots[-1][0], full)
+                full = [slots[-most][0] + seconds for seconds, most in limits.items() if len(slots) >= most]
+                slot[0] = max([slot[0]] + full + [last[0] for last in slots[-1:]])
                 slots.append(slot)
         if slot[0] > now:
-            logger.warning('waiting %.0f s: WeCom drops more than %d messages a minute to one receiver',
-                           slot[0] - now, limit)
-            self._sleep(slot[0] - now)
+            logger.warning('waiting %.0f s: WeCom takes no more than %s to one receiver', slot[0] - now, ' or '.join(
+                '%d messages in %d s' % (most, seconds) for seconds, most in limits.items()))
+        return slot, slot[0] - now
+
+    def wait(self, receivers, limits, clock):
+        """`turn`，轮到的时候返回格子：发到了，把 ``[0]`` 改成那时的时刻。"""
+        slot, seconds = self.turn(receivers, limits, clock)
+        if seconds > 0:
+            self._sleep(seconds)
         return slot
 
 
@@ -2508,7 +2604,7 @@ class _Caller:
         return '<%s of corpid %s>' % (type(self).__name__, _mask(self.settings['corpid']))
 
     def _send_one(self, path, who, message):
-        slot = self._pace.wait(who, self.per_minute, self._clock)
+        slot = self._pace.wait(who, {60: self.per_minute}, self._clock)
         try:
             answer = self._authorized(path, {}, message)
         finally:
@@ -2756,19 +2852,13 @@ class WeChatClient(_Caller):
         ``folder`` 默认是 `state_folder` 里的 downloads，只有自己能进 (0700)。文件名由企业微信给，去掉路径和危险的字符，
         Python 或 shell 会运行的（例如 json.py）后面加 ``_``；已经有的不覆盖，加 -1、-2。写不了抛 `OSError`。
         """
-        import pathlib
-        folder = _private([os.path.join(state_folder(), 'downloads')]) if folder is None else folder
-        part = os.path.join(os.fspath(folder), '.easywechat-%s.part' % binascii.hexlify(os.urandom(8)).decode())
-        try:
-            with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 'wb') as f:
-                answer = self._authorized('media/get', {'media_id': media_id}, None,
-                                          functools.partial(_save, f, media_id), self.media_within)
+        def write(f):
+            answer = self._authorized('media/get', {'media_id': media_id}, None, functools.partial(_save, f, media_id),
+                                      self.media_within)
             if 'name' not in answer:
                 raise NetworkError(502, 'an answer that is no file', 'media/get')
-            return pathlib.Path(_put(part, os.fspath(folder), answer['name']))
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
+            return answer['name']
+        return _saved(folder, write)
 
 
 def _mentions(who):
@@ -2845,7 +2935,7 @@ class WeChatRobot(_Caller):
 # 登记过的函数，和一条消息该归哪一个。
 
 #: wecom 文档里的消息类型和事件,用来提醒写错的名字;新的类型照样可以登记。
-_TYPES = frozenset('text image voice video shortvideo location link file event *'.split())
+_TYPES = frozenset('text image voice video shortvideo location link file mixed event *'.split())
 _EVENTS = frozenset(
     'subscribe unsubscribe enter_agent LOCATION batch_job_result change_contact click view view_miniprogram '
     'scancode_push scancode_waitmsg pic_sysphoto pic_photo_or_album pic_weixin location_select '
@@ -2855,7 +2945,8 @@ _EVENTS = frozenset(
     'kf_account_auth_change change_external_contact change_external_chat change_external_tag change_chain '
     'security living_status_change msgaudit_notify unlicensed_notify delete_calendar modify_calendar '
     'modify_schedule delete_schedule respond_schedule doc_change smart_sheet_change meeting_change '
-    'meeting_statistics app_email_change public_email_change customer_acquisition'.split())
+    'meeting_statistics app_email_change public_email_change customer_acquisition '
+    'enter_chat feedback_event disconnected_event'.split())
 _TYPE_FORM = re.compile(r'\*|[A-Za-z][A-Za-z0-9_]*|event:[A-Za-z][A-Za-z0-9_]*')
 
 
@@ -2908,6 +2999,8 @@ class Callbacks:
     def find(self, msg: 'Message') -> 'Tuple[Optional[Callable[..., Result]], Tuple[str, ...]]':
         """→ (函数, 附加的参数)；没有登记是 (None, ())。"""
         kind = str(msg.get('MsgType', ''))
+        if kind in ('voice', 'mixed') and 'Content' in msg and kind not in self._functions:
+            kind = 'text'               # 智能机器人的：说的话、图文里的字
         if kind == 'text' and self._patterns:
             text = str(msg.get('Content', '')).strip().strip(_BLANKS)     # 输入法在后面加空格，平板在前面
             for pattern, func in self._patterns:
@@ -2924,8 +3017,9 @@ class Callbacks:
 
 # ---- 一次 Once --------------------------------------------------------------------------------
 # 一条消息只跑一次回调。企业微信等 5 秒，断开，再投递同一条，一共三次：先认领（存储里的一条记录）再跑；后来的投递
-# 等同一次运行 (_Run)，或得到存下的答复。一次投递是 answer(答复)，恰好调用一次，从不阻塞；回调给的东西怎样送，是
-# ``replies`` 的事：expect(run) 认领到了，make(run) 跑回调，late(run, up, last) 慢了，look() 时间到了，left() 没送完的。
+# 等同一次运行 (_Run)，或得到存下的答复。一次投递是 answer(答复)，恰好调用一次，从不阻塞；回调给的东西怎样送，是它那条
+# 路的 ``replies`` (`_Results`) 的事：expect(run) 认领到了，make(run) 跑回调，late(run, up, last) 慢了，look() 时间
+# 到了，left() 没送完的；slow 秒以后算慢，hold_within 秒没有轮到跑就作废，等企业微信再投递。
 # 看时间的线程只在有消息没完的时候才有；它从不等谁：写存储、跑回调，都交给别的线程。
 
 #: 一次运行走到了哪一步：认领、排队，或等别的进程；回调在跑；回调完了，还有要送的；完了。
@@ -2935,11 +3029,12 @@ _THREE = 29 / 9  #: 企业微信一共投递三次：第三次该答的时候，
 
 class _Run:
     """一条消息的一次运行，和在等它的各次投递。"""
-    __slots__ = ('key', 'message', 'sender', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel', 'leased', 'due',
-                 'record', 'deliveries', '_lock')
+    __slots__ = ('key', 'message', 'sender', 'replies', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel',
+                 'leased', 'due', 'record', 'deliveries', '_lock')
 
-    def __init__(self, key, message, answer):
+    def __init__(self, key, message, answer, replies):
         self.key, self.message, self.sender = key, message, str(message.get('FromUserName', ''))
+        self.replies = replies          # 它的东西走哪条路
         self.begin = self.newest = time.monotonic()     # 第一次、最近一次投递
         self.stage, self.reply = _WAITING, None     # 答复：bytes，b'' 是没有；None 是还没有定
         self.count, self.parcel = 1, None           # 来过几次投递；replies 放它的东西的地方
@@ -2991,8 +3086,8 @@ class Once:
     _runs: 'Dict[str, _Run]'
     _wake: 'threading.Event'
 
-    def __init__(self, replies: 'Any', limits: 'Any') -> None:
-        self._replies, self._limits = replies, limits
+    def __init__(self, roads: 'List[Any]', limits: 'Any') -> None:
+        self._roads, self._limits = roads, limits
         # 在另一条线程上跑回调；同时跑几个由 _busy 管
         self.spawn = functools.partial(_Threads(float('inf')).submit, 0)
         self._errands = _Threads(32)                    # 写存储
@@ -3000,12 +3095,12 @@ class Once:
         _fresh(self, _lock=threading.Lock, _runs=dict, _busy=collections.Counter, _watching=bool, _wake=threading.Event)
 
     def deliver(self, key: str, message: 'Message', answer: 'Callable[[Optional[bytes]], object]',
-                spawn: 'Spawn') -> None:
+                spawn: 'Spawn', replies: 'Any') -> None:
         """一次投递。``answer(bytes)`` 是答复，b'' 是没有；``answer(None)`` 是现在没有答案。
 
         ``spawn(job, *args)`` 去跑回调，跑不了返回 False；None 是在这里跑。
         """
-        mine = _Run(key, message, answer)
+        mine = _Run(key, message, answer, replies)
         while True:
             run = self._runs.setdefault(key, mine)
             if run is mine:
@@ -3023,7 +3118,7 @@ class Once:
         try:
             if store.claim(run.key, limits.lease):
                 run.leased = time.monotonic()
-                self._replies.expect(run)
+                run.replies.expect(run)
                 return self._enter(run, spawn)
             stored = store.get(run.key)
         except BaseException as e:      # 本文件的错：不能留下一个谁也等不到的
@@ -3067,7 +3162,7 @@ class Once:
     def _work(self, run):
         run.stage = _RUNNING
         try:
-            self._replies.make(run)
+            run.replies.make(run)
             if run.reply is not None:
                 self._finish(run)
         except BaseException:           # make 自己不抛；到这里是本文件的错，仍要回答等着的
@@ -3129,7 +3224,7 @@ class Once:
             with self._lock:            # 先说没有人在看，再看有没有：刚来的总有一边看得见
                 self._watching = False
                 runs = list(self._runs.values())
-                if not runs and not self._replies.left():
+                if not runs and not any(road.left() for road in self._roads):
                     return
                 self._watching = True
             limits, now = self._limits, time.monotonic()
@@ -3138,7 +3233,8 @@ class Once:
                 # 刚来的，最早也要过这么久才有事：所以睡这么久，谁的时候都不会错过
                 wake = now + min(limits.lease, limits.answer_within, limits.hold_within) / 3
                 wake = min([wake] + [t for run in runs for t in self._look_at(run, now) if t > now])
-                self._replies.look()
+                for road in self._roads:
+                    road.look()
             except Exception:           # 本文件的错；别的消息还要有人看着
                 logger.error('internal error in the clock%s', _traceback())
             self._wake.wait(max(0.001, wake - time.monotonic()))
@@ -3150,24 +3246,24 @@ class Once:
         if run.due:
             self._look_at_waiting(run, now)
         else:
-            run.expire(now - limits.hold_within)
+            run.expire(now - run.replies.hold_within)
         begin = next((begin for begin, _ in run.deliveries[:1]), None)
-        slow, third = (run.begin + limits.answer_within * n for n in (1 / 3, _THREE))
+        slow, third = run.begin + run.replies.slow, run.begin + limits.answer_within * _THREE
         up = (begin or now) + limits.answer_within
         if run.reply is None and _WAITING < run.stage < _ENDED and now >= slow:
             last = now >= third or run.count >= self.deliveries and now >= run.newest + limits.answer_within
-            self._replies.late(run, begin is not None and now >= up, last)
+            run.replies.late(run, begin is not None and now >= up, last)
         if run.reply is not None and run.stage >= _PUSHING:
             self._errands.submit(0, self._finish, run)
         elif run.leased and (run.reply is not None or now >= run.leased + limits.lease / 3):
             run.leased = now
             self._errands.submit(0, self._write, run, False)
         return ((run.leased or now) + limits.lease / 3, run.due or 0, slow, up, third,
-                (begin or now) + limits.hold_within)
+                (begin or now) + run.replies.hold_within)
 
     def _look_at_waiting(self, run, now):
         """还没有轮到跑的：没有投递在等它了，就作废；轮到了就跑；别的进程认领了的，到时候再去认领。"""
-        before = now - self._limits.hold_within
+        before = now - run.replies.hold_within
         if run.newest <= before and run.leased:
             logger.error('no callback is free for a message of %s: %d run, %d of them his, or no thread starts; WeCom '
                          'will deliver again', _show(run.sender), sum(self._busy.values()), self._busy[run.sender])
@@ -3200,6 +3296,17 @@ class _Parcel:
         self.held = []                  # 还没有定怎样送的
         self.items = []                 # 等着主动发送的；第一条可能正在发
         self.way = None                 # 怎样送，定了：'push' 主动发送，'reply' 被动回复，再有的主动发送
+
+    def push(self, messages):
+        """主动发送；`Stream` 的几段，还没有发的接成一条。"""
+        for message in messages:
+            last = self.items[-1] if len(self.items) > 1 else None
+            texts = [m.body()['content'] for m in (last, message) if m and m['msgtype'] == 'text']
+            text = _Paragraph('\n\n'.join(texts))
+            if len(texts) == 2 and all(isinstance(t, _Paragraph) for t in texts) and len(text.encode('utf-8')) <= 2048:
+                self.items[-1] = message.with_body(content=text)
+            else:
+                self.items.append(message)
 
     def alone(self):
         """只有一条，做得了被动回复，还没有定怎样送。"""
@@ -3269,35 +3376,83 @@ class _Outbox:
             return [parcel for queue in self._queues.values() for parcel in queue
                     if parcel.run.stage < _PUSHING or parcel.held or parcel.items]
 
-class Replies:
-    """`Once` 的 replies，一个应用的。``owner`` 是它的 `Dispatcher`。"""
-    most = 100  #: 一次运行最多多少条没有送出的；再多，回调就等。
 
+class _Results:
+    """一条路的 replies：跑回调，它给的一条一条收下；怎样送是子类的事。``owner`` 是 `Dispatcher`。"""
     _under_way: 'Set[Any]'
 
-    def __init__(self, owner: 'Any', callbacks: Callbacks) -> None:
-        self._owner, self._callbacks = owner, callbacks
+    def __init__(self, owner):
+        self._owner = owner
+        _fresh(self, _under_way=set)    # 在跑的 async def
+
+    def make(self, run: _Run) -> None:
+        """跑回调，它给的一条一条收下。出错记日志；企业微信得到空的 200，否则它会再投递。"""
+        parcel = run.parcel
+        func, args = self._owner._callbacks.find(run.message)
+        try:
+            self._take(parcel, func, func(run.message, *args) if func else None)
+        except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
+            self._failed(parcel, func, e)
+        run.stage = _PUSHING
+        self._over(parcel)
+
+    def cancel(self) -> None:
+        """``async def`` 的，还在跑的，不等了。"""
+        for future in list(self._under_way):
+            future.cancel()
+
+    def _failed(self, parcel, func, error):
+        logger.error('callback %s failed on %s from %s%s', _name_of(func), _show(parcel.kind), _show(parcel.user),
+                     _traceback())
+        if self._owner.debug:
+            self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
+
+    def _take(self, parcel, func, item):
+        """又一条，或几条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
+        try:
+            if hasattr(item, '__await__'):
+                return self._take(parcel, func, _LOOP.wait(item, self._under_way))
+            if hasattr(item, '__aiter__'):
+                item = _LOOP.each(item, self._under_way)
+            if isinstance(item, Stream):
+                return self._stream(parcel, func, item)
+            if item is None or _is_several(item):
+                return all(self._take(parcel, func, one) for one in item or ())
+            return all(self._add(parcel, message) for message in self._messages(parcel, item))
+        except Exception as e:          # 回调给的是什么都有可能；别的还要接着送
+            self._failed(parcel, func, e)
+        return True
+
+
+class Replies(_Results):
+    """`Once` 的 replies，一个应用的。"""
+    most = 100  #: 一次运行最多多少条没有送出的；再多，回调就等。
+
+    def __init__(self, owner: 'Any') -> None:
+        super().__init__(owner)
         self._errands = _Threads(4)     # 问能不能主动发送
         self._outbox = _Outbox(self._push)
         self.look, self.left = self._outbox.look, self._outbox.left
         self._not_ours = None           # 这个应用不能用我们的 Secret 发
-        # _asking：正在问能不能主动发送；_ask_at：这时以前不再问；_under_way：在跑的 async def
+        # _asking：正在问能不能主动发送；_ask_at：这时以前不再问
         _fresh(self, _lock=threading.Lock, _asking=bool, _ask_at=int, _under_way=set)
+
+    @property
+    def slow(self) -> float:
+        """回调跑了这么多秒，就先问好能不能主动发送。"""
+        return self._owner.answer_within / 3
+
+    @property
+    def hold_within(self) -> float:
+        """`Dispatcher.hold_within`。"""
+        return self._owner.hold_within
 
     def expect(self, run: _Run) -> None:
         """认领到了：它的东西，按消息来的先后送。"""
         run.parcel = _Parcel(run)
         self._outbox.join(run.parcel)
 
-    def make(self, run: _Run) -> None:
-        """跑回调，它给的一条一条收下。出错记日志；企业微信得到空的 200，否则它会再投递。"""
-        parcel = run.parcel
-        func, args = self._callbacks.find(run.message)
-        try:
-            self._take(parcel, func, func(run.message, *args) if func else None)
-        except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
-            self._failed(parcel, func, e)
-        run.stage = _PUSHING
+    def _over(self, parcel):
         self._settle(parcel)
         self._outbox.kick(parcel.user)
 
@@ -3308,11 +3463,6 @@ class Replies:
             self._settle(parcel, True, last)
         else:
             self._can_send()
-
-    def cancel(self) -> None:
-        """``async def`` 的，还在跑的，不等了。"""
-        for future in list(self._under_way):
-            future.cancel()
 
     def _can_send(self):
         """True、False；正在问是 None。不知道就在后台问，不行过一会儿再问。"""
@@ -3341,31 +3491,16 @@ class Replies:
                 self._settle(parcel)
             self._owner._once.look()
 
-    def _failed(self, parcel, func, error):
-        logger.error('callback %s failed on %s from %s%s', _name_of(func), _show(parcel.kind), _show(parcel.user),
-                     _traceback())
-        if self._owner.debug:
-            self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
+    def _stream(self, parcel, func, stream):
+        return self._take(parcel, func, stream.paragraphs(self._under_way))
 
-    def _take(self, parcel, func, item):
-        """又一条，或几条。写错了的只有它自己送不到。→ False：再多的也送不到了。"""
-        try:
-            if hasattr(item, '__await__'):
-                return self._take(parcel, func, _LOOP.wait(item, self._under_way))
-            if hasattr(item, '__aiter__'):
-                item = _LOOP.each(item, self._under_way)
-            if item is None or _is_several(item):
-                return all(self._take(parcel, func, one) for one in item or ())
-            for message in _made(item, parcel.kind):
-                kind = message['msgtype']
-                if kind in _MEDIA and kind in _REPLIES and parcel.xml and not (parcel.held or parcel.way) \
-                        and message.file():     # 也许只有它一条：上传了，做被动回复
-                    message = message.with_body(media_id=self._owner.client.upload(message.file(), kind))
-                if not self._add(parcel, message):
-                    return False
-        except Exception as e:          # 回调给的是什么都有可能；别的还要接着送
-            self._failed(parcel, func, e)
-        return True
+    def _messages(self, parcel, item):
+        for message in _made(item, parcel.kind):
+            kind = message['msgtype']
+            if kind in _MEDIA and kind in _REPLIES and parcel.xml and not (parcel.held or parcel.way) \
+                    and message.file():     # 也许只有它一条：上传了，做被动回复
+                message = message.with_body(media_id=self._owner.client.upload(message.file(), kind))
+            yield message
 
     def _add(self, parcel, message):
         """太多没有送出的，就等。→ False：再多的也送不到了。"""
@@ -3407,7 +3542,7 @@ class Replies:
             if way:
                 parcel.held, parcel.way = [], parcel.way or way
             if way == 'push':
-                parcel.items.extend(held)
+                parcel.push(held)
         if way == 'reply':
             self._reply(parcel, held)
         elif way:
@@ -3433,7 +3568,7 @@ class Replies:
             self._lose(parcel, rest)
         elif rest:
             with self._outbox.lock:
-                parcel.items.extend(rest)
+                parcel.push(rest)
             self._outbox.kick(parcel.user)
 
     def _send(self, parcel, message):
@@ -3546,8 +3681,9 @@ class Dispatcher:
         self._client = WeChatClient(self.settings, store=None if store is None else self.store) \
             if self.settings['secret'] else None
         self._callbacks = Callbacks()
-        self._replies = Replies(self, self._callbacks)
-        self._once = Once(self._replies, self)
+        self._replies = Replies(self)
+        self._roads = [self._replies]
+        self._once = Once(self._roads, self)
         self._refusals, self._freshness, self._keys = _RefusalLog(), _Freshness(), _Keys(self.settings)
 
     def __repr__(self):
@@ -3596,13 +3732,17 @@ class Dispatcher:
         """等在跑的回调、在发的，至多到 ``deadline`` (monotonic 秒)：``async def`` 的最后取消；没有送到的写日志。"""
         _check_fork()
         deadline = max(deadline, time.monotonic() + 0.2)
-        while (self._once._runs or self._replies.left()) and time.monotonic() < deadline:
+        while (self._once._runs or self._left()) and time.monotonic() < deadline:
             if time.monotonic() > deadline - 0.2:
-                self._replies.cancel()
+                for road in self._roads:
+                    road.cancel()
             time.sleep(0.02)
-        for parcel in self._replies.left():
+        for parcel in self._left():
             logger.warning('stopped before the answer to message %s of %s was delivered',
                            _show(parcel.id), _show(parcel.user))
+
+    def _left(self):
+        return [parcel for road in self._roads for parcel in road.left()]
 
     def _open(self, query, encrypt):
         """验签、看时间、解密 → 明文 (str)。"""
@@ -3671,7 +3811,7 @@ class Dispatcher:
         回调就在这条线程上跑，跑完才返回（``spawn(job, *args)`` 可以把它交给别的线程，交不出去返回 False）：它慢，
         到时候另一条线程会替它 ``send``。
         """
-        self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn)
+        self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn, self._replies)
 
     def respond(self, method: str, target: str, body: bytes, client: str, send: 'Callable[..., object]',
                 spawn: 'Spawn' = None) -> None:
@@ -4115,20 +4255,26 @@ def _masked(data, mask):
     return (int.from_bytes(data, 'big') ^ int.from_bytes(key, 'big')).to_bytes(len(data), 'big')
 
 
-def _ready(sock, write, within):
-    """等套接字能写（能读），至多 ``within`` 秒 → 等到了没有。"""
+def _ready(sock, write, within, also=()):
+    """等套接字能写（能读），或 ``also`` 里的能读，至多 ``within`` 秒 → 等到的那一个；没有是 None。"""
     import select
     if hasattr(select, 'poll'):         # select 只认得 1024 以下的描述符
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT if write else select.POLLIN)
-        return bool(poll.poll(max(0, within) * 1000))
-    return any(select.select([] if write else [sock], [sock] if write else [], [], max(0, within)))
+        poll, socks = select.poll(), {s.fileno(): s for s in (*also, *([sock] if sock else ()))}
+        for s in socks.values():
+            poll.register(s, select.POLLOUT if write and s is sock else select.POLLIN)
+        return next((socks[fd] for fd, _ in poll.poll(max(0, within) * 1000)), None)
+    read = list(also) + ([sock] if sock and not write else [])
+    return next(itertools.chain(*select.select(read, [sock] if write else [], [], max(0, within))[:2]), None)
+
+
+class _Elsewhere(Exception):
+    """等的时候，别的套接字能读了：``args`` 是它。"""
 
 
 class _WebSocket:
     """一条连上了的长连接。一条线程收，任何线程发；``heard`` 是最近听到一个字节的时刻 (monotonic)。
 
-    连不上、不是 WebSocket 抛 `OSError` 或 `NetworkError`；``within`` 秒是总数（DNS 除外），之后写一帧也至多这么久。
+    连不上、不是 WebSocket 抛 `OSError`；``within`` 秒是总数（DNS 除外），之后写一帧也至多这么久，加上每 8 KiB 一秒。
     """
     most = 4 << 20  #: 一条消息最多多少字节。
 
@@ -4164,8 +4310,8 @@ class _WebSocket:
             self._sock.close()
             raise
 
-    def _io(self, operation, write, deadline):
-        """``operation()``，要等就等，至多到 ``deadline``；等不到抛 `socket.timeout`。"""
+    def _io(self, operation, write, deadline, also=()):
+        """``operation()``，要等就等，至多到 ``deadline``：等不到抛 `socket.timeout`，``also`` 先到抛 `_Elsewhere`。"""
         while True:
             try:
                 with self._lock:
@@ -4177,19 +4323,22 @@ class _WebSocket:
                     raise
                 write = type(e).__name__ == 'SSLWantWriteError'
             try:
-                if not _ready(self._sock, write, deadline - time.monotonic()):
-                    raise socket.timeout('no answer in time')
+                found = _ready(self._sock, write, deadline - time.monotonic(), also)
             except ValueError:              # 别的线程关了它
                 raise _Closed(1006, 'closed here') from None
+            if found is None:
+                raise socket.timeout('no answer in time')
+            if found is not self._sock:
+                raise _Elsewhere(found)
 
     def _write(self, data, deadline):
         view = memoryview(data)
         while view:
             view = view[self._io(functools.partial(self._sock.send, view), True, deadline):]
 
-    def _read(self, deadline):
+    def _read(self, deadline, also=()):
         """再收一些，放进 ``_buffer``。"""
-        data = self._io(functools.partial(self._sock.recv, 1 << 16), False, deadline)
+        data = self._io(functools.partial(self._sock.recv, 1 << 16), False, deadline, also)
         if not data:
             raise _Closed(1006, 'closed without a word')
         self.heard = time.monotonic()
@@ -4241,7 +4390,7 @@ class _WebSocket:
                 raise _Closed(1006, 'closed')
             self._closing = opcode == _CLOSE
             try:
-                self._write(head + mask + _masked(data, mask), time.monotonic() + self._within)
+                self._write(head + mask + _masked(data, mask), time.monotonic() + self._within + size / 8192)
             except OSError:                 # 只出去了半帧：这条连接完了
                 self.hang_up()
                 raise
@@ -4250,18 +4399,23 @@ class _WebSocket:
         """发一条：str 是文字，bytes 是二进制。断了、写不出去抛 `OSError`。"""
         self._send(*(_TEXT, message.encode('utf-8')) if isinstance(message, str) else (_BINARY, message))
 
-    def receive(self, within):
-        """→ 一条消息 (str 或 bytes)；``within`` 秒没有是 None；断了抛 `_Closed`，别的 `OSError`。"""
+    def receive(self, within, also=()):
+        """→ 一条消息 (str 或 bytes)；``within`` 秒没有是 None；断了抛 `_Closed`，别的 `OSError`。
+
+        ``also`` 里的套接字先能读了，返回它。
+        """
         deadline = time.monotonic() + within
         while True:
             try:
                 frame = self._frame()
                 if frame is None:
-                    self._read(deadline)
+                    self._read(deadline, also)
                     continue
                 message = self._take(*frame)
             except socket.timeout:
                 return None
+            except _Elsewhere as e:
+                return e.args[0]
             except _Violation as e:
                 self.close(*e.args)
                 raise _Closed(*e.args) from None
@@ -4348,6 +4502,10 @@ class _WebSocket:
         self.hang_up()
         with self._lock:
             self._sock.close()
+
+    def busy(self):
+        """有线程正在写：上行慢，一大帧要一会儿。"""
+        return self._sending.locked()
 
     def hang_up(self):
         """马上断开，叫醒在收的那条线程。任何线程都可以用。"""

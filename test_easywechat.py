@@ -1909,12 +1909,12 @@ class SendTests(ClientCase):
         self.assertEqual(len(client.waited), 1)
         waited, now = [], [100.0]
         pace = easywechat._Pace(waited.append)
-        first = pace.wait(['a', 'b'], 2, lambda: now[0])
+        first = pace.wait(['a', 'b'], {60: 2}, lambda: now[0])
         first[0] = now[0] = 103         # 到得晚
-        pace.wait(['a'], 2, lambda: now[0])
+        pace.wait(['a'], {60: 2}, lambda: now[0])
         now[0] = 161
-        pace.wait(['a'], 2, lambda: now[0])
-        pace.wait(['b'], 2, lambda: now[0])
+        pace.wait(['a'], {60: 2}, lambda: now[0])
+        pace.wait(['b'], {60: 2}, lambda: now[0])
         self.assertEqual(waited, [2])
 
     def test_the_time_a_message_takes_counts(self):
@@ -1933,7 +1933,7 @@ class SendTests(ClientCase):
         pace = client._pace
         for n in range(100):
             now[0] += 61
-            pace.wait(['user%d' % n], 1, lambda: now[0])
+            pace.wait(['user%d' % n], {60: 1}, lambda: now[0])
         self.assertLess(len(pace._slots), 3)        # 一分钟以前的收件人不留着
 
     def test_the_legacy_methods_never_raise(self):
