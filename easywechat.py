@@ -21,7 +21,7 @@
 从上往下读，每一节只用上面讲过的东西::
 
     错误 → 错误码 → 日志 → XML → 加解密 → 配置 → 线程 → 存储 → 消息 → 请求 → 主动模式
-         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 长连接 → 信 → 命令行
+         → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 信 → 长连接 → 本机 → 智能机器人 → 气泡 → 总成 → 命令行
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
     gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数(dict)
@@ -710,6 +710,10 @@ class WXBizMsgCrypt:
 
     def open(self, encrypt: bytes) -> str:
         """密文 (base64, bytes) → 明文 (str)。先 `verify`,再 `open`。"""
+        return self._opened(encrypt, (self._receive_id.decode('utf-8'),))[0]
+
+    def _opened(self, encrypt, receive_ids):
+        """→ (明文, receiveid)，都是 str。"""
         try:
             data = binascii.a2b_base64(encrypt)
         except ValueError:
@@ -726,12 +730,13 @@ class WXBizMsgCrypt:
         end = 4 + int.from_bytes(data[:4], 'big')
         if end > len(data):
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer)
-        if not hmac.compare_digest(data[end:], self._receive_id):
+        receive_id = next((i for i in receive_ids if hmac.compare_digest(data[end:], i.encode('utf-8'))), None)
+        if receive_id is None:
             theirs, ours = (_mask(i.decode('utf-8', 'replace')) for i in (data[end:], self._receive_id))
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error,
                               'receive id differs: got %s, corpid here is %s' % (_show(theirs), ours))
         try:
-            return data[4:end].decode('utf-8')
+            return data[4:end].decode('utf-8'), receive_id
         except UnicodeDecodeError:
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'not UTF-8') from None
 
@@ -768,6 +773,14 @@ class WXBizMsgCrypt:
         return ('<xml><Encrypt><![CDATA[%s]]></Encrypt><MsgSignature><![CDATA[%s]]></MsgSignature><TimeStamp>%s'
                 '</TimeStamp>%s</xml>' % (encrypt.decode(), self.sign(timestamp, nonce, encrypt), timestamp,
                                           _write_element('Nonce', nonce, 1)))
+
+    def encrypt_json(self, message: 'Union[str, bytes]', nonce: str,
+                     timestamp: 'Union[None, str, int]' = None) -> str:
+        """`encrypt_message`，信封是 JSON (str)：智能机器人的 (path/101039)。"""
+        timestamp = str(timestamp or int(time.time()))
+        encrypt = self.seal(message)
+        return json.dumps({'encrypt': encrypt.decode(), 'msgsignature': self.sign(timestamp, nonce, encrypt),
+                           'timestamp': int(timestamp), 'nonce': nonce})
 
     @_code_and_value
     def VerifyURL(self, sMsgSignature: str, sTimeStamp: str, sNonce: str, sEchoStr: str) -> str:
@@ -2010,7 +2023,8 @@ def _official(item, default='text', limits=_TEXT_LIMITS):
 
 
 class _JsonMessage(dict):
-    """用 JSON 写的消息（path/92052）：没有被动回复。"""
+    """用 JSON 写的消息（path/92052）：没有被动回复。智能机器人的 (path/100719)，``bot`` 为真。"""
+    bot, line, req_id = False, None, ''     # 长连接上来的：哪条连接，req_id
 
 
 def _check_direction(msg, receive_id):
@@ -2054,6 +2068,8 @@ class _Keys:
         """有 MsgId 的看它和发送者，没有的（事件）看全部内容：企业微信再投递的，内容一样（假定；日志里看得出来）。"""
         event = not msg.get('MsgId')
         whole = json.dumps(msg, sort_keys=True) if event else '%s\0%s' % (msg['MsgId'], msg.get('FromUserName'))
+        if getattr(msg, 'bot', False):
+            whole = 'aibot:%s\0%s' % (msg['ToUserName'], whole)
         key = 'easywechat:message:' + hashlib.sha256((self._app + whole).encode('utf-8', 'replace')).hexdigest()
         if event:
             if len(self._seconds) > 100:
@@ -3091,6 +3107,7 @@ class Once:
         # 在另一条线程上跑回调；同时跑几个由 _busy 管
         self.spawn = functools.partial(_Threads(float('inf')).submit, 0)
         self._errands = _Threads(32)                    # 写存储
+        self.errand = functools.partial(self._errands.submit, 0)
         # _runs：存储里的名字 → _Run，先来的在前；_busy：谁的几个回调在跑；_watching：有一条线程在看时间，_wake 叫醒它
         _fresh(self, _lock=threading.Lock, _runs=dict, _busy=collections.Counter, _watching=bool, _wake=threading.Event)
 
@@ -3664,15 +3681,14 @@ class Dispatcher:
                  **settings: 'Union[None, str, int]') -> None:
         self.appname = appname
         self.settings = get_config(appname, ini_name, **settings)
-        for key in 'corpid', 'token', 'encoding_aes_key':
-            if not self.settings[key]:
-                raise ConfigError('没有写 %s：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_%s'
-                                  % (key, appname, key.upper()))
+        # receiveid → 加解密
+        self._crypts = {receive_id: WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], receive_id)
+                        for receive_id in self._receive_ids()}
         self.route = (self.settings['route_name'] or 'weixin').strip('/')
         if not re.fullmatch('[A-Za-z0-9_.~/-]+', self.route):
             raise ConfigError('route_name 只能用 A-Z a-z 0-9 _ . ~ - 和 /，例如 weixin')
-        #: 加解密,`WXBizMsgCrypt`。
-        self.wxcpt = WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], self.settings['corpid'])
+        #: 加解密，`WXBizMsgCrypt`；只连长连接的没有。
+        self.wxcpt = next(iter(self._crypts.values()), None)
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
@@ -3685,6 +3701,14 @@ class Dispatcher:
         self._roads = [self._replies]
         self._once = Once(self._roads, self)
         self._refusals, self._freshness, self._keys = _RefusalLog(), _Freshness(), _Keys(self.settings)
+
+    def _receive_ids(self):
+        """听哪些 receiveid 的回调；缺了什么抛 `ConfigError`。"""
+        for key in 'corpid', 'token', 'encoding_aes_key':
+            if not self.settings[key]:
+                raise ConfigError('没有写 %s：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_%s'
+                                  % (key, self.appname, key.upper()))
+        return [self.settings['corpid']]
 
     def __repr__(self):
         return '<%s %s, corpid %s>' % (type(self).__name__, self.appname, _mask(self.settings['corpid']))
@@ -3745,10 +3769,12 @@ class Dispatcher:
         return [parcel for road in self._roads for parcel in road.left()]
 
     def _open(self, query, encrypt):
-        """验签、看时间、解密 → 明文 (str)。"""
+        """验签、看时间、解密 → (明文, receiveid)，都是 str。"""
+        if not self.wxcpt:
+            raise WeChatError(404, 'no Token here: 只连长连接，不收回调')
         self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'), encrypt)
         self._freshness.check('timestamp', int(query['timestamp']), self._now(), self.max_skew, self.max_skew)
-        return self.wxcpt.open(encrypt)
+        return self.wxcpt._opened(encrypt, self._crypts)
 
     def _query_of(self, method, target):
         """路径和方法对了 → 查询串的参数;没有查询串的 GET 是 None。"""
@@ -3764,22 +3790,28 @@ class Dispatcher:
         if query is None:
             text = 'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
         else:
-            text = _echo_text(self._open(query, _echostr(query.get('echostr'))))
+            text = _echo_text(self._open(query, _echostr(query.get('echostr')))[0])
         return b'' if method == 'HEAD' else text.encode('utf-8')
 
-    def _reply_to(self, query, client, reply):
-        """被动回复的 XML (bytes；空的是没有，None 是没有答案) → 加密的、完整的回答。"""
+    def _reply_to(self, query, client, receive_id, reply):
+        """被动回复 (bytes；空的是没有，None 是没有答案) → 加密的、完整的回答。"""
         if reply is None:
             return self.refuse(WeChatError(503), client)
+        crypt = self._crypts[receive_id]
         if reply:       # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
-            reply = self.wxcpt.encrypt_message(reply, query['nonce'], query['timestamp']).encode('utf-8')
-        return _answer(200, 'xml', reply)
+            write = crypt.encrypt_message if receive_id else crypt.encrypt_json
+            reply = write(reply, query['nonce'], query['timestamp']).encode('utf-8')
+        return _answer(200, 'xml' if receive_id else 'plain', reply)
 
     def refuse(self, error: WeChatError, client: str = '') -> 'HTTPAnswer':
         """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""
         if error.status != 503:
             self._refusals.write(client, error)
         return _answer(error.status, 'plain', b'', *[('Allow', 'GET, HEAD, POST')] * (error.status == 405))
+
+    def _read(self, text, receive_id):
+        """解密了的 → 消息。"""
+        return _read_message(text, receive_id)
 
     def open_request(self, method: str, target: str, body: bytes = b'', client: str = '') -> 'Tuple[Any, Any]':
         """打开一个请求 → ``(消息, 回答)``，不抛异常；不碰存储，不跑回调。参数同 `handle`。
@@ -3793,11 +3825,12 @@ class Dispatcher:
                 return None, _answer(200, 'plain', self._echo_back(method, query))
             if len(body) > self.max_body:
                 raise WeChatError(413)
-            msg = _read_message(self._open(query, _cut_encrypt(body)), self.settings['corpid'])
+            text, receive_id = self._open(query, _cut_encrypt(body))
+            msg = self._read(text, receive_id)
             created = _created(msg)
             if created is not None:     # timestamp 和 nonce 可以对调，签名还是对的：消息自己的时刻不会变
                 self._freshness.check('CreateTime', created, self._now(), self.kept, self.max_skew)
-            return msg, functools.partial(self._reply_to, query, client)
+            return msg, functools.partial(self._reply_to, query, client, receive_id)
         except WeChatError as e:
             return None, self.refuse(e, client)
         except Exception:               # 最后一道:不许有请求让服务器停下
@@ -3811,7 +3844,10 @@ class Dispatcher:
         回调就在这条线程上跑，跑完才返回（``spawn(job, *args)`` 可以把它交给别的线程，交不出去返回 False）：它慢，
         到时候另一条线程会替它 ``send``。
         """
-        self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn, self._replies)
+        self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn, self._road_of(msg))
+
+    def _road_of(self, msg):
+        return self._replies
 
     def respond(self, method: str, target: str, body: bytes, client: str, send: 'Callable[..., object]',
                 spawn: 'Spawn' = None) -> None:
@@ -4020,7 +4056,6 @@ class _HTTPServer(http.server.HTTPServer):
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._lock = threading.RLock()
         self.process, self.closed = os.getpid(), False
-        self.alarm = None                   # 等着的人的套接字：不再服务了，写一个字节
         self._reading = collections.OrderedDict()       # 还在读的套接字，旧的在前 → 读了多少字节正文
         self._most = dispatcher.max_connections
         with contextlib.suppress(ImportError):          # Windows
@@ -4113,124 +4148,140 @@ class _HTTPServer(http.server.HTTPServer):
             self._acceptor.join(2)          # 它停了才关:描述符的号会被别人再用
         self.server_close()
         self._evict(0)
-        with contextlib.suppress(AttributeError, OSError):
-            self.alarm.send(b'.')
         return self.threads.wait(deadline)
 
 
-def _log_file(settings):
-    """``[system] log_path`` 里的日志，1 MiB 一个，一共三个 → 它的 handler。"""
-    from logging.handlers import RotatingFileHandler
-    path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
+# ---- 信 Mail ----------------------------------------------------------------------------------
+# 一封信 (RFC 5322) 变成几条消息：主题、谁写的、正文是一条文本，附件各是一个文件。一行一行读，附件写在磁盘上，不占内存。
+
+_USELESS = {'application/pgp-signature', 'application/pkcs7-signature', 'application/x-pkcs7-signature'}
+
+
+def _in_charset(data, charset):
+    """bytes → str：信里说的字符集；没有说，说错了，就猜。"""
+    with contextlib.suppress(LookupError, ValueError):
+        return data.decode('gb18030' if re.match('(?i)gb', charset or '') else charset or '')
+    with contextlib.suppress(UnicodeError):
+        return _text_of(data)
+    return data.decode('utf-8', 'replace')
+
+
+def _words(value):
+    """信头里的文字，解码了：``=?GBK?B?…?=``，或者干脆就是汉字。"""
+    from email.errors import HeaderParseError
+    from email.header import decode_header
     try:
-        handler = RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2, encoding='utf-8')
-    except OSError as e:
-        raise ConfigError('写不了日志 %s：%s；建好这个目录，或改 [system] 里的 log_path' % (path, e.strerror)) from None
-    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    return handler
+        parts = decode_header(value)
+    except HeaderParseError:        # 编码坏了
+        parts = [(value, None)]
+    return re.sub(r'\s+', ' ', ''.join(part if isinstance(part, str) else _in_charset(part, charset)
+                                       for part, charset in parts)).strip()
 
 
-def _log_to_file(settings):
-    if settings['log_path'] and logging and all(isinstance(h, _OnStderr) for h in logger.handlers):
-        logger.addHandler(_log_file(settings))
+#: 另起一行的、隔开的标签。
+_BLOCKS = dict(dict.fromkeys('br p div tr table li ul ol pre hr h1 h2 h3 h4'.split(), '\n'), td=' ', th=' ')
 
 
-def _one_heap():
-    """glibc 给每条线程一个堆,各有各的碎片;有 GIL,一个就够,少占几 MB。别的 libc 没有这回事。"""
-    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
-        import ctypes
-        ctypes.CDLL(None).mallopt(-8, 1)        # M_ARENA_MAX
+def _html_text(html):
+    """HTML → 文字：一段一行，链接的网址写在后面。"""
+    from html.parser import HTMLParser
+    out, hidden, links = [], [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag in ('script', 'style', 'title'):
+                hidden.append(tag)
+            elif tag == 'a':
+                links.append((len(out), dict(attributes).get('href') or ''))
+            else:
+                out.append(_BLOCKS.get(tag, ''))
+
+        def handle_endtag(self, tag):
+            if hidden and tag == hidden[-1]:
+                hidden.pop()
+            elif tag == 'a' and links:
+                begin, url = links.pop()
+                if re.match('https?://', url) and url not in ''.join(out[begin:]):
+                    out.append(' %s ' % url)
+            else:
+                out.append(_BLOCKS.get(tag, ''))
+
+        def handle_data(self, data):
+            if not hidden:
+                out.append(re.sub(r'\s+', ' ', data))
+    try:
+        Reader().feed(html + '<')       # 末尾没有写完的也算
+    except (AssertionError, NotImplementedError):       # 写坏了的 <![…]>：有的 Python 抛这些
+        out[:] = re.sub('<[^<>]*>', '', html)
+    return re.sub(r' *\n[ \n]*', '\n', re.sub(' +', ' ', ''.join(out))).strip()
 
 
-class WeChatServer(Dispatcher):
-    """自带 HTTP 服务器的 `Dispatcher`:``run()``,或 ``start()`` 和 ``stop()``。
+def _decoder(encoding, f):
+    """→ 函数：一行 (bytes) 解码以后写进 ``f``。"""
+    left = b''
 
-        server = WeChatServer('demo')
-        server.register_callback('text', lambda msg: msg)
-        server.run(port=8000)
+    def base64(line):
+        nonlocal left
+        left += line.translate(None, b'\r\n\t ')
+        whole = len(left) // 4 * 4
+        with contextlib.suppress(ValueError):       # 坏了的一行不要
+            f.write(binascii.a2b_base64(left[:whole]))
+        left = left[whole:]
+    return {'base64': base64, 'quoted-printable': lambda line: f.write(binascii.a2b_qp(line))}.get(encoding, f.write)
 
-    没有 TLS：那是反向代理的事。又有这些时限和上限，别的同 `Dispatcher`；时限都是总数，走一个字节不会重新计时::
 
-        max_connections = 64        # 同时还在读的连接（描述符上限的四分之一以内）；满了就关最旧的
-        max_reading = 8 << 20       # 所有还没读完的正文，加起来
-        max_line = 8 << 10          # 请求行
-        max_head = 16 << 10         # 请求行和头部
-        head_within = 5             # 读完头部
-        request_within = 10         # 读完请求
-        write_within = 5            # 写完回答
-        stop_within = 5             # 停下时等正在回答的
+_MAIL_HEADER = re.compile(rb'[!-9;-~]+[ \t]*:|[ \t]+\S|From ')       #: 信头的一行，接着上一行的，mbox 的第一行。
+
+
+def _mail_parts(line_of, folder, marks=()):
+    """读信的一个部分，到 ``marks`` 里的一条边界为止 → (头部, 写着正文的文件的路径；几个部分的总头部是 None) (生成器)。
+
+    ``line_of()`` 是下一行。返回那条边界。
     """
+    import email
+    import tempfile
+    head, line = b'', line_of()
+    while _MAIL_HEADER.match(line):
+        head += line if len(head) < 1 << 18 else b''
+        line = line_of()
+    line = line if line.strip() else line_of()      # 不是信头的一行，就是正文了：echo … | sendmail
+    headers = email.message_from_string(_in_charset(head, None))
+    multipart = headers.get_content_maintype() == 'multipart' and headers.get_boundary() and len(marks) < 16
+    mark = ('--%s' % headers.get_boundary()).encode('utf-8')
 
-    max_connections: int = 64
-    max_reading: int = 8 << 20
-    max_line: int = 8 << 10
-    max_head: int = 16 << 10
-    head_within: float = 5
-    request_within: float = 10
-    write_within: float = 5
-    stop_within: float = 5
+    def over():
+        return not line or line[:2] == b'--' and any(line.rstrip() in (m, m + b'--') for m in marks)
+    if multipart:
+        yield headers, None
+        while not over() and line.rstrip() != mark:     # 边界以前的，没有人看
+            line = line_of()
+        while line.rstrip() == mark:
+            line = yield from _mail_parts(line_of, folder, marks + (mark,))
+        while not over():
+            line = line_of()
+        return line
+    fd, path = tempfile.mkstemp(dir=folder)
+    with open(fd, 'wb') as f:
+        write = _decoder(str(headers.get('Content-Transfer-Encoding', '')).strip().lower(), f)
+        while not over():
+            write(line)
+            line = line_of()
+    yield headers, path
+    return line
 
-    _http: 'Any' = None
 
-    def start(self, host: str = '0.0.0.0', port: int = 8000) -> 'Tuple[str, int]':
-        """在后台线程里开始服务,返回真正的 ``(host, port)``;端口 0 由系统挑。
-
-        ``host`` 也可以是 IPv6 的地址,``'::'`` 是两种都听。
-        地址用不了抛 `OSError`,已经在服务抛 `RuntimeError`。
-        """
-        _check_fork()
-        if self._http and self._http.process == os.getpid():
-            raise RuntimeError('already started')
-        _log_to_file(self.settings)
-        self._http = _HTTPServer(self, host, port)
-        return self._http.server_address[:2]
-
-    def stop(self) -> None:
-        """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
-        deadline = time.monotonic() + self.stop_within
-        server, self._http = self._http, None
-        if server:
-            server.close(deadline)
-        self.finish(deadline)
-
-    def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
-        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
-
-        ``debug`` 见 `debug` 属性;``threaded`` 只为旧程序保留,总是多线程。
-        """
-        self.debug = bool(debug)
-        _one_heap()
-        host, port = self.start(host, port)
-        print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
-            '[%s]' % host if ':' in host else host, port, self.route, port, self.route), file=sys.stderr, flush=True)
-        self._wait()
-
-    def _wait(self):
-        """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
-        server, before, fd = self._http, {}, None
-        rest, alarm = socket.socketpair()   # 睡下以前一刹那到的信号叫不醒谁：所以每个信号都在 alarm 里写一个字节
-        alarm.setblocking(False)
-        try:
-            if server:
-                server.alarm = alarm
-            if server and threading.current_thread() is threading.main_thread():
-                fd = signal.set_wakeup_fd(alarm.fileno())
-                for number in signal.SIGTERM, signal.SIGINT:
-                    before[number] = signal.signal(number, signal.default_int_handler)
-            while server and not server.closed and not before.keys() & set(rest.recv(64)):
-                pass                        # 抛在一个 __del__ 里的异常没有了，它的字节还在
-        except KeyboardInterrupt:
-            pass
-        finally:
-            for number in before:           # 再来一个也不打断:停下本来就有时限
-                signal.signal(number, signal.SIG_IGN)
-            if fd is not None:
-                signal.set_wakeup_fd(fd)
-            self.stop()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            rest.close()
-            alarm.close()
+def _mail_text(top, texts, notes):
+    """信头、正文 [(类型, 文字)] 和附件的毛病 → 一条文本。"""
+    plain = [text for kind, text in texts if kind == 'text/plain' and text.strip()]
+    sender = _words(top.get('From', '')).replace('"', '')
+    lines = [_words(top.get('Subject', ''))[:1000], sender[:200] and '来自 ' + sender[:200]]
+    if not re.search('(?im)^(subject|from|to|date|content-type)$', '\n'.join(top.keys())):
+        lines = ['%s: %s' % item for item in top.items()]       # 不是信头，是一段文字，第一行碰巧像
+    parts = ['\n'.join(filter(None, lines)),
+             '\n\n'.join(plain or [_html_text(text) for _, text in texts]).strip(), '\n'.join(notes)]
+    # 别人写的字：<a href=…> 是能点的链接
+    text = re.sub('(?i)<(?=/?a[ \t\r\n>])', '\uff1c', '\n\n'.join(filter(None, parts)))
+    return text or '（一封空的信）'
 
 
 # ---- 长连接 WebSocket -------------------------------------------------------------------------
@@ -4513,137 +4564,1567 @@ class _WebSocket:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
-# ---- 信 Mail ----------------------------------------------------------------------------------
-# 一封信 (RFC 5322) 变成几条消息：主题、谁写的、正文是一条文本，附件各是一个文件。一行一行读，附件写在磁盘上，不占内存。
+# ---- 本机 Door --------------------------------------------------------------------------------
+# 本机别的进程要用智能机器人发的，经过本机的一个套接字，交给在运行的那个。双方先证明自己知道 bot_secret，才说别的。它的
+# 名字也是一把锁：一个机器人只能有一条长连接，新的一来，旧的就断；谁占着名字，谁连。
 
-_USELESS = {'application/pgp-signature', 'application/pkcs7-signature', 'application/x-pkcs7-signature'}
-
-
-def _in_charset(data, charset):
-    """bytes → str：信里说的字符集；没有说，说错了，就猜。"""
-    with contextlib.suppress(LookupError, ValueError):
-        return data.decode('gb18030' if re.match('(?i)gb', charset or '') else charset or '')
-    with contextlib.suppress(UnicodeError):
-        return _text_of(data)
-    return data.decode('utf-8', 'replace')
+def _new_id(name):
+    return '%s_%s' % (name, binascii.hexlify(os.urandom(16)).decode())
 
 
-def _words(value):
-    """信头里的文字，解码了：``=?GBK?B?…?=``，或者干脆就是汉字。"""
-    from email.errors import HeaderParseError
-    from email.header import decode_header
+def _offline(command, failure):
+    return NetworkError(503, 'the long connection is down', command, '长连接断着，没有发%s' % (
+        failure and '：%s' % failure.hint or ''))
+
+
+class _Wire:
+    """本机的一条连接：一行一个 JSON，后面可以跟着文件的内容。"""
+    def __init__(self, sock):
+        self._sock, self._rest = sock, b''
+        self.close = sock.close
+
+    def put(self, **fields):
+        self._sock.settimeout(5)
+        self._sock.sendall(json.dumps(fields).encode('ascii') + b'\n')
+
+    def _more(self, end):
+        self._sock.settimeout(max(0.001, end - time.monotonic()))
+        data = self._sock.recv(1 << 16)
+        if not data:
+            raise ConnectionError('closed')
+        return data
+
+    def get(self, within):
+        """下一行 → dict；``within`` 秒是总数，至多 1 MiB。"""
+        end = time.monotonic() + within
+        while b'\n' not in self._rest:
+            if len(self._rest) > 1 << 20:
+                raise ValueError('a line of more than 1 MiB')
+            self._rest += self._more(end)
+        line, _, self._rest = self._rest.partition(b'\n')
+        return json_to_dict(line)
+
+    def put_file(self, f):
+        self._sock.settimeout(30)
+        for block in iter(functools.partial(f.read, 1 << 16), b''):
+            self._sock.sendall(block)
+
+    def get_file(self, f, size, within):
+        end = time.monotonic() + within
+        while size > 0:
+            data, self._rest = self._rest or self._more(end), b''
+            f.write(data[:size])
+            self._rest, size = data[size:], size - len(data[:size])
+
+
+def _keyed(bot, *words):
+    """知道 bot_secret 的人才算得出的 (str)。"""
+    text = '\0'.join((bot.url, bot.settings['bot_id']) + words)
+    return hmac.new(bot.settings['bot_secret'].encode('utf-8'), text.encode('utf-8'), hashlib.sha256).hexdigest()
+
+
+def _proven(said, proof):
+    return hmac.compare_digest(str(said.get('proof')).encode('utf-8'), proof.encode())
+
+
+_ABSTRACT = sys.platform.startswith('linux')        #: 有不在磁盘上的套接字的名字：谁都连得上，进程一死就没有了。
+
+
+def _port_file(bot):
+    return os.path.join(_private(_cache_folders()), 'bot-%s.port' % _keyed(bot, 'name')[:40])
+
+
+def _dial(bot):
+    """连占着名字的 → 套接字；没有人抛 `OSError`、`ValueError`。"""
+    if not _ABSTRACT:
+        with open(_port_file(bot), encoding='ascii') as f:
+            return socket.create_connection(('127.0.0.1', int(f.read(5))), 5)
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        parts = decode_header(value)
-    except HeaderParseError:        # 编码坏了
-        parts = [(value, None)]
-    return re.sub(r'\s+', ' ', ''.join(part if isinstance(part, str) else _in_charset(part, charset)
-                                       for part, charset in parts)).strip()
+        sock.settimeout(5)
+        sock.connect('\0easywechat-' + _keyed(bot, 'name'))
+        return sock
+    except OSError:
+        sock.close()
+        raise
 
 
-#: 另起一行的、隔开的标签。
-_BLOCKS = dict(dict.fromkeys('br p div tr table li ul ol pre hr h1 h2 h3 h4'.split(), '\n'), td=' ', th=' ')
+def _bind(sock, bot):
+    if _ABSTRACT:
+        return sock.bind('\0easywechat-' + _keyed(bot, 'name'))
+    with contextlib.suppress(OSError, ValueError):
+        _dial(bot).close()
+        return errno.EADDRINUSE
+    sock.bind(('127.0.0.1', 0))
+    path = _port_file(bot)
+    with open(os.open(path + '.tmp', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w', encoding='ascii') as f:
+        f.write('%5d' % sock.getsockname()[1])
+    return os.replace(path + '.tmp', path)
 
 
-def _html_text(html):
-    """HTML → 文字：一段一行，链接的网址写在后面。"""
-    from html.parser import HTMLParser
-    out, hidden, links = [], [], []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag in ('script', 'style', 'title'):
-                hidden.append(tag)
-            elif tag == 'a':
-                links.append((len(out), dict(attributes).get('href') or ''))
-            else:
-                out.append(_BLOCKS.get(tag, ''))
-
-        def handle_endtag(self, tag):
-            if hidden and tag == hidden[-1]:
-                hidden.pop()
-            elif tag == 'a' and links:
-                begin, url = links.pop()
-                if re.match('https?://', url) and url not in ''.join(out[begin:]):
-                    out.append(' %s ' % url)
-            else:
-                out.append(_BLOCKS.get(tag, ''))
-
-        def handle_data(self, data):
-            if not hidden:
-                out.append(re.sub(r'\s+', ' ', data))
+def _listen(bot):
+    """占住这个机器人的名字 → 在听的套接字；别的进程占着是 None。"""
+    sock = socket.socket(socket.AF_UNIX if _ABSTRACT else socket.AF_INET)
     try:
-        Reader().feed(html + '<')       # 末尾没有写完的也算
-    except (AssertionError, NotImplementedError):       # 写坏了的 <![…]>：有的 Python 抛这些
-        out[:] = re.sub('<[^<>]*>', '', html)
-    return re.sub(r' *\n[ \n]*', '\n', re.sub(' +', ' ', ''.join(out))).strip()
+        if not _bind(sock, bot):
+            sock.listen(8)
+            sock.setblocking(False)
+            return sock
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE:
+            raise
+    sock.close()
+    return None
 
 
-def _decoder(encoding, f):
-    """→ 函数：一行 (bytes) 解码以后写进 ``f``。"""
-    left = b''
+class _Door:
+    """占着名字的这一边：替本机别的进程发。"""
+    most = 8  #: 同时几个。
 
-    def base64(line):
-        nonlocal left
-        left += line.translate(None, b'\r\n\t ')
-        whole = len(left) // 4 * 4
-        with contextlib.suppress(ValueError):       # 坏了的一行不要
-            f.write(binascii.a2b_base64(left[:whole]))
-        left = left[whole:]
-    return {'base64': base64, 'quoted-printable': lambda line: f.write(binascii.a2b_qp(line))}.get(encoding, f.write)
+    def __init__(self, bot, session):
+        self._bot, self._session, self._guests, self._wrong = bot, session, _Threads(self.most), 0
+
+    def open(self, listener):
+        """有人来了，交给别的线程；从不等。"""
+        try:
+            sock = listener.accept()[0]
+        except OSError:                     # 又走了；或者只是叫醒
+            return
+        if not self._guests.submit(0, self._serve, sock):
+            with sock, contextlib.suppress(OSError):
+                sock.setblocking(False)
+                sock.send(b'{"busy": true}\n')
+
+    def _serve(self, sock):
+        wire = _Wire(sock)
+        with sock, contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            ours = _new_id('')
+            wire.put(nonce=ours)
+            hello = wire.get(5)
+            theirs = str(hello['nonce'])
+            if not _proven(hello, _keyed(self._bot, 'guest', ours, theirs)):
+                self._wrong += 1
+                if self._wrong & (self._wrong - 1) == 0:
+                    logger.warning('wrong proof: 本机有程序想用这个机器人发消息，却不知道 bot_secret（%d 次）',
+                                   self._wrong)
+                return time.sleep(min(0.1 * self._wrong, 2))
+            wire.put(proof=_keyed(self._bot, 'host', ours, theirs), pid=os.getpid(), stage=self._session.stage)
+            while True:
+                asked = wire.get(60)
+                try:
+                    wire.put(**self._do(wire, asked))
+                except OSError as e:
+                    wire.put(error=[2, str(e), '', ''], network=False)
+
+    def _do(self, wire, asked):
+        """一件事 → 回答。"""
+        session, file = self._session, asked.get('upload')
+        try:
+            with contextlib.ExitStack() as stack:
+                if file:                    # 先收完：读到一半说不行，对方还在写
+                    import tempfile
+                    f = stack.enter_context(tempfile.TemporaryFile())
+                    wire.get_file(f, int(file['size']), self._bot.media_within)
+                if not session.wait(self._bot.offline_within):
+                    raise _offline('', session.failure)
+                if file:
+                    return {'media_id': session.upload(_File(f, str(file['name'])), file['kind'])}
+                return {'ack': session.push(dict(asked['send'], chatid=str(asked['send']['chatid'])),
+                                            lambda seconds: wire.put(wait=seconds))}
+        except APIError as e:
+            return {'error': [e.errcode, e.errmsg, e.path, e.hint], 'network': isinstance(e, NetworkError),
+                    'maybe_sent': getattr(e, 'maybe_sent', False)}
 
 
-_MAIL_HEADER = re.compile(rb'[!-9;-~]+[ \t]*:|[ \t]+\S|From ')       #: 信头的一行，接着上一行的，mbox 的第一行。
+class _Guest:
+    """没有占着名字的这一边：请在运行的机器人替我们发。"""
+    def __init__(self, bot, wire, host):
+        self._bot, self._wire, self.pid, self.stage = bot, wire, host['pid'], host['stage']
+        self.close = wire.close
+
+    def _ask(self, end, file=None, **fields):
+        sent = False
+        try:
+            self._wire.put(**fields)
+            if file:
+                with file.open() as f:
+                    self._wire.put_file(f)
+            sent = True
+            while True:
+                answer = self._wire.get(end)
+                if 'wait' not in answer:
+                    break
+                logger.warning('the running bot waits %.0f s: 太快了', answer['wait'])
+                end = answer['wait'] + self._bot.hand_over_within
+        except (OSError, ValueError) as e:
+            raise NetworkError(504 if sent else 503, 'the running bot (%s) did not answer (%s)' % (self.pid, _show(e)),
+                               '', '在运行的机器人（进程 %s）没有回答：%s' % (
+                                   self.pid, '消息可能已经到了，先看一眼再重发' if sent else '没有发'),
+                               sent and not file) from None
+        if 'error' in answer:
+            errcode, errmsg, path, hint = answer['error']
+            if answer['network']:
+                error = NetworkError(errcode, errmsg, path, hint)
+                error.maybe_sent = answer['maybe_sent']
+                raise error
+            raise APIError(errcode, errmsg, path, hint)
+        return answer
+
+    def push(self, body, tell=None):
+        return self._ask(self._bot.hand_over_within + self._bot.offline_within, send=body)['ack']
+
+    def upload(self, file, kind, tell=None):
+        kind = _media_kind(file, kind)
+        about = {'name': _decoded(file.name), 'size': file.size, 'kind': kind}
+        return self._ask(self._bot.upload_within, file, upload=about)['media_id']
 
 
-def _mail_parts(line_of, folder, marks=()):
-    """读信的一个部分，到 ``marks`` 里的一条边界为止 → (头部, 写着正文的文件的路径；几个部分的总头部是 None) (生成器)。
+def _visit(bot):
+    """→ 在运行的机器人 (`_Guest`)；没有、不答、证明不了自己知道 bot_secret 的，是 None。"""
+    end = time.monotonic() + bot.hand_over_within
+    while True:
+        sock = None
+        try:
+            sock = _dial(bot)
+            wire = _Wire(sock)
+            hello = wire.get(5)
+            if hello.get('busy') and time.monotonic() < end:
+                sock.close()
+                time.sleep(0.2)
+                continue
+            ours, theirs = _new_id(''), str(hello['nonce'])
+            wire.put(nonce=ours, proof=_keyed(bot, 'guest', theirs, ours))
+            host = wire.get(5)
+            if _proven(host, _keyed(bot, 'host', theirs, ours)):
+                return _Guest(bot, wire, host)
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass
+        if sock:
+            sock.close()
+        return None
 
-    ``line_of()`` 是下一行。返回那条边界。
+
+# ---- 智能机器人 Bot ---------------------------------------------------------------------------
+# path/101463。长连接上一帧是一个 JSON：{"cmd", "headers": {"req_id"}, "body"}，回执没有 cmd，有 errcode。连接有一个主人
+# (_Session)：一条线程连、订阅、心跳、收，断了再连；别的线程用 ask 发一帧、等回执。
+
+_BOT_URL = 'wss://openws.work.weixin.qq.com'
+_BOT_LIMITS = dict.fromkeys(('text', 'markdown', 'markdown_v2'), 20480)
+_CHUNK = 512 << 10  #: 上传时一块最多多少字节。
+
+
+def _camel_fields(data):
+    """事件自己的字段 → 应用的名字；数字成 str。"""
+    fields = _camel_case(data) if isinstance(data, dict) else {}
+    return {k: str(v) if isinstance(v, (int, float)) else v for k, v in fields.items()}
+
+
+def _bot_part(part):
+    """``{"msgtype": "image", "image": {…}}``：一条消息、一段引用、图文里的一项 → 应用的名字。"""
+    kind = str(part.get('msgtype') or '')
+    body = part.get(kind) if isinstance(part.get(kind), dict) else {}
+    fields, text, url = {'MsgType': kind}, body.get('content'), body.get('url')
+    if kind == 'mixed':
+        items = body.get('msg_item')
+        fields['MsgItems'] = [_bot_part(i) for i in (items if isinstance(items, list) else ()) if isinstance(i, dict)]
+        text = '\n'.join(i['Content'] for i in fields['MsgItems'] if 'Content' in i)
+    if isinstance(text, str):
+        fields['Content'] = text
+    if kind == 'voice':                 # 只有转写的文字
+        fields['Recognition'] = fields.setdefault('Content', '')
+    if isinstance(url, str):
+        fields['MediaId'] = '%s#%s' % (url, body.get('aeskey') or '')
+        if kind == 'image':
+            fields['PicUrl'] = url
+    return fields
+
+
+def _without_mention(text, name):
+    """群里的一句话，去掉开头、结尾的 @机器人；不知道它叫什么，就去掉开头的一个 @…。"""
+    form = '@' + (re.escape(name.lstrip('@')) if name else r'\S+')
+    text = re.sub(r'\A\s*%s(\s+|\Z)' % form, '', text)
+    return re.sub(r'\s*%s\s*\Z' % form, '', text) if name else text
+
+
+def _bot_message(body, name=''):
+    """一帧的 body → 回调的 dict：企业微信自己的名字，和应用的 (MsgType、FromUserName、Content …)。"""
+    sender, created = body.get('from'), str(body.get('create_time') or '')
+    group = body.get('chattype') == 'group'
+    msg = _JsonMessage(body)
+    msg.bot = True
+    msg.update(_bot_part(body), MsgId=str(body.get('msgid') or ''), ToUserName=str(body.get('aibotid') or ''),
+               FromUserName=str(sender.get('userid') or '') if isinstance(sender, dict) else '',
+               CreateTime=created if _TIMESTAMP.fullmatch(created) else str(int(time.time())),
+               ChatId=str(body.get('chatid') or ''), ChatType='group' if group else 'single')
+    msg['AgentID'] = msg['ToUserName']
+    if isinstance(body.get('quote'), dict):
+        msg['Quote'] = _bot_part(body['quote'])
+    if group and 'Content' in msg:
+        msg['Content'] = _without_mention(msg['Content'], name)
+    event = body.get('event')
+    if msg['MsgType'] == 'event' and isinstance(event, dict):
+        kind = str(event.get('eventtype') or '')
+        data = event.get(kind) if isinstance(event.get(kind), dict) else {
+            k: v for k, v in event.items() if k != 'eventtype'}
+        msg.update({k: v for k, v in _camel_fields(data).items() if k not in msg}, Event=kind)
+        msg.setdefault('EventKey', '')
+    return msg
+
+
+def _bot_form(message):
+    """`_Message` → 智能机器人能发的：文字 (text)、图片、语音、视频、文件、卡片。别的抛 `TypeError`。"""
+    kind, body = message['msgtype'], message.body()
+    if kind in ('image', 'voice', 'video', 'file', 'template_card', 'update_template_card', 'text', 'stream'):
+        return message
+    if kind in ('markdown', 'markdown_v2'):
+        return _Message(msgtype='text', text=body)
+    articles = body.get('articles') if kind == 'news' else [body] if kind == 'textcard' else None
+    _need(articles, '%s cannot be sent by an intelligent robot' % kind)
+    lines = (['**%s**' % a['title'] if not a.get('url') else '[%s](%s)' % (a.get('title') or a['url'], a['url']),
+              _html_text(a.get('description') or '')] for a in articles)
+    return _Message(msgtype='text', text={'content': '\n\n'.join('\n'.join(filter(None, line)) for line in lines)})
+
+
+def _bot_body(message):
+    """→ 一帧里的，不是气泡的：文字是 markdown。"""
+    kind = message['msgtype']
+    return {'msgtype': 'markdown', 'markdown': message.body()} if kind == 'text' else {
+        'msgtype': kind, kind: message.body()}
+
+
+def _aes_blocks(blocks, key):
+    """AES-256-CBC、PKCS#7 的一块一块 → 解密了的。短了的、填充不对的抛 `CryptoError`。"""
+    aes, rest, size = _aes().new(key, _aes().MODE_CBC, key[:16]), b'', 0
+    for block in blocks:
+        rest += block
+        size += len(block)
+        whole = max(0, len(rest) - 32) // 16 * 16
+        yield aes.decrypt(rest[:whole])
+        rest = rest[whole:]
+    if size < 32 or size % 16:
+        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'a file of %d bytes, cut on its way?' % size)
+    rest = aes.decrypt(rest)
+    padding = rest[-1]
+    if not 1 <= padding <= 32 or rest[-padding:] != bytes([padding]) * padding:
+        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'a file with bad padding: another aeskey?')
+    yield rest[:-padding]
+
+
+_LOOPBACK = re.compile(r'localhost|::1|127(\.[0-9]{1,3}){3}')
+
+
+def _frame_text(command, req_id, body=None):
+    frame = {'cmd': command, 'headers': {'req_id': req_id}}
+    if body is not None:
+        frame['body'] = body
+    return json.dumps(frame, ensure_ascii=False).encode('utf-8', 'replace').decode('utf-8')
+
+
+def _read_frame(text):
+    """收到的一帧 (str 或 bytes) → dict；读不懂的是 {}，写日志。"""
+    try:
+        frame = json_to_dict(text.encode('utf-8') if isinstance(text, str) else text)
+    except (ValueError, RecursionError) as e:
+        logger.warning('not a frame: 读不懂的一帧，没有理会：%s', _show(e))
+        return {}
+    logger.debug('frame %.2000s', frame)
+    return frame
+
+
+def _refused(ack, command):
+    code = ack.get('errcode')
+    return APIError(code if isinstance(code, int) else -1, _show(ack.get('errmsg') or 'no errmsg', 400), command)
+
+
+_HARMLESS = frozenset(['aibot_upload_media_init', 'aibot_upload_media_chunk', 'aibot_upload_media_finish'])
+_BUSY = frozenset([45009, 45033, 846607])
+_STALE = frozenset([6000, 846605, 846608, 600039])      #: 这条消息回复不了了：主动发送。
+
+
+class _Kicked(Exception):
+    """同一个机器人在别处连上了。"""
+
+
+class _Session:
+    """长连接的主人。``stage``：stopped、connecting、ready、waiting (断了，等着再连)、refused (凭据不对)、kicked。
+
+    ``heard(连接, req_id, 命令, body)`` 收到了消息、事件；``ready()`` 连上了。
     """
-    import email
-    import tempfile
-    head, line = b'', line_of()
-    while _MAIL_HEADER.match(line):
-        head += line if len(head) < 1 << 18 else b''
-        line = line_of()
-    line = line if line.strip() else line_of()      # 不是信头的一行，就是正文了：echo … | sendmail
-    headers = email.message_from_string(_in_charset(head, None))
-    multipart = headers.get_content_maintype() == 'multipart' and headers.get_boundary() and len(marks) < 16
-    mark = ('--%s' % headers.get_boundary()).encode('utf-8')
+    _retry = frozenset([-1, 6000, 846609])      #: 订阅的这些 errcode 过一会儿就好；别的是凭据不对、太频繁。
 
-    def over():
-        return not line or line[:2] == b'--' and any(line.rstrip() in (m, m + b'--') for m in marks)
-    if multipart:
-        yield headers, None
-        while not over() and line.rstrip() != mark:     # 边界以前的，没有人看
-            line = line_of()
-        while line.rstrip() == mark:
-            line = yield from _mail_parts(line_of, folder, marks + (mark,))
-        while not over():
-            line = line_of()
-        return line
-    fd, path = tempfile.mkstemp(dir=folder)
-    with open(fd, 'wb') as f:
-        write = _decoder(str(headers.get('Content-Transfer-Encoding', '')).strip().lower(), f)
-        while not over():
-            write(line)
-            line = line_of()
-    yield headers, path
-    return line
+    def __init__(self, bot):
+        self._bot, self.heard, self.ready = bot, None, None
+        self._pauses, self._said, self._unknown = {}, '', set()
+        self.failure = None                         # 最近一次没有连上的原因
+        self.line, self._others, self._door = None, (), None
+        # stage 和 line 变了；_asked：req_id → [等回执的锁, 回执]；_forked：子进程里，这些描述符是父进程的
+        _fresh(self, changed=threading.Condition, _lock=threading.Lock, _asked=dict, stage=lambda: 'stopped',
+               _forked=functools.partial(_Session._leave, weakref.proxy(self)))
+
+    def _leave(self):
+        for sock in (*self._others, *([self.line._sock] if self.line else ())):
+            sock.close()
+        self.line, self._others, self._thread = None, (), None
+
+    def _become(self, stage):
+        with self.changed:
+            self.stage = stage
+            self.changed.notify_all()
+
+    def running(self):
+        """这个进程里有它的线程。"""
+        _check_fork()
+        return self.stage != 'stopped'
+
+    def start(self, door=True):
+        """占住名字，开始连。→ 名字被占着是 False；``door`` 为假是不管名字。"""
+        listener = _listen(self._bot) if door else None
+        if door and not listener:
+            return False
+        rest, self._wake = socket.socketpair()
+        self._others, self._door = tuple(filter(None, (rest, listener))), _Door(self._bot, self)
+        self._become('connecting')
+        self._thread = _SEATS.start(self._run)
+        return True
+
+    def stop(self):
+        """说再见，断开；最多两秒。"""
+        if self.running() and self._thread:
+            self._become('stopping')
+            self._wake.send(b'.')
+            self._thread.join(2)
+            for sock in (*self._others, self._wake):
+                sock.close()
+            self._others, self._thread = (), None
+            self._become('stopped')
+
+    def wait(self, within):
+        """等连上，至多 ``within`` 秒 → 连上了没有；凭据不对、在别处连上了，不必等。"""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stage in ('ready', 'refused', 'kicked', 'stopped'), within)
+            return self.stage == 'ready'
+
+    # 连接的那条线程
+
+    def _run(self):
+        bot = self._bot
+        while self.stage != 'stopping':
+            self._become('connecting')
+            since, line = None, None
+            try:
+                line = _WebSocket(bot.url, bot.settings['ca_file'], bot.connect_within)
+                early = self.subscribe(line)
+                since = time.monotonic()
+                self._serve(line, early)
+                break
+            except _Kicked:
+                stage, error = 'kicked', NetworkError(503, 'disconnected_event', hint='这个机器人在别处连上了，所以这里'
+                                                      '断开：同一个 BotID 只能有一处在运行，停掉一处')
+            except APIError as e:
+                stage, error = 'waiting' if e.errcode in self._retry else 'refused', e
+            except _FAILURES as e:
+                stage, error = 'waiting', bot._failed(e)
+            except Exception as e:          # 本文件的错；也要再连
+                logger.error('internal error in the long connection%s', _traceback())
+                stage, error = 'waiting', bot._failed(e)
+            self._lost(line)
+            if self.stage != 'stopping':
+                self._rest(stage, error, since)
+        self._lost(line)
+
+    def subscribe(self, line):
+        """第一帧。→ 回执以前就来了的帧；拒绝了抛 `APIError`，没有回执抛 `OSError`。"""
+        settings, early, req_id = self._bot.settings, [], _new_id('aibot_subscribe')
+        line.send(_frame_text('aibot_subscribe', req_id,
+                              {'bot_id': settings['bot_id'], 'secret': settings['bot_secret']}))
+        end = time.monotonic() + self._bot.connect_within
+        while True:
+            text = line.receive(end - time.monotonic())
+            if text is None:
+                raise socket.timeout('no answer to the subscription')
+            frame = _read_frame(text)
+            headers = frame.get('headers')
+            if not isinstance(headers, dict) or headers.get('req_id') != req_id or frame.get('cmd'):
+                early.append(frame)
+                continue
+            if frame.get('errcode'):
+                raise _refused(frame, 'aibot_subscribe')
+            return early
+
+    def _serve(self, line, early):
+        bot, ping = self._bot, time.monotonic() + self._bot.ping_every
+        with self.changed:
+            if self.stage == 'stopping':
+                return line.close()
+            self.line, self.failure = line, None
+        self._become('ready')
+        if self._said:
+            logger.warning('long connection is back：长连接又连上了')
+            self._said = ''
+        if self.ready:
+            self.ready()
+        for frame in early:
+            self._take(line, frame)
+        skew = time.time() - time.monotonic()
+        while self.stage != 'stopping':
+            now = time.monotonic()
+            if now - line.heard > bot.silent_within:
+                raise socket.timeout('heard nothing for %g s' % bot.silent_within)
+            if time.time() - now - skew > bot.silent_within + bot.ping_every:
+                raise socket.timeout('this machine was suspended')      # monotonic 在休眠时不走
+            if now >= ping:
+                if not line.busy():
+                    line.send(_frame_text('ping', _new_id('ping')))
+                    ping = now + bot.ping_every
+                else:
+                    ping = now + 1
+            text = line.receive(min(ping, line.heard + bot.silent_within + 0.01) - now, self._others)
+            if isinstance(text, socket.socket):
+                self._door.open(text)
+            elif text is not None:
+                self._take(line, _read_frame(text))
+        line.close()
+
+    def _take(self, line, frame):
+        """收到的一帧。"""
+        command, headers, body = frame.get('cmd'), frame.get('headers'), frame.get('body')
+        req_id = headers.get('req_id') if isinstance(headers, dict) else None
+        if not command:
+            with self._lock:
+                asked = self._asked.pop(req_id, None) if isinstance(req_id, str) else None
+            if asked:
+                asked[1] = frame
+                asked[0].release()
+            if frame.get('errcode') == 846609:
+                raise OSError('not subscribed any more (846609)')
+        elif command in ('aibot_msg_callback', 'aibot_event_callback') and isinstance(body, dict):
+            event = body.get('event')
+            kicked = isinstance(event, dict) and event.get('eventtype') == 'disconnected_event'
+            if self.heard:
+                self.heard(line, str(req_id), body)
+            else:
+                logger.warning('a message came while we only send: 没有回答；要回答，让机器人一直运行')
+            if kicked:
+                raise _Kicked
+        elif command not in self._unknown and len(self._unknown) < 100:
+            self._unknown.add(command)
+            logger.info('unknown command %s', _show(command))
+
+    def _lost(self, line):
+        """连接完了：等回执的，不必等了。"""
+        with self.changed:
+            self.line = None
+        with self._lock:
+            asked, self._asked = self._asked, {}
+        for gate in asked.values():
+            gate[0].release()
+        if line:
+            line.close()
+
+    def _rest(self, stage, error, since):
+        """说一次为什么断了，停一停：1、2、4 … 30 秒；凭据不对、在别处连上了的，60 秒到一小时。"""
+        bot, self.failure = self._bot, error
+        fast = stage == 'waiting'
+        first, most = (bot.pause, bot.pause_most) if fast else (bot.slow_pause, bot.slow_pause_most)
+        served = time.monotonic() - since if since else 0
+        steady = bot.slow_pause_most if stage == 'kicked' else bot.steady_after
+        pause = first if served >= steady else self._pauses.get(stage, first)
+        self._pauses[stage] = min(2 * pause, most)
+        if fast:
+            pause *= 1 + 0.2 * os.urandom(1)[0] / 255
+        text = str(error)
+        say = logger.info if text == self._said and not since else logger.warning if fast else logger.error
+        say('long connection %s：%s；%.3g 秒后再连', 'lost' if since else 'failed', text, pause)
+        self._said = text
+        self._become(stage)
+        end = time.monotonic() + pause
+        while self.stage != 'stopping' and time.monotonic() < end:
+            found = _ready(None, False, end - time.monotonic(), self._others)
+            if found:
+                self._door.open(found)
+
+    # 任何线程
+
+    def ask(self, command, body, req_id=None, within=None):
+        """发一帧，等它的回执 → dict。没有发出去 `NetworkError` 503，没有等到回执 504，拒绝了 `APIError`。"""
+        line, req_id, gate = self.line, req_id or _new_id(command), [threading.Lock(), None]
+        gate[0].acquire()
+        if not line:
+            raise _offline(command, self.failure)
+        with self._lock:
+            self._asked[req_id] = gate
+        try:
+            line.send(_frame_text(command, req_id, body))
+        except OSError as e:
+            with self._lock:
+                self._asked.pop(req_id, None)
+            raise _offline(command, self._bot._failed(e)) from None
+        if not gate[0].acquire(timeout=within or self._bot.ack_within):
+            with self._lock:
+                self._asked.pop(req_id, None)
+        ack = gate[1]
+        if ack is None:
+            raise NetworkError(504, 'no acknowledgement', command, '企业微信没有回执：消息可能已经到了，先看一眼再重发',
+                               command not in _HARMLESS)
+        if ack.get('errcode') == 846609:    # 没有订阅：没有发
+            raise _offline(command, None)
+        if ack.get('errcode'):
+            raise _refused(ack, command)
+        return ack
+
+    def push(self, body, tell=None):
+        """主动发一条；太快了就等，``tell(秒)`` 说要等多久。太频繁 (45009) 等一等，再来一次。"""
+        bot = self._bot
+        for last in False, True:
+            slot, seconds = bot._pace.turn([body['chatid']], {60: bot.per_minute, 3600: bot.per_hour}, bot._clock)
+            if seconds > 0:
+                tell and tell(seconds)
+                bot._sleep(seconds)
+            try:
+                return self.ask('aibot_send_msg', body)
+            except APIError as e:
+                if last or e.errcode not in _BUSY:
+                    raise
+            finally:
+                slot[0] = max(slot[0], bot._clock())
+            logger.warning('WeCom says too often, again in %g s', bot.busy_pause)
+            tell and tell(bot.busy_pause)
+            bot._sleep(bot.busy_pause)
+
+    def _step(self, end, command, body):
+        """上传的一步 → 回执的 body；断了，连上以后接着来：每一步再来一次也没关系。"""
+        while True:
+            try:
+                ack = self.ask(command, body, within=self._bot.chunk_within)
+                return ack['body'] if isinstance(ack.get('body'), dict) else ack
+            except NetworkError:
+                if self._bot._clock() >= end or not self.wait(end - self._bot._clock()):
+                    raise
+
+    def upload(self, file, kind, tell=None):
+        """`_File` → media_id。一块一块地传；断了再连，接着传。"""
+        bot = self._bot
+        kind, end = _media_kind(file, kind), bot._clock() + bot.upload_within
+        digest, total = hashlib.md5(), -(-file.size // _CHUNK)
+        with file.open() as f:
+            for block in iter(functools.partial(f.read, 1 << 16), b''):
+                digest.update(block)
+        upload_id = self._step(end, 'aibot_upload_media_init', {
+            'type': kind, 'filename': _UNPRINTABLE.sub('_', _decoded(file.name)), 'total_size': file.size,
+            'total_chunks': total, 'md5': digest.hexdigest()}).get('upload_id')
+        with file.open() as f:
+            for n in range(total):
+                data = binascii.b2a_base64(f.read(_CHUNK), newline=False).decode()
+                self._step(end, 'aibot_upload_media_chunk',
+                           {'upload_id': upload_id, 'chunk_index': n, 'base64_data': data})
+                if bot.progress:
+                    bot.progress(min(file.size, (n + 1) * _CHUNK), file.size)
+        media_id = self._step(end, 'aibot_upload_media_finish', {'upload_id': upload_id}).get('media_id')
+        if not isinstance(media_id, str):
+            raise NetworkError(502, 'an answer without media_id', 'aibot_upload_media_finish')
+        return media_id
 
 
-def _mail_text(top, texts, notes):
-    """信头、正文 [(类型, 文字)] 和附件的毛病 → 一条文本。"""
-    plain = [text for kind, text in texts if kind == 'text/plain' and text.strip()]
-    sender = _words(top.get('From', '')).replace('"', '')
-    lines = [_words(top.get('Subject', ''))[:1000], sender[:200] and '来自 ' + sender[:200]]
-    if not re.search('(?im)^(subject|from|to|date|content-type)$', '\n'.join(top.keys())):
-        lines = ['%s: %s' % item for item in top.items()]       # 不是信头，是一段文字，第一行碰巧像
-    parts = ['\n'.join(filter(None, lines)),
-             '\n\n'.join(plain or [_html_text(text) for _, text in texts]).strip(), '\n'.join(notes)]
-    # 别人写的字：<a href=…> 是能点的链接
-    text = re.sub('(?i)<(?=/?a[ \t\r\n>])', '\uff1c', '\n\n'.join(filter(None, parts)))
-    return text or '（一封空的信）'
+
+def _bot_download(caller, handle, folder):
+    """``网址#aeskey`` → 下载、解密了的 `pathlib.Path`。"""
+    url, _, aeskey = str(handle or '').rpartition('#')
+    parts = _split_url(url)
+    if parts.scheme != 'https' and not _LOOPBACK.fullmatch(parts.hostname):
+        raise ValueError('not https: %s' % _show(url))
+    key, aeskey = b'', aeskey or caller.settings['encoding_aes_key']        # 回调 URL 的，用 EncodingAESKey
+    with contextlib.suppress(ValueError):
+        key = binascii.a2b_base64(aeskey + '=' * (-len(aeskey) % 4))
+    if len(key) != 32:
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalAesKey, 'this file came without a good aeskey')
+    attempt = _Attempt(_FETCHES, caller._urllib(), url, None, {}, caller.media_within, caller.connect_within, 3)
+
+    def write(f):
+        answer = _Answer(attempt, parts.netloc.rpartition('@')[2], float('inf'))
+        if answer.status != 200:
+            raise NetworkError(502, 'the file is gone, status %d' % answer.status, hint='文件下载不了：网址五分钟有效')
+
+        def save():
+            for data in _aes_blocks(_blocks(answer._response, caller.max_download), key):
+                with _local():
+                    f.write(data)
+        try:
+            answer._do(save)
+        except _Local as e:
+            raise e.args[0] from None
+        return _file_name(_name_in(answer.headers) or '', answer.headers.get_content_type())
+    try:
+        return _saved(folder, write)
+    finally:
+        attempt.hang_up()
+
+
+class WeChatBot(_Caller):
+    """智能机器人（path/101463）：经过长连接，不要公网地址、可信 IP、任何包。
+
+        WeChatBot('demo').send('磁盘 91%')                  # 发给配置里的 touser：userid，或群的 chatid
+
+    要有 bot_id 和 bot_secret。`WeChatServer` 在运行（这个进程，或本机别的进程），就由它发；没有，就自己连一下，发完
+    断开，这时别的机器上在运行的会断开一分钟。只能发给跟机器人说过话的人和群。被拒绝抛 `APIError`，没有回答抛
+    `NetworkError`。
+
+    时限和上限，在子类里改，或给实例；单位是秒::
+
+        connect_within = 10         # 连接、握手、订阅，各这么久
+        ping_every = 30             # 心跳
+        silent_within = 65          # 这么久一个字节都没有，就是断了
+        pause = 1                   # 断了以后停多久再连，每次加倍
+        pause_most = 30             # 最多停这么久
+        steady_after = 60           # 连着这么久，下一次又从 pause 开始
+        slow_pause = 60             # 凭据不对、在别处连上了，停多久再连，每次加倍
+        slow_pause_most = 3600      # 最多停这么久；连着这么久，才又从 slow_pause 开始
+        ack_within = 15             # 等一帧的回执
+        chunk_within = 30           # 等上传的一块的回执
+        upload_within = 600         # 一次上传，断了再接着传也在内
+        offline_within = 15         # 要发的时候断着，等它连上
+        hand_over_within = 30       # 等在运行的机器人发完
+        per_minute = 30             # 每分钟最多给一个人、一个群发几条
+        per_hour = 1000             # 每小时
+        busy_pause = 60             # 企业微信说太频繁，停多久再来一次
+        slow_after = 2.5            # 回调这么久没有结果，先开一个气泡
+        frame_every = 1             # 气泡一秒至多一帧
+        fast_frames = 20            # 这么多帧以后，两倍的时间一帧
+        bubble_within = 330         # 气泡这么久就写完，其余的另外发：企业微信等 6 分钟
+        event_within = 5            # 欢迎语、更新卡片要在这以内
+    """
+
+    connect_within: float = 10
+    ping_every: float = 30
+    silent_within: float = 65
+    pause: float = 1
+    pause_most: float = 30
+    steady_after: float = 60
+    slow_pause: float = 60
+    slow_pause_most: float = 3600
+    ack_within: float = 15
+    chunk_within: float = 30
+    upload_within: float = 600
+    offline_within: float = 15
+    hand_over_within: float = 30
+    per_hour: int = 1000
+    busy_pause: float = 60
+    slow_after: float = 2.5
+    frame_every: float = 1
+    fast_frames: int = 20
+    bubble_within: float = 330
+    event_within: float = 5
+
+    def __init__(self, appname: 'Union[str, Dict[str, str]]' = 'demo', ini_name: 'Optional[str]' = None,
+                 **settings: 'Union[None, str, int]') -> None:
+        super().__init__(appname, ini_name, ('bot_id',), settings)
+        if not self.settings['bot_secret'] and not (self.settings['token'] and self.settings['encoding_aes_key']):
+            raise ConfigError('没有写 bot_secret：写进 config.ini，或环境变量 EASYWECHAT_BOT_SECRET')
+        self.url = self.settings['bot_url'] or _BOT_URL
+        parts = urllib.parse.urlsplit(self.url)
+        if not re.fullmatch(r'wss://[!-~]+', self.url) and not (
+                re.fullmatch(r'ws://[!-~]+', self.url) and _LOOPBACK.fullmatch(parts.hostname or '')):
+            raise ConfigError('bot_url 应该像 wss://openws.work.weixin.qq.com（ws:// 只能连本机）')
+        for key in 'bot_id', 'bot_secret':
+            if re.search('[^!-~]', self.settings[key]):
+                logger.warning('%s looks wrong：%s 里有空白、全角或看不见的字符，请重新复制', key, key)
+        self._session = _Session(self)
+
+    def __repr__(self):
+        return '<%s %s>' % (type(self).__name__, _mask(self.settings['bot_id']))
+
+    @property
+    def connected(self) -> bool:
+        """这个进程的长连接通着 (bool)。"""
+        return self._session.stage == 'ready'
+
+    def _failed(self, error):
+        """连不上、断了 → `NetworkError`。"""
+        host = urllib.parse.urlsplit(self.url).netloc.rpartition('@')[2]
+        if isinstance(error, _Closed):
+            return NetworkError(503, 'closed with %d %s' % (error.args[0], _show(error.args[1])), hint='长连接断了')
+        failure = _failure(error, host, False)
+        failure.hint = failure.hint.replace('api_base', 'bot_url')
+        return failure
+
+    @contextlib.contextmanager
+    def _road(self):
+        """→ 能发的：这个进程的长连接，本机在运行的机器人，或自己连一下。"""
+        session, guest = self._session, None
+        if not self.settings['bot_secret']:
+            raise ConfigError('没有写 bot_secret：回调 URL 的智能机器人不能主动发送；在后台改用长连接，写上 Secret')
+        if session.running():
+            yield session
+            return
+        for door in True, True, True, False:        # 名字被占着，却没有人答：再试试，不行就不管它
+            guest = _visit(self)
+            if guest or session.start(door):
+                break
+            time.sleep(0.3)
+        try:
+            if not guest and not session.wait(max(self.offline_within, self.retry_within)):
+                raise session.failure or _offline('', None)
+            yield guest or session
+        finally:
+            (guest.close if guest else session.stop)()
+
+    def send(self, message: 'Sendable', to: 'Who' = None) -> 'Message':
+        """发一条或几条消息，依次 → 最后一条的回执 (dict)。
+
+        ``message`` 同 `WeChatClient.send`：文字是 Markdown，超过 20480 字节就分成几条；`pathlib.Path` 先上传。
+        ``to``：userid 或群的 chatid，几个用 list 或 ``'a|b'``；没有就是配置里的 touser。
+        """
+        chats = _joined(self.settings['touser'] if to is None else to).split('|')
+        if not chats[0] or '@all' in chats:
+            raise APIError(82001, 'no receiver', 'aibot_send_msg', '没有写收件人：只能发给跟机器人说过话的人和群，'
+                           '给 to，或在 config.ini 里写 touser（不能是 @all）')
+        with self._road() as road:
+            return self._send_each('aibot_send_msg', message, _BOT_LIMITS,
+                                   functools.partial(self._prepare, road, chats))
+
+    def _prepare(self, road, chats, n, message):
+        message = _bot_form(message)
+        kind = message['msgtype']
+        _need(kind not in ('update_template_card', 'stream'), '%s can only be an answer' % kind)
+        return (road, chats), _bot_body(self._uploaded(road, message))
+
+    def _uploaded(self, road, message):
+        """还没有上传的，收到的 (MediaId) → 上传了。"""
+        handle = message.body().get('media_id') if message['msgtype'] in _MEDIA else None
+        if isinstance(handle, str) and '://' in handle:
+            import tempfile
+            with tempfile.TemporaryDirectory() as folder:
+                path = _bot_download(self, handle, folder)
+                return message.with_body(media_id=road.upload(_File(path), message['msgtype']))
+        file = message.file()
+        return message.with_body(media_id=road.upload(_File(file), message['msgtype'])) if file else message
+
+    def _send_one(self, path, who, message):
+        road, chats = who
+        for n, chat in enumerate(chats):
+            try:
+                answer = road.push(dict(message, chatid=chat))
+            except APIError as e:
+                e.errmsg += ' (to %s%s)' % (_show(chat), ', after %d others' % n if n else '')
+                raise
+        return answer
+
+    def upload(self, path: 'File', kind: 'Optional[str]' = None, name: 'Optional[str]' = None) -> str:
+        """上传 → media_id (str)，三天有效，只有这个机器人能用。参数同 `WeChatClient.upload`。"""
+        with self._road() as road:
+            return road.upload(_File(path, name), kind)
+
+    def download(self, msg: 'Message', folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
+        """收到的图片、文件、视频 → 下载、解密了的 `pathlib.Path`；五分钟以内。参数同 `WeChatServer.download`。"""
+        return _bot_download(self, msg.get('MediaId'), folder)
+
+
+# ---- 气泡 Bubbles ------------------------------------------------------------------------------
+# 回调给的东西怎样到智能机器人的用户那里。长连接 (_BotReplies)：文字是一个气泡 (stream)，边长边发，每帧是到现在为止的
+# 全文；别的接着回复；req_id 没有用了（断过、太久）就主动发送。回调 URL (_PollReplies)：企业微信来问气泡长到哪里了，它在
+# 存储里。气泡开着，就一定写完：不然一直转圈。
+
+class _Text:
+    """一段要送的文字；`Stream` 的，还在长。"""
+    def __init__(self, text='', ended=True):
+        self._parts, self._ended, self._newer = [text], ended, True
+        self._changed = threading.Condition()
+
+    def add(self, text, ended=False):
+        with self._changed:
+            self._parts.append(text)
+            self._newer, self._ended = True, self._ended or ended
+            self._changed.notify_all()
+
+    def look(self, end):
+        """等到写完，或过了 ``end`` 又有了新的（再等也至多一秒）→ (全文, 写完了没有, 有没有新的)。"""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended, max(0, end - time.monotonic()))
+            self._changed.wait_for(lambda: self._ended or self._newer, 1)
+            newer, self._newer = self._newer, False
+            self._parts = [''.join(self._parts)]
+            return self._parts[0], self._ended, newer
+
+    def cut(self, end, head):
+        """前 ``end`` 个字已经送到了；后面的以 ``head`` 开头。"""
+        with self._changed:
+            rest = ''.join(self._parts)[end:]
+            self._parts, self._newer = [(head + rest) if rest.strip() else ''], True
+
+
+def _bot_messages(parcel, item):
+    """回调给的一条 → 智能机器人能发的 `_Message`。"""
+    if isinstance(item, dict) and item.get('MsgType') and not item.get('MediaId') and isinstance(
+            item.get('Content'), str):
+        item = item['Content']              # 原样返回的语音、图文：只有文字
+    return map(_bot_form, _made(item, parcel.kind, _BOT_LIMITS))
+
+
+def _json_bytes(value):
+    return json.dumps(value, ensure_ascii=False).encode('utf-8', 'replace')
+
+
+def _bubble(stream_id, content, finish):
+    return {'msgtype': 'stream', 'stream': {'id': stream_id, 'finish': finish, 'content': content}}
+
+
+class _Talk:
+    """智能机器人的一条消息，和它的答复。"""
+    __slots__ = ('run', 'kind', 'user', 'id', 'chat', 'event', 'begin', 'line', 'req_id', 'items', 'busy', 'over',
+                 'bubble', 'since', 'last', 'frames', 'clashes', 'stale', 'spoken', 'closing')
+
+    def __init__(self, run, closing):
+        msg = run.message
+        self.run, self.line, self.req_id, self.begin = run, msg.line, msg.req_id, time.monotonic()
+        self.kind, self.user, self.id, self.chat = msg['MsgType'], run.sender, msg['MsgId'], msg['ChatId'] or run.sender
+        self.event = msg.get('Event', '') if self.kind == 'event' else ''
+        self.items = collections.deque()        # 还没送的，依次：_Text、_Message、气泡的占位 (str)
+        self.busy = self.over = False           # 有线程在送；回调完了
+        # 开着的气泡：它的 id，第一帧、最近一帧的时刻，几帧；连着几次撞上 6000
+        self.bubble, self.since, self.last, self.frames, self.clashes = None, 0, 0, 0, 0
+        self.stale = bool(self.event)           # 不能用 req_id 回复：主动发送
+        self.spoken = False                     # 有过文字了
+        self.closing = closing                  # 没有东西可送，就用它写完气泡
+
+
+class _BotReplies(_Results):
+    """`Once` 的 replies，长连接的。一条消息的答复依次送，各条消息互不等待；断着的时候留着，连上了主动发送。"""
+    hold_within = float('inf')      #: 企业微信不再投递：一直等到轮到它。
+
+    def __init__(self, owner, bot):
+        super().__init__(owner)
+        self._bot, self._session, self._threads = bot, bot._session, _Threads(256)
+        _fresh(self, lock=threading.Lock, _talks=list, _under_way=set)
+
+    slow = property(lambda self: self._bot.slow_after)
+
+    def heard(self, line, req_id, body):
+        """收到了一条消息、一个事件：投递。"""
+        owner = self._owner
+        msg = _bot_message(body, owner.settings['bot_name'])
+        msg.line, msg.req_id = line, req_id
+        owner._met(msg)
+        if owner._callbacks.find(msg)[0]:
+            deliver = functools.partial(owner._once.deliver, owner._keys.of(msg), msg, id, owner._once.spawn, self)
+            if isinstance(owner.store, MemoryStore) or not owner._once.errand(deliver):
+                deliver()
+
+    def expect(self, run):
+        run.parcel = _Talk(run, self._owner.bot_no_answer)
+        with self.lock:
+            self._talks.append(run.parcel)
+
+    def late(self, run, up, last):
+        """回调慢了：开一个气泡；气泡到了时候，先写完。"""
+        talk, words = run.parcel, self._owner.settings['bot_placeholder']
+        if not talk or talk.stale or talk.items or talk.over:
+            return
+        if talk.bubble and time.monotonic() - talk.since >= self._bot.bubble_within:
+            self._put(talk, _Text('（还没有好，好了再发）'))
+        elif words and not talk.spoken and not talk.bubble:
+            talk.spoken = True
+            self._put(talk, words)
+
+    def left(self):
+        with self.lock:
+            return list(self._talks)
+
+    def look(self):
+        """时间到了，连上了：没送完的，再送。"""
+        for talk in self.left():
+            self._kick(talk)
+
+    def close(self):
+        """要停下了：开着的气泡，都写完。"""
+        for talk in self.left():
+            if talk.bubble and talk.line is self._session.line:
+                with contextlib.suppress(APIError):
+                    self._session.ask('aibot_respond_msg', _bubble(talk.bubble, talk.closing, True), talk.req_id, 1)
+
+    def _failed(self, parcel, func, error):
+        parcel.closing = '出错了'
+        super()._failed(parcel, func, error)
+
+    def _messages(self, parcel, item):
+        return _bot_messages(parcel, item)
+
+    def _add(self, parcel, message):
+        return self._put(parcel, _Text(message.body()['content']) if message['msgtype'] == 'text' else message)
+
+    def _put(self, talk, item):
+        with self.lock:
+            talk.items.append(item)
+        self._kick(talk)
+        return True
+
+    def _stream(self, parcel, func, stream):
+        text, words = _Text(ended=False), '\n\n（出错了）'
+        self._put(parcel, text)
+        try:
+            for piece in stream.pieces(self._under_way):
+                text.add(piece)
+            words = ''
+        finally:
+            text.add(words, True)
+        return True
+
+    def _over(self, parcel):
+        parcel.run.conclude(b'')
+        parcel.over = True
+        self._kick(parcel)
+
+    # 送：一条消息的，同时只有一条线程
+
+    def _kick(self, talk):
+        with self.lock:
+            if talk.busy or talk not in self._talks:
+                return
+            talk.busy = True
+        if not self._threads.submit(0, self._drain, talk):
+            talk.busy = False
+
+    def _drain(self, talk):
+        while True:
+            with self.lock:
+                if not talk.items and talk.over and talk.bubble and not talk.stale:
+                    talk.items.append(_Text(talk.closing))
+                if not talk.items or not self._session.line:
+                    talk.busy = False
+                    if talk.over and not talk.items:
+                        self._talks.remove(talk)
+                    return
+                item = talk.items[0]
+            try:
+                self._send(talk, item)
+            except Exception as e:          # 别人的代码、别人的网络；别的还要接着送
+                if getattr(e, 'errcode', 0) == 503:         # 没有发：连上了再发
+                    time.sleep(0.05)
+                    continue
+                logger.error('not delivered to %s, the answer to message %s: %s', _show(talk.chat), _show(talk.id),
+                             _show(e, 400))
+            with self.lock:
+                talk.items.popleft()
+
+    def _fresh_event(self, talk):
+        return talk.line is self._session.line and time.monotonic() - talk.begin < self._bot.event_within
+
+    def _send(self, talk, item):
+        talk.stale = talk.stale or talk.line is not self._session.line      # 那条连接断了，req_id 就没有用了
+        if isinstance(item, str):
+            return self._frame(talk, item, False)
+        if isinstance(item, _Text):
+            return self._say(talk, item)
+        if talk.bubble and not talk.stale:
+            self._frame(talk, '（见下一条）', True)
+        message = self._bot._uploaded(self._session, item)
+        kind = message['msgtype']
+        if kind == 'update_template_card':
+            _need(talk.event == 'template_card_event', 'only a template_card_event is answered by an update')
+            if not self._fresh_event(talk):
+                return logger.error('too late: 更新卡片要在 %g 秒以内，没有更新', self._bot.event_within)
+            body = dict(message, response_type=kind)
+            del body['msgtype']
+            return self._session.ask('aibot_respond_update_msg', body, talk.req_id)
+        return self._welcome(talk, _bot_body(message)) or self._post(talk, _bot_body(message))
+
+    def _welcome(self, talk, body):
+        """进入会话的第一条 → 送到了没有；别的、晚了的，主动发送。"""
+        if talk.event != 'enter_chat' or talk.spoken or body['msgtype'] not in ('text', 'template_card') or \
+                not self._fresh_event(talk):
+            return False
+        talk.spoken = True
+        self._session.ask('aibot_respond_welcome_msg', body, talk.req_id)
+        return True
+
+    def _post(self, talk, body):
+        """又一条：接着回复；回复不了的，主动发送。"""
+        if not talk.stale:
+            try:
+                return self._session.ask('aibot_respond_msg', body, talk.req_id)
+            except APIError as e:
+                if e.errcode not in _STALE:
+                    raise
+                talk.stale = True
+        return self._session.push(dict(body, chatid=talk.chat))
+
+    def _say(self, talk, text):
+        """一段文字：一个气泡，边长边发；太长的、太久的，先写完，其余的接着发。"""
+        while True:
+            pause = self._bot.frame_every * (1 + (talk.frames >= self._bot.fast_frames))
+            whole, ended, newer = text.look(talk.last + pause if talk.bubble and not talk.stale else 0)
+            talk.stale = talk.stale or talk.line is not self._session.line
+            old = bool(talk.bubble) and time.monotonic() - talk.since >= self._bot.bubble_within
+            piece, end, head = next(_cuts(whole, 20480), ('', len(whole), ''))
+            done = ended or end < len(whole)
+            if not piece.strip() and ended:
+                if not talk.bubble or talk.stale:
+                    return None
+                piece = talk.closing
+            if not piece.strip() or not (done or old and not talk.stale or newer and not talk.stale):
+                continue
+            if self._part(talk, piece, done, old) and (done or old):
+                text.cut(end, head)
+                if ended and end >= len(whole):
+                    return None
+
+    def _part(self, talk, piece, done, old):
+        """→ 送到了没有；没有就再来。"""
+        body = {'msgtype': 'text', 'text': {'content': piece}}
+        if talk.stale:
+            return done and (self._welcome(talk, body) or self._session.push(
+                {'msgtype': 'markdown', 'markdown': {'content': piece}, 'chatid': talk.chat}))
+        if done and talk.spoken and not talk.bubble:
+            return self._post(talk, {'msgtype': 'markdown', 'markdown': {'content': piece}})
+        if old and not done:
+            sent = self._frame(talk, piece + '…', True)
+            talk.stale = True               # 其余的主动发送
+            return sent
+        return self._frame(talk, piece, done)
+
+    def _frame(self, talk, content, finish):
+        """气泡的一帧 → 送到了没有；没有就再来，或者已经不能回复了 (``stale``)。"""
+        now = time.monotonic()
+        if not talk.bubble:
+            talk.bubble, talk.since, talk.frames = _new_id('stream'), now, 0
+        talk.last, talk.spoken = now, True
+        try:
+            self._session.ask('aibot_respond_msg', _bubble(talk.bubble, content, finish), talk.req_id)
+        except APIError as e:
+            if e.errcode == 6000 and talk.clashes < 3:
+                talk.clashes += 1
+                time.sleep(min(2, 0.2 * talk.clashes ** 2))
+            elif e.errcode in _STALE or isinstance(e, NetworkError) and not finish:
+                talk.stale = True
+            elif e.errcode in _BUSY and (not finish or talk.clashes < 4):
+                talk.clashes = max(talk.clashes, 4 * finish)
+                self._bot._sleep(self._bot.busy_pause if finish else 2 * self._bot.frame_every)
+            else:
+                raise
+            return False
+        talk.frames, talk.clashes = talk.frames + 1, 0
+        if finish:
+            talk.bubble = None
+        return True
+
+
+class _Poll:
+    """JSON 的一条消息，和它的答复：一个气泡，企业微信一秒来问一次它长到哪里了。"""
+    __slots__ = ('run', 'kind', 'user', 'id', 'event', 'url', 'begin', 'stream', 'text', 'cut', 'images', 'card',
+                 'open', 'over', 'newer', 'closing', 'lock')
+
+    def __init__(self, run, closing):
+        msg = run.message
+        self.run, self.kind, self.user, self.id, self.begin = run, msg['MsgType'], run.sender, msg['MsgId'], run.begin
+        self.event = msg.get('Event', '') if self.kind == 'event' else ''
+        self.url, self.stream = str(msg.get('response_url') or ''), _new_id('stream')
+        self.text, self.images, self.card = '', [], None
+        self.open = self.over = self.newer = False      # 先答了一个没有完的；回调完了；有没有存下的
+        self.cut = None                     # 气泡先写完了：前面多少个字在里面
+        self.closing, self.lock = closing, threading.Lock()
+
+
+class _PollReplies(_Results):
+    """`Once` 的 replies，JSON 回调的：文字合成一个气泡，长到哪里了放在存储里，哪个进程都答得出。"""
+    def __init__(self, owner, bot):
+        super().__init__(owner)
+        self._bot = bot
+        _fresh(self, _lock=threading.Lock, _polls=list, _under_way=set)
+
+    slow = hold_within = property(lambda self: self._owner.hold_within)
+
+    def poll(self, msg):
+        """企业微信来问 → 答复 (bytes)；不认得的、过期的，写完它，不然一直转圈。"""
+        stream = msg.get('stream')
+        stream_id = str(stream.get('id') or '') if isinstance(stream, dict) else ''
+        value = self._owner.store.get('easywechat:stream:' + stream_id)
+        return value or _json_bytes(_bubble(stream_id, self._owner.bot_no_answer, True))
+
+    def _bubble(self, poll, finish, more=''):
+        """这时的气泡 (dict)。"""
+        waiting = poll.closing if finish else self._owner.settings['bot_placeholder']
+        text = next(_split_text(poll.text, 20480), '')
+        body = _bubble(poll.stream, text + more if text.strip() else waiting, finish)
+        if finish and poll.images:
+            body['stream']['msg_item'] = list(poll.images)
+        return body
+
+    def expect(self, run):
+        run.parcel = _Poll(run, self._owner.bot_no_answer)
+        with self._lock:
+            self._polls.append(run.parcel)
+
+    def late(self, run, up, last):
+        """该答了：先答一个没有完的气泡。"""
+        if up and run.parcel:
+            self._owner._once.errand(self._opened, run.parcel)
+
+    def _opened(self, poll):
+        with poll.lock:
+            if poll.over or poll.open or poll.run.reply is not None:
+                return
+            poll.open = not poll.event
+            if poll.open:
+                self._save(poll)
+            poll.run.conclude(_json_bytes(self._bubble(poll, False) if poll.open else {}))
+
+    def _save(self, poll, finish=False, more=''):
+        """气泡长到哪里了，存下来。``finish``：写完它。"""
+        poll.newer = False
+        self._owner.store.set('easywechat:stream:' + poll.stream, _json_bytes(self._bubble(poll, finish, more)), ex=600)
+
+    def left(self):
+        with self._lock:
+            return list(self._polls)
+
+    def look(self):
+        """时间到了：长了的存下来，太久的先写完。"""
+        for poll in self.left():
+            if poll.open and poll.cut is None and (
+                    poll.newer or time.monotonic() - poll.begin >= self._bot.bubble_within):
+                self._owner._once.errand(self._grown, poll)
+
+    def _grown(self, poll):
+        with poll.lock:
+            if poll.over or poll.cut is not None:
+                return
+            old = time.monotonic() - poll.begin >= self._bot.bubble_within
+            if old:
+                poll.cut = next(_cuts(poll.text, 20480), ('', 0))[1]
+            self._save(poll, old, '…' * old)
+
+    def close(self):
+        """要停下了：开着的气泡，都写完。"""
+        for poll in self.left():
+            if poll.open and poll.cut is None:
+                self._save(poll, True)
+
+    def _failed(self, parcel, func, error):
+        parcel.closing = '出错了'
+        super()._failed(parcel, func, error)
+
+    def _messages(self, parcel, item):
+        return _bot_messages(parcel, item)
+
+    def _grow(self, poll, text):
+        poll.text += text
+        poll.newer = poll.open
+        if poll.open and poll.cut is None and isinstance(self._owner.store, MemoryStore):
+            self._grown(poll)
+
+    def _stream(self, parcel, func, stream):
+        self._grow(parcel, '\n\n' * bool(parcel.text))
+        try:
+            for piece in stream.pieces(self._under_way):
+                self._grow(parcel, piece)
+        except Exception:
+            self._grow(parcel, '\n\n（出错了）')
+            raise
+        return True
+
+    def _add(self, poll, message):
+        kind, file = message['msgtype'], message.file()
+        if kind == 'text':
+            self._grow(poll, '\n\n' * bool(poll.text) + message.body()['content'])
+        elif kind == 'image' and file and len(poll.images) < 10:
+            with _File(file).open() as f:
+                data = f.read()
+            poll.images.append({'msgtype': 'image', 'image': {
+                'base64': binascii.b2a_base64(data, newline=False).decode(), 'md5': hashlib.md5(data).hexdigest()}})
+        elif kind in ('template_card', 'update_template_card') and not poll.card:
+            poll.card = message
+        else:
+            logger.warning('not sent to %s: %s，智能机器人的回调 URL 发不了；填上 bot_secret，用长连接',
+                           _show(poll.user), kind)
+        return True
+
+    def _event_reply(self, poll):
+        """事件还没有答过 → (答复, 剩下的文字, 剩下的卡片)。"""
+        text, card = poll.text, poll.card
+        if card and card['msgtype'] == 'update_template_card' and poll.event == 'template_card_event':
+            return dict(card, response_type=card.pop('msgtype')), text, None
+        if poll.event == 'enter_chat' and text.strip():
+            return {'msgtype': 'text', 'text': {'content': text}}, '', card
+        if poll.event == 'enter_chat' and card:
+            return dict(card), '', None
+        return {}, text, card
+
+    def _over(self, poll):
+        with poll.lock:
+            poll.over, rest, card, reply = True, poll.text, poll.card, {}
+            piece, end, head = next(_cuts(rest, 20480), ('', 0, ''))
+            if poll.event:
+                if poll.run.reply is None:
+                    reply, rest, card = self._event_reply(poll)
+            elif poll.open or piece.strip() or poll.images:
+                rest = head + rest[end:] if poll.cut is None else rest[poll.cut:]
+                if poll.open and poll.cut is None:
+                    self._save(poll, True)
+                reply = self._bubble(poll, True)
+            elif card and card['msgtype'] == 'template_card':
+                reply, card = dict(card), None
+            poll.run.conclude(_json_bytes(reply))
+        if rest.strip() or card:
+            self._later(poll, rest.strip('\n'), card)
+        with self._lock:
+            self._polls.remove(poll)
+
+    def _later(self, poll, text, card):
+        """太晚的、太长的：response_url，一条消息只有一次。"""
+        parts = list(_split_text(text, 20480))
+        body = {'msgtype': 'markdown', 'markdown': {'content': parts[0]}} if parts else dict(card)
+        if len(parts) > 1 or parts and card:
+            logger.warning('not sent to %s: 回答太长，只有一次机会；填上 bot_secret，用长连接，就没有这个限制',
+                           _show(poll.user))
+        try:
+            parts = _split_url(poll.url)
+            _need(parts.scheme == 'https' or _LOOPBACK.fullmatch(parts.hostname), 'response_url is not https')
+            with fetch(poll.url, _json_bytes(body), {'Content-Type': 'application/json'}) as answer:
+                answer = json_to_dict(answer.read())
+            if answer.get('errcode'):
+                raise _refused(answer, 'response_url')
+        except (ValueError, TypeError, WeChatError) as e:
+            logger.error('not delivered to %s, the answer to message %s: %s', _show(poll.user), _show(poll.id),
+                         _show(e, 400))
+
+
+# ---- 总成 WeChatServer ------------------------------------------------------------------------
+# 配置决定运行什么：在 HTTP 上听应用的、智能机器人的回调，连智能机器人的长连接；几样都有，就都运行，回调是同一批。
+
+def _log_file(settings):
+    """``[system] log_path`` 里的日志，1 MiB 一个，一共三个 → 它的 handler。"""
+    from logging.handlers import RotatingFileHandler
+    path = os.path.join(settings['log_path'], settings['log_name'] or 'easywechat.log')
+    try:
+        handler = RotatingFileHandler(path, maxBytes=1 << 20, backupCount=2, encoding='utf-8')
+    except OSError as e:
+        raise ConfigError('写不了日志 %s：%s；建好这个目录，或改 [system] 里的 log_path' % (path, e.strerror)) from None
+    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    return handler
+
+
+def _log_to_file(settings):
+    if settings['log_path'] and logging and all(isinstance(h, _OnStderr) for h in logger.handlers):
+        logger.addHandler(_log_file(settings))
+
+
+def _one_heap():
+    """glibc 给每条线程一个堆,各有各的碎片;有 GIL,一个就够,少占几 MB。别的 libc 没有这回事。"""
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+        ctypes.CDLL(None).mallopt(-8, 1)        # M_ARENA_MAX
+
+
+class WeChatServer(Dispatcher):
+    """自带 HTTP 服务器的 `Dispatcher`:``run()``,或 ``start()`` 和 ``stop()``。
+
+        server = WeChatServer('demo')
+        server.register_callback('text', lambda msg: msg)
+        server.run(port=8000)
+
+    没有 TLS：那是反向代理的事。又有这些时限和上限，别的同 `Dispatcher`；时限都是总数，走一个字节不会重新计时::
+
+        max_connections = 64        # 同时还在读的连接（描述符上限的四分之一以内）；满了就关最旧的
+        max_reading = 8 << 20       # 所有还没读完的正文，加起来
+        max_line = 8 << 10          # 请求行
+        max_head = 16 << 10         # 请求行和头部
+        head_within = 5             # 读完头部
+        request_within = 10         # 读完请求
+        write_within = 5            # 写完回答
+        stop_within = 5             # 停下时等正在回答的
+    """
+
+    max_connections: int = 64
+    max_reading: int = 8 << 20
+    max_line: int = 8 << 10
+    max_head: int = 16 << 10
+    head_within: float = 5
+    request_within: float = 10
+    write_within: float = 5
+    stop_within: float = 5
+
+    #: 智能机器人的气泡开着，回调却什么也没有给：用这句话写完它。
+    bot_no_answer: str = '（没有回复）'
+
+    _http: 'Any' = None
+    _alarm: 'Any' = None
+    _telling = False
+
+    def __init__(self, appname: str = 'demo', ini_name: 'Optional[str]' = None, store: 'Any' = None,
+                 **settings: 'Union[None, str, int]') -> None:
+        super().__init__(appname, ini_name, store, **settings)
+        self._bot = WeChatBot(self.settings) if self.settings['bot_id'] else None
+        self._chats = _BotReplies(self, self._bot) if self.settings['bot_id'] and self.settings['bot_secret'] else None
+        self._polls = _PollReplies(self, self._bot) if '' in self._crypts else None
+        self._roads += filter(None, (self._chats, self._polls))
+        self._seen: 'Set[str]' = set()
+
+    def _receive_ids(self):
+        """应用的是 corpid；智能机器人的回调 URL（没有 bot_secret）是空的。"""
+        settings = self.settings
+        bot, callback = settings['bot_id'], settings['token'] and settings['encoding_aes_key']
+        if not bot or not callback and settings['corpid'] and not settings['bot_secret']:
+            return super()._receive_ids()
+        if not callback and not settings['bot_secret']:
+            raise ConfigError('没有写 bot_secret：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_BOT_SECRET'
+                              % self.appname)
+        return ([settings['corpid']] * bool(settings['corpid']) + [''] * (not settings['bot_secret'])) * bool(callback)
+
+    @property
+    def bot(self) -> 'WeChatBot':
+        """同一份配置的 `WeChatBot`；没有 bot_id 抛 `ConfigError`。"""
+        return self._bot or WeChatBot(self.settings)
+
+    @property
+    def connected(self) -> bool:
+        """智能机器人的长连接通着 (bool)。"""
+        return bool(self._bot) and self._bot.connected
+
+    def send(self, message: 'Sendable', to: 'Who' = None, **fields: 'Any') -> 'Message':
+        """发一条或几条消息，由配置里有的那条路：应用（corpid、secret、agentid），否则智能机器人。
+
+        参数和返回的同 `WeChatClient.send`、`WeChatBot.send`：``party``、``tag`` 等只有应用有。
+        """
+        if all(self.settings[key] for key in ('corpid', 'secret', 'agentid')) or not self._bot:
+            return self.client.send(message, to, **fields)
+        return self._bot.send(message, to, **fields)
+
+    def download(self, msg: 'Message', folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
+        """收到的图片、语音、视频、文件（mixed 的是 ``msg['MsgItems']`` 里的一项）→ `pathlib.Path`，不管从哪条路来。
+
+        ``folder``、文件名和大小同 `WeChatClient.download`。里面没有文件抛 `ValueError`；过期、短了的抛 `WeChatError`。
+        智能机器人的五分钟以内要下载。
+        """
+        handle = msg.get('MediaId')
+        if not handle or not isinstance(handle, str):
+            raise ValueError('no file in a message of type %s' % msg.get('MsgType'))
+        return self.bot.download(msg, folder) if '://' in handle else self.client.download(handle, folder)
+
+    def _road_of(self, msg):
+        return self._polls if getattr(msg, 'bot', False) else super()._road_of(msg)
+
+    def _read(self, text, receive_id):
+        msg = super()._read(text, receive_id)
+        if receive_id:
+            return msg
+        msg = _bot_message(msg, self.settings['bot_name'])
+        if msg['ToUserName'] != self.settings['bot_id']:
+            raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error, 'aibotid is %s, bot_id here is %s' % (
+                _show(_mask(msg['ToUserName'])), _mask(self.settings['bot_id'])))
+        return msg
+
+    def deliver(self, msg: 'Message', answer: 'Callable[[Optional[bytes]], HTTPAnswer]',
+                send: 'Callable[..., object]', spawn: 'Spawn' = None) -> None:
+        """同 `Dispatcher.deliver`；智能机器人来问气泡长到哪里了，马上答。"""
+        if getattr(msg, 'bot', False):
+            if msg['MsgType'] == 'stream':
+                return send(*answer(self._polls.poll(msg)))
+            self._met(msg)
+        return super().deliver(msg, answer, send, spawn)
+
+    def _met(self, msg):
+        """一个人、一个群的第一条消息：它的 id 哪里也不显示，说一次怎样发给它。"""
+        chat = msg['ChatId'] or msg['FromUserName']
+        if self._telling and chat and chat not in self._seen and len(self._seen) < 1000:
+            self._seen.add(chat)
+            print('%s 来了第一条消息。发给%s：config.ini 里写 touser = %s，或命令行 --to %s' % (
+                '一个群' if msg['ChatId'] else '一个人', '这个群' if msg['ChatId'] else '他', _show(chat), _show(chat)),
+                file=sys.stderr, flush=True)
+
+    def _connect(self):
+        """连长连接；本机已经有一个在运行抛 `ConfigError`。"""
+        session = self._bot._session
+        session.heard, session.ready = self._chats.heard, self._chats.look
+        for _ in range(4):
+            if session.start():
+                return
+            guest = _visit(self._bot)
+            if guest:
+                guest.close()
+                raise ConfigError('这个机器人已经在本机运行（进程 %s）：一个 BotID 只能有一条长连接，停掉那一个'
+                                  % guest.pid)
+            time.sleep(0.3)
+        logger.warning('the local name is taken: 本机有程序占着这个机器人的名字，--send 不能经过它；照样连接')
+        session.start(False)
+
+    def start(self, host: str = '0.0.0.0', port: int = 8000) -> 'Optional[Tuple[str, int]]':
+        """在后台线程里开始服务：听应用、智能机器人的回调，连智能机器人的长连接，配置里有什么就做什么。
+
+        返回真正的 ``(host, port)``，端口 0 由系统挑；不听 HTTP 的是 None。``host`` 也可以是 IPv6 的地址，``'::'`` 是
+        两种都听。地址用不了抛 `OSError`，已经在服务抛 `RuntimeError`，同一个智能机器人已经在本机运行抛 `ConfigError`。
+        """
+        _check_fork()
+        if self._http and self._http.process == os.getpid() or self._bot and self._bot._session.running():
+            raise RuntimeError('already started')
+        _log_to_file(self.settings)
+        if self._chats:
+            self._connect()
+        try:
+            self._http = _HTTPServer(self, host, port) if self._crypts else None
+        except BaseException:
+            self.stop()
+            raise
+        return self._http and self._http.server_address[:2]
+
+    def stop(self) -> None:
+        """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
+        deadline = time.monotonic() + self.stop_within
+        server, self._http = self._http, None
+        if server:
+            server.close(deadline)
+        if self._alarm and self._alarm[0] == os.getpid():
+            with contextlib.suppress(OSError):
+                self._alarm[1].send(b'.')
+        self.finish(deadline)
+        for road in self._roads[1:]:
+            road.close()
+        if self._bot:
+            self._bot._session.stop()
+
+    def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
+        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
+
+        ``debug`` 见 `debug` 属性;``threaded`` 只为旧程序保留,总是多线程。
+        """
+        self.debug, self._telling = bool(debug), True
+        _one_heap()
+        address = self.start(host, port)
+        if address:
+            host, port = address
+            print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
+                '[%s]' % host if ':' in host else host, port, self.route, port, self.route),
+                file=sys.stderr, flush=True)
+        if self._chats:
+            print('EasyWeChat 在连接智能机器人。先跟它说一句话，它才能主动发给你。按 Ctrl-C 停止。',
+                  file=sys.stderr, flush=True)
+        self._wait()
+
+    def _wait(self):
+        """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
+        before, fd = {}, None
+        rest, alarm = socket.socketpair()   # 睡下以前一刹那到的信号叫不醒谁：所以每个信号都在 alarm 里写一个字节
+        alarm.setblocking(False)
+        try:
+            self._alarm = os.getpid(), alarm
+            up = bool(self._http or self._bot and self._bot._session.running())
+            if up and threading.current_thread() is threading.main_thread():
+                fd = signal.set_wakeup_fd(alarm.fileno())
+                for number in signal.SIGTERM, signal.SIGINT:
+                    before[number] = signal.signal(number, signal.default_int_handler)
+            while up:
+                woken = set(rest.recv(64))
+                up = not woken & {*before, ord('.')}        # 抛在一个 __del__ 里的异常没有了，它的字节还在
+        except KeyboardInterrupt:
+            pass
+        finally:
+            for number in before:           # 再来一个也不打断:停下本来就有时限
+                signal.signal(number, signal.SIG_IGN)
+            if fd is not None:
+                signal.set_wakeup_fd(fd)
+            self._alarm = None
+            self.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            rest.close()
+            alarm.close()
 
 
 # ---- 命令行 Command line ----------------------------------------------------------------------
@@ -4722,9 +6203,6 @@ def _settings_or_demo(args):
     names = ['EASYWECHAT_CONFIG'] + ['EASYWECHAT_' + key.upper() for key in _APP_KEYS]
     given = args.config or any(map(os.environ.get, names)) or _find_config(None)[0]
     return {} if given else _DEMO
-
-
-_LOOPBACK = re.compile(r'localhost|::1|127(\.[0-9]{1,3}){3}')
 
 
 def _run_echo(args):
