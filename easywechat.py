@@ -111,10 +111,10 @@ if hasattr(os, 'register_at_fork'):
 
 __version__ = '0.1.0'
 
-__all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'Dispatcher', 'WXBizMsgCrypt', 'MemoryStore', 'FileStore',
-           'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config', 'get_section', 'state_folder', 'plain_text',
-           'fetch', 'Stream', 'ierror', 'WeChatError', 'CryptoError', 'FormatException', 'ConfigError', 'APIError',
-           'NetworkError']
+__all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'WeChatBot', 'get_sender', 'Dispatcher', 'WXBizMsgCrypt',
+           'MemoryStore', 'FileStore', 'Stream', 'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config',
+           'get_section', 'state_folder', 'plain_text', 'fetch', 'ierror', 'WeChatError', 'CryptoError',
+           'FormatException', 'ConfigError', 'APIError', 'NetworkError']
 
 # 注解写成字符串，只给类型检查器和编辑器：运行的时候不导入 typing。没有注解的是这个文件自己的。
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-any-generics
@@ -279,6 +279,16 @@ _CATALOGUE = (
     ((93004, 93005, 93008), '群机器人停用了,或不在群里', '在群里重新启用、添加'),
     ((301002,), 'agentid 和 secret 不是同一个应用的', '「应用管理 → 自建 → 应用」里两样一起抄'),
     ((301019,), '图片的 md5 不对', '让 WeChatRobot 来算:send(Path(...))'),
+    ((6000,), '同一条消息的两帧撞上了', '已经重试过；过一会儿再试'),
+    ((93001, 93006), '会话不对，或还没有跟机器人说过话',
+     '先跟机器人说一句话，群里 @ 它；to 写 userid 或群的 chatid，运行着的机器人收到第一条消息时会打印'),
+    ((93019,), '没有这个 BotID', '「智能机器人 → API 模式 → 长连接」里把 BotID 和 Secret 一起复制'),
+    ((600039, 846605), '这条消息已经不能回复了', '连接断过，或太久了：改为主动发送'),
+    ((846607,), '回复得太快', '每分钟 30 条、每小时 1000 条以内'),
+    ((846608,), '气泡太久了', '开始以后 6 分钟以内要写完：其余的主动发送'),
+    ((846609,), '长连接没有订阅', '会自己再连'),
+    ((853000,), '长连接的 Secret 不对',
+     '「智能机器人 → API 模式 → 长连接」里的 Secret，不是应用的 Secret，也不是 MCP 的 apikey'),
     ((830001, 830002, 830003), '从网址上传失败', '对方的服务器要支持 Range,200 MB 以内'),
 )
 
@@ -824,6 +834,11 @@ agentid =
 secret =
 # 不写收件人时发给谁:「通讯录 → 成员」里的「账号」,几个用 | 隔开,@all 是可见范围里的所有人
 touser =
+# 智能机器人，不要公网地址、可信 IP：「智能机器人 → 创建 → API 模式 → 长连接」里的 BotID 和 Secret，只要这两样就能收发。
+# 跟它说一句话，它会打印 touser 该写什么；bot_name 是它的名字，群里的 @名字 会去掉
+bot_id =
+bot_secret =
+bot_name =
 # 群机器人 Webhook 地址里 key= 后面的,--robot 才要:「群 → 消息推送 → 添加」
 robot =
 # 家里没有固定 IP 时的中转,例如 https://vps.example.com;不写就直连
@@ -2096,7 +2111,8 @@ _NETWORK_ADVICE = (
      '不是这个域名,或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
     ('SOCKS', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；或把 qyapi.weixin.qq.com 写进 no_proxy'),
-    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'))
+    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'),
+    ('no WebSocket|no HTTP answer', 'bot_url 写错了，或中间的代理不让 WebSocket 过'))
 _STATUS_ADVICE = {301: '中转要的是 https，照它改 api_base', 302: '中转要的是别的地址，照它改 api_base',
                   413: '中转嫌文件大，nginx 里写 client_max_body_size 21m'}
 
@@ -5048,7 +5064,11 @@ class _Session:
                 early.append(frame)
                 continue
             if frame.get('errcode'):
-                raise _refused(frame, 'aibot_subscribe')
+                refusal = _refused(frame, 'aibot_subscribe')
+                if refusal.errcode not in self._retry | _BUSY:
+                    refusal.hint = ('BotID 或 Secret 不对：到「智能机器人 → API 模式 → 长连接」里一起复制；不是应用的 '
+                                    'Secret，也不是 MCP 的 apikey')
+                raise refusal
             return early
 
     def _serve(self, line, early):
@@ -5889,6 +5909,17 @@ class _PollReplies(_Results):
 # ---- 总成 WeChatServer ------------------------------------------------------------------------
 # 配置决定运行什么：在 HTTP 上听应用的、智能机器人的回调，连智能机器人的长连接；几样都有，就都运行，回调是同一批。
 
+def get_sender(appname: 'Union[str, Dict[str, str]]' = 'demo', ini_name: 'Optional[str]' = None,
+               **settings: 'Union[None, str, int]') -> 'Union[WeChatClient, WeChatBot]':
+    """配置里有的那条路，发消息用：应用 (corpid、secret、agentid) 是 `WeChatClient`，否则有 bot_id 是 `WeChatBot`。
+
+    参数同 `get_config`；缺了配置抛 `ConfigError`。一条路拒绝了，不会换另一条。
+    """
+    found = get_config(appname, ini_name, **settings)
+    app = all(found[key] for key in ('corpid', 'secret', 'agentid'))
+    return WeChatBot(found) if found['bot_id'] and not app else WeChatClient(found)
+
+
 def _log_file(settings):
     """``[system] log_path`` 里的日志，1 MiB 一个，一共三个 → 它的 handler。"""
     from logging.handlers import RotatingFileHandler
@@ -5983,9 +6014,8 @@ class WeChatServer(Dispatcher):
 
         参数和返回的同 `WeChatClient.send`、`WeChatBot.send`：``party``、``tag`` 等只有应用有。
         """
-        if all(self.settings[key] for key in ('corpid', 'secret', 'agentid')) or not self._bot:
-            return self.client.send(message, to, **fields)
-        return self._bot.send(message, to, **fields)
+        sender = get_sender(self.settings)
+        return (self.client if isinstance(sender, WeChatClient) else self.bot).send(message, to, **fields)
 
     def download(self, msg: 'Message', folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
         """收到的图片、语音、视频、文件（mixed 的是 ``msg['MsgItems']`` 里的一项）→ `pathlib.Path`，不管从哪条路来。
@@ -6213,13 +6243,19 @@ def _run_echo(args):
             2, 'without config.ini only this machine can be served; python easywechat.py --init writes one')
     server = WeChatServer(args.app, args.config, **demo)
     server.register_callback('*', _echo)
-    server.debug = args.debug
+    server.debug, server._telling = args.debug, True
     _one_heap()
     try:
-        host, port = server.start(host, args.port)
+        address = server.start(host, args.port)
     except OSError as e:
         raise _CommandError(
             3, 'cannot listen on %s port %d: %s; --port takes another' % (host, args.port, e.strerror)) from None
+    if server._chats:
+        print('智能机器人%s。按 Ctrl-C 停止。' % ('连上了，跟它说一句话试试' if server.bot._session.wait(10) else
+                                       '还没有连上，一直在试'), flush=True)
+    if not address:
+        return server._wait()
+    host, port = address
     url = 'http://%s:%d/%s' % ('[%s]' % host if ':' in host else host, port, server.route)
     if demo:
         print('没有 config.ini:用公开的演示凭据 (easywechat._DEMO),只在本机。')
@@ -6229,7 +6265,7 @@ def _run_echo(args):
     else:
         print('后台「接收消息 → 设置API接收」的 URL:http://<公网地址>:%d/%s' % (port, server.route))
     print('在监听 %s ,按 Ctrl-C 停止。' % url, flush=True)
-    server._wait()
+    return server._wait()
 
 
 def _run_probe(args):
@@ -6261,13 +6297,16 @@ def _run_init(args):
     except OSError as e:
         raise _CommandError(2, 'cannot write %s: %s' % (path, e.strerror)) from None
     print(path)
-    print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台。', file=sys.stderr)
+    print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台；智能机器人只要填 bot_id 和 '
+          'bot_secret。', file=sys.stderr)
 
 
 def _sender(args):
     if args.robot and (args.party or args.tag):
         raise _CommandError(2, '--party 和 --tag 不能和 --robot 一起用')
-    sender = WeChatRobot(None, args.app, args.config) if args.robot else WeChatClient(args.app, args.config)
+    sender = WeChatRobot(None, args.app, args.config) if args.robot else get_sender(args.app, args.config)
+    if isinstance(sender, WeChatBot) and (args.party or args.tag):
+        raise _CommandError(2, '智能机器人只能发给人和群：--to userid 或 chatid，没有 --party 和 --tag')
     sender.retry_within = args.retry
     if sys.stderr.isatty():
         sender.progress = lambda sent, total: print('\r%d%%' % (100 * sent // total), file=sys.stderr, flush=True,
@@ -6307,7 +6346,8 @@ def _run_send(args):
             raise _CommandError(2, '没有要发的文字')
     if args.markdown and args.send_file is None:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
-    _sender(args).send(message, args.to, *([] if args.robot else [args.party, args.tag]))
+    sender = _sender(args)
+    sender.send(message, args.to, *([args.party, args.tag] if isinstance(sender, WeChatClient) else []))
 
 
 def _read_mail(line_of, folder):
@@ -6368,6 +6408,8 @@ _SHAPES = {
     'token': ('[0-9A-Za-z]{1,32}', '至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
     'encoding_aes_key': ('[0-9A-Za-z]{43}', '恰好 43 个字母和数字', '应用 → 接收消息 → 设置API接收'),
     'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '「账号」，不是姓名，几个用 | 隔开', '通讯录 → 成员'),
+    'bot_id': ('[!-~]+', '没有空白、全角', '智能机器人 → API 模式 → 长连接'),
+    'bot_secret': ('[!-~]+', '没有空白、全角', '智能机器人 → API 模式 → 长连接'),
     'robot': (r'[0-9a-f-]{36}|https?://\S+[?&]key=[0-9A-Za-z_-]+\S*', 'Webhook 地址，或其中的 key', '群 → 消息推送'),
 }
 
@@ -6390,7 +6432,7 @@ def _check_settings(settings):
     for key, (form, rule, page) in _SHAPES.items():
         value = settings[key]
         if not value:
-            wanted = key == 'corpid' and not settings['robot']
+            wanted = key == 'corpid' and not settings['robot'] and not settings['bot_id']
             yield False if wanted else None, '%s 没有写(「%s」)' % (key, page)
         elif re.fullmatch(form, value):
             yield True, '%s,来自 %s' % (key, settings.sources[key])
@@ -6401,7 +6443,7 @@ def _check_settings(settings):
     yield from _check_files(settings)
     for text in settings.unknown:
         yield False, text
-    for keys, use in (('token encoding_aes_key', Dispatcher), ('secret', WeChatClient),
+    for keys, use in (('token encoding_aes_key bot_id', WeChatServer), ('secret', WeChatClient),
                       ('robot', functools.partial(WeChatRobot, None)),
                       ('log_path', lambda settings: _log_file(settings).close())):
         try:
@@ -6411,21 +6453,57 @@ def _check_settings(settings):
             yield None, '收消息还要 AES，这个 Python 没有：python -m pip install pycryptodome'
         except WeChatError as e:        # 收消息、发消息的时候会拒绝的，现在就说
             yield False, e.errmsg
+    if settings['bot_secret'] and settings['bot_secret'] == settings['secret']:
+        yield False, 'bot_secret 和 secret 一样：智能机器人的不是应用的，到「智能机器人 → API 模式 → 长连接」里复制'
     if settings['secret'] and not settings['agentid']:
         yield False, '有 secret，没有 agentid：发消息两样都要，「应用管理 → 自建 → 应用」里一起复制'
+
+
+def _check_dns(host):
+    """`urlsplit` 的结果 → 查得到没有；有代理就不用查。"""
+    if any(name.lower() in ('https_proxy', 'http_proxy', 'all_proxy') for name in os.environ):
+        return True
+    try:
+        found = socket.getaddrinfo(host.hostname, host.port or 443, 0, socket.SOCK_STREAM)
+        yield True, 'DNS:%s 是 %s' % (host.hostname, found[0][4][0])
+        return True
+    except OSError as e:
+        yield False, 'DNS 查不到 %s (%s)：看网络，或配置里的地址' % (host.hostname, e)
+        return False
+
+
+def _check_bot(bot):
+    """智能机器人的长连接，一步一步 → (好不好, 一句话) (生成器)。本机有一个在运行，就只问它。"""
+    host = urllib.parse.urlsplit(bot.url)
+    guest = _visit(bot)
+    if guest:
+        guest.close()
+        good = guest.stage == 'ready'
+        yield good, '智能机器人在运行（进程 %s），长连接%s' % (guest.pid, '通着' if good else '断着：看它的日志')
+        return
+    if not (yield from _check_dns(host)):
+        return
+    try:
+        line = _WebSocket(bot.url, bot.settings['ca_file'], bot.connect_within)
+        yield True, '连上了 %s%s' % (host.netloc, '，证书有效' * (host.scheme == 'wss'))
+        try:
+            _Session(bot).subscribe(line)
+            yield True, 'bot_id 和 bot_secret 正确 (aibot_subscribe)'
+            yield None, '别的机器上要是有同一个机器人在运行，刚才断开了，一分钟左右会自己连上'
+        finally:
+            line.close()
+    except APIError as e:
+        yield False, str(e)
+    except _FAILURES as e:
+        yield False, str(bot._failed(e))
 
 
 def _check_network(client):
     """从 DNS 到可信 IP,一步一步 → (好不好, 一句话) (生成器);前一步不通就停。"""
     import email.utils
     host = urllib.parse.urlsplit(client.api_base)
-    if not any(name.lower() in ('https_proxy', 'http_proxy', 'all_proxy') for name in os.environ):
-        try:
-            found = socket.getaddrinfo(host.hostname, host.port or 443, 0, socket.SOCK_STREAM)
-            yield True, 'DNS:%s 是 %s' % (host.hostname, found[0][4][0])
-        except OSError as e:
-            yield False, 'DNS 查不到 %s (%s):看网络,或 api_base' % (host.hostname, e)
-            return
+    if not (yield from _check_dns(host)):
+        return
     try:
         date = _Call(client, 'gettoken', {}, read=lambda _, answer: {'date': answer.headers.get('Date')}).run()['date']
         yield True, '连上了 %s%s' % (host.netloc, ',证书有效' * (host.scheme == 'https'))
@@ -6444,8 +6522,10 @@ def _check_network(client):
 def _run_check(args):
     settings = get_config(args.app, args.config)
     findings = _check_settings(settings)
-    with contextlib.suppress(ConfigError):      # _check_settings 会说
-        findings = itertools.chain(findings, _check_network(WeChatClient(settings)))
+    for make, check in (WeChatClient, _check_network), (WeChatBot, _check_bot):
+        with contextlib.suppress(ConfigError):      # _check_settings 会说
+            if make is WeChatClient or settings['bot_secret']:
+                findings = itertools.chain(findings, check(make(settings)))
     bad = 0
     for good, text in findings:
         print('%s %s' % ({True: '✓', False: '✗', None: '–'}[good], text), flush=True)
