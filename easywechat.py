@@ -4795,7 +4795,7 @@ class _Guest:
         return self._ask(self._bot.upload_within, file, upload=about)['media_id']
 
 
-def _visit(bot):
+def _meet(bot):
     """→ 在运行的机器人 (`_Guest`)；没有、不答、证明不了自己知道 bot_secret 的，是 None。"""
     end = time.monotonic() + bot.hand_over_within
     while True:
@@ -5306,6 +5306,7 @@ class WeChatBot(_Caller):
         per_minute = 30             # 每分钟最多给一个人、一个群发几条
         per_hour = 1000             # 每小时
         busy_pause = 60             # 企业微信说太频繁，停多久再来一次
+        clash_pause = 0.2           # 两帧撞上了 (6000)，停多久再来，然后四倍、九倍
         slow_after = 2.5            # 回调这么久没有结果，先开一个气泡
         frame_every = 1             # 气泡一秒至多一帧
         fast_frames = 20            # 这么多帧以后，两倍的时间一帧
@@ -5328,6 +5329,7 @@ class WeChatBot(_Caller):
     hand_over_within: float = 30
     per_hour: int = 1000
     busy_pause: float = 60
+    clash_pause: float = 0.2
     slow_after: float = 2.5
     frame_every: float = 1
     fast_frames: int = 20
@@ -5376,7 +5378,7 @@ class WeChatBot(_Caller):
             yield session
             return
         for door in True, True, True, False:        # 名字被占着，却没有人答：再试试，不行就不管它
-            guest = _visit(self)
+            guest = _meet(self)
             if guest or session.start(door):
                 break
             time.sleep(0.3)
@@ -5497,7 +5499,7 @@ class _Talk:
         self.run, self.line, self.req_id, self.begin = run, msg.line, msg.req_id, time.monotonic()
         self.kind, self.user, self.id, self.chat = msg['MsgType'], run.sender, msg['MsgId'], msg['ChatId'] or run.sender
         self.event = msg.get('Event', '') if self.kind == 'event' else ''
-        self.items = collections.deque()        # 还没送的，依次：_Text、_Message、气泡的占位 (str)
+        self.items = collections.deque()        # 还没送的，依次：_Text、_Message；str 是气泡的占位，None 是写完它
         self.busy = self.over = False           # 有线程在送；回调完了
         # 开着的气泡：它的 id，第一帧、最近一帧的时刻，几帧；连着几次撞上 6000
         self.bubble, self.since, self.last, self.frames, self.clashes = None, 0, 0, 0, 0
@@ -5606,7 +5608,7 @@ class _BotReplies(_Results):
         while True:
             with self.lock:
                 if not talk.items and talk.over and talk.bubble and not talk.stale:
-                    talk.items.append(_Text(talk.closing))
+                    talk.items.append(None)
                 if not talk.items or not self._session.line:
                     talk.busy = False
                     if talk.over and not talk.items:
@@ -5633,8 +5635,10 @@ class _BotReplies(_Results):
             return self._frame(talk, item, False)
         if isinstance(item, _Text):
             return self._say(talk, item)
-        if talk.bubble and not talk.stale:
-            self._frame(talk, '（见下一条）', True)
+        while talk.bubble and not talk.stale and not self._frame(talk, '（见下一条）' if item else talk.closing, True):
+            pass                        # 开着的，不是文字来写完它
+        if item is None:
+            return None
         message = self._bot._uploaded(self._session, item)
         kind = message['msgtype']
         if kind == 'update_template_card':
@@ -5711,13 +5715,15 @@ class _BotReplies(_Results):
         except APIError as e:
             if e.errcode == 6000 and talk.clashes < 3:
                 talk.clashes += 1
-                time.sleep(min(2, 0.2 * talk.clashes ** 2))
+                self._bot._sleep(self._bot.clash_pause * talk.clashes ** 2)
             elif e.errcode in _STALE or isinstance(e, NetworkError) and not finish:
                 talk.stale = True
             elif e.errcode in _BUSY and (not finish or talk.clashes < 4):
                 talk.clashes = max(talk.clashes, 4 * finish)
                 self._bot._sleep(self._bot.busy_pause if finish else 2 * self._bot.frame_every)
             else:
+                if isinstance(e, NetworkError) or not talk.frames:      # 也许写完了；或者就没有它
+                    talk.bubble = talk.bubble if e.errcode == 503 else None
                 raise
             return False
         talk.frames, talk.clashes = talk.frames + 1, 0
@@ -6066,7 +6072,7 @@ class WeChatServer(Dispatcher):
         for _ in range(4):
             if session.start():
                 return
-            guest = _visit(self._bot)
+            guest = _meet(self._bot)
             if guest:
                 guest.close()
                 raise ConfigError('这个机器人已经在本机运行（进程 %s）：一个 BotID 只能有一条长连接，停掉那一个'
@@ -6475,7 +6481,7 @@ def _check_dns(host):
 def _check_bot(bot):
     """智能机器人的长连接，一步一步 → (好不好, 一句话) (生成器)。本机有一个在运行，就只问它。"""
     host = urllib.parse.urlsplit(bot.url)
-    guest = _visit(bot)
+    guest = _meet(bot)
     if guest:
         guest.close()
         good = guest.stage == 'ready'

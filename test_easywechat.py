@@ -4893,6 +4893,579 @@ MAILS = {
 }
 
 
+class Hurried(WeChatServer):
+    """时限都缩短了的智能机器人。"""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name, value in (('pause', 0.01), ('pause_most', 0.1), ('steady_after', 1), ('slow_pause', 0.2),
+                            ('slow_pause_most', 5), ('ack_within', 0.5), ('chunk_within', 1), ('slow_after', 0.15),
+                            ('frame_every', 0.03), ('busy_pause', 0.05), ('offline_within', 0.5), ('ping_every', 0.2),
+                            ('silent_within', 0.5), ('clash_pause', 0.01), ('connect_within', 2),
+                            ('hand_over_within', 5)):
+            setattr(self.bot, name, value)
+        self.answer_within = 0.3        # 看时间的线程隔它的三分之一看一次
+
+
+class BotCase(ClientCase):
+    """智能机器人，连着 `examples/simulator.py`。"""
+
+    def setUp(self):
+        super().setUp()
+        self.bot = self.wecom.bot
+        self.bot.subscribes = self.bot.per_minute = 1000
+        SECRETS.add(self.wecom.bot_settings['bot_secret'])
+
+    def server(self, callback=None, cls=Hurried, start=True, **settings):
+        server = cls('test', **dict(self.wecom.bot_settings, **settings))
+        if callback:
+            server.register_callback('*', callback)
+        if start:
+            self.assertIsNone(server.start())       # 不听 HTTP
+            self.addCleanup(server.stop)
+            self.assertTrue(server.bot._session.wait(5))
+        return server
+
+    def until(self, condition):
+        """等到 ``condition()`` → 它的值。"""
+        deadline = time.monotonic() + 5
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, '等不到')
+            time.sleep(0.002)
+        return condition()
+
+    def see(self, count, **fields):
+        """等到用户看到 ``count`` 个写完了的气泡、消息 → 它们的文字。"""
+        def found():
+            done = [b['text'] for b in self.bot.bubbles if b['finished'] and all(b[k] == v for k, v in fields.items())]
+            return done if len(done) >= count else None
+        return self.until(found)
+
+
+class BotTests(BotCase):
+
+    def run_once(self, callback, event=None, **settings):
+        """一条消息 → 用户看到的 [(怎样来的, 类型, 文字)]。"""
+        ran = threading.Event()
+
+        def counted(msg):
+            ran.set()
+            return callback(msg) if callable(callback) else callback
+        server = self.server(counted, **settings)
+        event(self.bot) if event else self.bot.say('zhangsan', '你好')
+        self.assertTrue(ran.wait(5))
+        self.until(lambda: not server._once._runs and not server._left())
+        self.assertEqual([b for b in self.bot.bubbles if not b['finished']], [])
+        server.stop()
+        return [(b['how'], b['kind'], b['text']) for b in self.bot.bubbles]
+
+    def test_messages_have_the_names_of_the_app(self):
+        got = []
+        server = self.server(got.append)
+        png = b'\x89PNG\r\n\x1a\n' + bytes(200)
+        self.bot.say('zhangsan', '你好', quote='旧的')
+        self.bot.say('lisi', ' 状态\u2005', chat='group')
+        self.bot.say('zhangsan', voice='明天见')
+        self.bot.say('zhangsan', image=png)
+        self.bot.say('zhangsan', file=('报告.py', b'print()'))
+        self.bot.say('zhangsan', mixed=['看', png, '图'])
+        self.bot.enter('zhangsan')
+        self.until(lambda: len(got) == 7)
+        by_kind = {msg['MsgType'] + msg['ChatType'] * (msg['ChatType'] == 'group'): msg for msg in got}
+        text, group, voice, image, file, mixed, event = (by_kind[k] for k in (
+            'text', 'textgroup', 'voice', 'image', 'file', 'mixed', 'event'))
+        self.assertEqual((text['Content'], text['FromUserName'], text['ChatId'], text['text']['content']),
+                         ('你好', 'zhangsan', '', '你好'))
+        self.assertEqual(text['ToUserName'], text['AgentID'])
+        self.assertEqual((text['ToUserName'], text['MsgId']), (text['aibotid'], text['msgid']))
+        self.assertEqual((text['Quote']['MsgType'], text['Quote']['Content']), ('text', '旧的'))
+        self.assertRegex(text['CreateTime'], '^[0-9]{10}$')
+        self.assertEqual((group['Content'].strip(), group['ChatId']), ('状态', self.bot.group))
+        self.assertIn('@', group['text']['content'])
+        self.assertEqual(voice['Recognition'], '明天见')
+        self.assertTrue(image['PicUrl'].startswith('http'))
+        self.assertEqual(mixed['Content'], '看\n图')
+        self.assertEqual([i['MsgType'] for i in mixed['MsgItems']], ['text', 'image', 'text'])
+        self.assertEqual((event['Event'], event['EventKey']), ('enter_chat', ''))
+        folder = os.path.join(self.folder, 'downloads')
+        os.mkdir(folder)
+        for msg in image, mixed['MsgItems'][1]:
+            with open(str(server.download(msg, folder)), 'rb') as f:
+                self.assertEqual(f.read(), png)
+        path = server.download(file, folder)
+        self.assertEqual((path.name, path.stat().st_size), ('报告.py_', 7))     # Python 会运行的，后面加 _
+        for wrong in text, mixed:
+            self.assertRaises(ValueError, server.download, wrong, folder)
+        self.bot.skip(301)              # 五分钟
+        with self.assertRaises(NetworkError):
+            server.download(image, folder)
+        self.assertEqual(len(os.listdir(folder)), 3)
+
+    def test_mention_is_taken_off(self):
+        for text, name, content in (
+                ('@小助手 状态', '小助手', '状态'), ('@小助手\u2005状态', '', '状态'),
+                ('状态 @小助手', '小助手', '状态'), ('状态', '', '状态'), ('a@b.c 写信', '', 'a@b.c 写信'),
+                ('@小助手', '小助手', ''), ('@我的 助手 你好', '我的 助手', '你好'),
+                ('@小助手们 好', '小助手', '@小助手们 好'), ('问 @小助手 一下', '小助手', '问 @小助手 一下')):
+            self.assertEqual(easywechat._without_mention(text, name), content)
+
+    def test_what_arrives_may_be_anything(self):
+        for body in ({}, {'msgtype': 5, 'from': 'x', 'chatid': None}, {'msgtype': 'mixed', 'mixed': {'msg_item': 3}},
+                     {'msgtype': 'text', 'text': []},
+                     {'msgtype': 'event', 'event': {'eventtype': 'disconnected_event'}},
+                     {'msgtype': 'event', 'event': 'x'}, {'msgtype': 'image', 'image': {'url': 5}, 'quote': {}},
+                     {'msgtype': 'event', 'event': {'eventtype': 'feedback_event', 'id': 'F', 'type': 2}}):
+            msg = easywechat._bot_message(body)
+            self.assertTrue(all(isinstance(msg[k], str) for k in (
+                'MsgType', 'MsgId', 'FromUserName', 'ToUserName', 'ChatId', 'ChatType', 'CreateTime', 'AgentID')), body)
+        self.assertEqual((msg['Id'], msg['Type']), ('F', '2'))
+
+    def test_results_reach_the_user(self):
+        image, pdf = self.file('cam.png'), self.file('a.pdf', 700000)
+        card = {'msgtype': 'template_card', 'template_card': {
+            'card_type': 'text_notice', 'main_title': {'title': '告警'},
+            'card_action': {'type': 1, 'url': 'https://e.x'}}}
+        news = {'MsgType': 'news', 'Articles': [{'Title': '一', 'Description': '二', 'Url': 'https://e.x'}]}
+
+        async def wait(msg):
+            return '等到了'
+
+        def each(msg):
+            yield '一'
+            yield image
+            yield ['二', None, {'msgtype': 'markdown', 'markdown': {'content': '**三**'}}]
+        bubble = ('reply', 'stream')
+        for result, seen in (
+                (None, []), ('一句话', [bubble + ('一句话',)]), (lambda msg: msg, [bubble + ('你好',)]),
+                ({'Content': '应用的写法'}, [bubble + ('应用的写法',)]), (wait, [bubble + ('等到了',)]),
+                (each, [bubble + ('一',), ('reply', 'image', 'cam.png'), ('reply', 'markdown', '二'),
+                        ('reply', 'markdown', '**三**')]),
+                (pdf, [('reply', 'file', 'a.pdf')]), (card, [('reply', 'template_card', '告警')]),
+                (news, [bubble + ('[一](https://e.x)\n二',)]),
+                (lambda msg: easywechat.Stream(iter(['一', '', '二'])), [bubble + ('一二',)]),
+                ('长' * 8000, [bubble + ('长' * 6826,), ('reply', 'markdown', '长' * 1174)])):
+            with self.subTest(result):
+                self.bot.bubbles.clear()
+                self.assertEqual(self.run_once(result), seen)
+        self.assertEqual(self.bot.problems, [])
+
+    def test_wrong_results_are_logged_and_the_others_arrive(self):
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertEqual(self.run_once(lambda msg: ['一', 5, {'msgtype': 'miniprogram_notice',
+                                                                'miniprogram_notice': {}}, '', '二']),
+                             [('reply', 'stream', '一'), ('reply', 'markdown', '二')])
+        self.assertEqual(len(logs.output), 3)
+
+    def test_an_open_bubble_is_always_closed(self):
+        def slow(result):
+            def callback(msg):
+                self.until(lambda: any(b['text'] == '<think></think>' for b in self.bot.bubbles))
+                if isinstance(result, BaseException):
+                    raise result
+                return result
+            return callback
+        image, stream = self.file('cam.png'), easywechat.Stream
+        with self.assertLogs('easywechat', 'ERROR'):
+            for result, seen in (
+                    ('好了', [('stream', '好了')]), (None, [('stream', '（没有回复）')]),
+                    ('', [('stream', '出错了')]), (ValueError('x'), [('stream', '出错了')]),
+                    (SystemExit(1), [('stream', '出错了')]), (stream([]), [('stream', '（没有回复）')]),
+                    (image, [('stream', '（见下一条）'), ('image', 'cam.png')]),
+                    (stream(['一', 5]), [('stream', '一\n\n（出错了）')]),
+                    (stream([' \n']), [('stream', '（没有回复）')]),
+                    (['甲', '乙'], [('stream', '甲'), ('markdown', '乙')])):
+                with self.subTest(result):
+                    self.bot.bubbles.clear()
+                    self.assertEqual([seen[1:] for seen in self.run_once(slow(result))], seen)
+        self.assertEqual(self.bot.problems, [])
+
+    def test_the_placeholder_can_be_changed(self):
+        def slow(msg):
+            time.sleep(0.3)
+            return '好了'
+        for placeholder, first in (('稍等', '稍等'), ('', '好了')):
+            self.bot.frames.clear()
+            self.run_once(slow, bot_placeholder=placeholder)
+            frames = [f['frame']['body']['stream']['content'] for f in self.bot.frames
+                      if f['frame'].get('cmd') == 'aibot_respond_msg']
+            self.assertEqual((frames[0], frames[-1], len(frames)), (first, '好了', 1 + bool(placeholder)))
+
+    def test_stop_closes_a_bubble(self):
+        server = self.server(lambda msg: time.sleep(5))
+        server.stop_within = 0.3
+        self.bot.say('zhangsan', '你好')
+        self.until(lambda: self.bot.bubbles)
+        with self.assertLogs('easywechat', 'WARNING'):
+            server.stop()
+        self.assertEqual(self.see(1), ['（没有回复）'])
+
+    def test_a_stream_grows(self):
+        more = threading.Semaphore(0)
+
+        def pieces():
+            for n in range(3):
+                more.acquire(timeout=5)
+                yield '字%d ' % n
+
+        async def later():
+            for piece in pieces():
+                yield piece
+        for make in pieces, later:
+            self.bot.bubbles.clear()
+            server = self.server(lambda msg, make=make: easywechat.Stream(make()))
+            self.bot.say('zhangsan', '你好')
+            for n in range(3):
+                more.release()
+                self.until(lambda n=n: self.bot.bubbles and '字%d' % n in self.bot.bubbles[0]['text'])
+            self.assertEqual(self.see(1), ['字0 字1 字2 '])
+            server.stop()
+
+    def test_a_stream_of_many_pieces_is_few_frames(self):
+        seen = self.run_once(lambda msg: easywechat.Stream('%d ' % n for n in range(1000)))
+        self.assertEqual(seen[0][2].split()[-1], '999')
+        self.assertLess(self.bot.bubbles[0]['frames'], 4)
+
+    def test_what_is_too_long_for_a_bubble_follows(self):
+        text = '\n\n'.join('第 %d 段%s' % (n, '字' * 500) for n in range(30))
+        seen = self.run_once(lambda msg: easywechat.Stream(text[n:n + 100] for n in range(0, len(text), 100)))
+        self.assertEqual(''.join(seen[2] for seen in seen).replace('\n', ''), text.replace('\n', ''))
+        self.assertGreater(len(seen), 2)
+
+    def test_a_bubble_that_is_too_old_is_closed_and_the_rest_pushed(self):
+        def pieces():
+            yield '前半'
+            self.until(lambda: self.bot.bubbles and self.bot.bubbles[0]['finished'])
+            yield '后半'
+        server = self.server(lambda msg: easywechat.Stream(pieces()))
+        server.bot.bubble_within = 0.2
+        self.bot.say('zhangsan', '你好')
+        self.assertEqual(self.see(2), ['前半…', '后半'])
+        self.assertEqual(self.bot.bubbles[1]['how'], 'push')
+
+    def test_a_slow_callback_gives_up_its_bubble_in_time(self):
+        def slow(msg):
+            self.until(lambda: self.bot.bubbles and self.bot.bubbles[0]['finished'])
+            return '终于'
+        server = self.server(slow)
+        server.bot.bubble_within = 0.3
+        self.bot.say('zhangsan', '你好')
+        self.assertEqual(self.see(2), ['（还没有好，好了再发）', '终于'])
+
+    def test_refused_frames(self):
+        for code, how in ((6000, 'reply'), (846605, 'push'), (846608, 'push'), (45009, 'reply')):
+            with self.subTest(code):
+                self.bot.bubbles.clear()
+                self.bot.fault('error', code, cmd='aibot_respond_msg')
+                self.assertEqual([seen[::2] for seen in self.run_once('好')], [(how, '好')])
+        self.bot.bubbles.clear()
+        self.bot.fault('error', 6000, times=4, cmd='aibot_respond_msg')
+        self.assertEqual([seen[::2] for seen in self.run_once('好')], [('push', '好')])
+        self.bot.fault('error', 40058, cmd='aibot_respond_msg')
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.run_once('好')
+        self.assertIn('not delivered', logs.output[0])
+
+    def test_no_acknowledgement_is_no_second_message(self):
+        self.bot.fault('no_ack', cmd='aibot_respond_msg')
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.assertEqual(len(self.run_once('好')), 1)
+        self.assertIn('may have been delivered', logs.output[0])
+        self.bot.fault('no_ack', cmd='aibot_send_msg')
+        with self.assertRaises(NetworkError) as raised:
+            self.server().send('推送', to='zhangsan')
+        self.assertTrue(raised.exception.maybe_sent)
+
+    def test_a_repeated_message_runs_once(self):
+        runs = []
+
+        def count(msg):
+            runs.append(msg['MsgId'])
+            return '好'
+        self.bot.fault('duplicate')
+        self.run_once(count)
+        self.assertEqual((len(runs), len(self.bot.bubbles)), (1, 1))
+
+    def test_events(self):
+        self.assertEqual(self.run_once('欢迎', lambda bot: bot.enter('zhangsan')), [('welcome', 'text', '欢迎')])
+        self.bot.bubbles.clear()
+        self.bot.met.add('lisi')
+        self.assertEqual(self.run_once(['欢迎', '再来一条'], lambda bot: bot.enter('lisi')),
+                         [('welcome', 'text', '欢迎'), ('push', 'markdown', '再来一条')])
+
+    def card(self):
+        return {'msgtype': 'template_card', 'template_card': {
+            'card_type': 'button_interaction', 'main_title': {'title': '告警'}, 'task_id': 'T1',
+            'button_list': [{'text': '确认', 'key': 'ok', 'style': 1}]}}
+
+    def test_cards_are_updated(self):
+        done = {'card_type': 'text_notice', 'main_title': {'title': '已确认'}}
+        got = []
+
+        def answer(msg):
+            got.append(msg)
+            if msg['MsgType'] == 'text':
+                return self.card()
+            return [dict({'template_card': done}, response_type='update_template_card'), '记下了']
+        server = self.server(answer)
+        self.bot.say('zhangsan', '卡片')
+        self.see(1)
+        self.bot.press(self.bot.bubbles[0], 'ok')
+        self.assertEqual(self.see(2), ['已确认', '记下了'])
+        self.assertEqual((got[1]['Event'], got[1]['EventKey'], got[1]['TaskId']), ('template_card_event', 'ok', 'T1'))
+        server.stop()
+        late = self.server(lambda msg: {'MsgType': 'update_template_card', 'TemplateCard': {'CardType': 'text_notice'}})
+        late.bot.event_within = 0
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.bot.event('template_card_event', 'zhangsan', event_key='ok', task_id='T')
+            self.until(lambda: logs.output)
+        self.assertIn('too late', logs.output[0])
+
+
+class LineTests(BotCase):
+    """断了，慢了，不对了：都自己回来，答复不丢，不重。"""
+
+    def setUp(self):
+        super().setUp()
+        self.quiet = self.enterContext(self.assertLogs('easywechat')) if hasattr(self, 'enterContext') else None
+        if not self.quiet:
+            logs = self.assertLogs('easywechat')
+            self.quiet = logs.__enter__()
+            self.addCleanup(logs.__exit__, None, None, None)
+        easywechat.logger.info('the test begins')
+
+    def log(self):
+        return '\n'.join(self.quiet.output)
+
+    def back(self, number):
+        """等到连上了第 ``number`` 条连接。"""
+        self.until(lambda: self.bot.connected and self.bot.connected.number >= number)
+
+    def test_it_comes_back_by_itself(self):
+        server = self.server(lambda msg: '答 ' + msg['Content'])
+        for n, (fault, value) in enumerate([
+                ('close', 1000), ('close', 1001), ('close', 1011), ('abort', None), ('half_open', None),
+                ('no_pong', None), ('error', 846609), ('kick', None)], 1):
+            with self.subTest(fault, value=value):
+                number = self.bot.connected.number
+                self.bot.bubbles.clear()
+                if fault == 'error':
+                    self.bot.fault(fault, value, cmd='aibot_respond_msg')
+                    self.bot.say('zhangsan', '%d' % n)
+                elif fault == 'no_pong':
+                    self.bot.fault(fault)
+                    self.until(lambda: not server.connected)
+                    self.bot.heal()
+                else:
+                    self.bot.fault(fault, value)
+                self.back(number + 1)
+                if fault != 'error':
+                    self.until(lambda: server.connected)
+                    self.bot.say('zhangsan', '%d' % n)
+                self.assertEqual(self.see(1), ['答 %d' % n])
+                self.assertEqual(self.bot.bubbles[0]['how'], 'push' if fault == 'error' else 'reply')
+        self.assertIn('long connection lost', self.log())
+        self.assertIn('这个机器人在别处连上了', self.log())
+
+    def test_what_is_ready_while_the_line_is_down_is_pushed(self):
+        go = threading.Event()
+
+        def slow(msg):
+            go.wait(5)
+            return ['一', '二']
+        server = self.server(slow)
+        server.bot.slow_after = 60
+        self.bot.say('zhangsan', '你好')
+        self.until(lambda: server._once._runs)
+        self.wecom.stop()
+        self.until(lambda: not server.connected)
+        go.set()
+        self.until(lambda: not server._once._runs)
+        self.assertEqual(len(server._left()), 1)
+        self.wecom.start(port=int(self.url.rpartition(':')[2]))
+        self.assertEqual(self.see(2, how='push'), ['一', '二'])
+        self.until(lambda: not server._left())
+
+    def test_a_stream_survives_a_reconnect(self):
+        more = threading.Semaphore(0)
+
+        def pieces():
+            for n in range(3):
+                more.acquire(timeout=5)
+                yield '字%d ' % n
+        server = self.server(lambda msg: easywechat.Stream(pieces()))
+        self.bot.say('zhangsan', '你好')
+        more.release()
+        self.until(lambda: self.bot.bubbles)
+        self.bot.fault('abort')
+        self.back(2)
+        more.release(), more.release()
+        self.assertEqual(self.see(1, how='push'), ['字0 字1 字2 '])
+        self.until(lambda: not server._left())
+        self.assertEqual(len(self.bot.bubbles), 2)
+
+    def test_an_upload_is_resumed(self):
+        server = self.server()
+        self.bot.met.add('zhangsan')
+        self.bot.fault('error', 846609, cmd='aibot_upload_media_chunk')
+        file = self.file('big.bin', 1300000)
+        server.send(file, to='zhangsan')
+        self.assertEqual(self.see(1), ['big.bin'])
+        commands = collections.Counter(f['frame'].get('cmd') for f in self.bot.frames)
+        self.assertEqual((commands['aibot_upload_media_init'], commands['aibot_upload_media_chunk'],
+                          commands['aibot_subscribe']), (1, 4, 2))
+
+    def test_odd_servers_are_understood(self):
+        self.server(lambda msg: '答 ' + msg['Content'])
+        for fault, value in (('control', None), ('fragments', None), ('masked', None), ('masked_ping', None),
+                             ('ping', None), ('unknown_cmd', None), ('big', 1200000), ('late_ack', 0.2)):
+            with self.subTest(fault):
+                self.bot.bubbles.clear()
+                self.bot.fault(fault, value)
+                self.bot.say('zhangsan', fault)
+                self.assertIn(fault, self.see(1)[0])
+                self.bot.heal()
+        self.assertEqual(self.bot.connected.number, 1)
+        self.assertEqual(self.bot.problems, [])
+
+    def test_a_wrong_secret_is_one_error_and_slow_retries(self):
+        self.bot.fault('refuse', 853000, times=3)
+        server = self.server(start=False)
+        server.start()
+        self.addCleanup(server.stop)
+        self.assertFalse(server.bot._session.wait(5))
+        with self.assertRaises(NetworkError) as raised:
+            server.bot.send('x', to='zhangsan')
+        self.assertEqual(raised.exception.errcode, 503)
+        self.until(lambda: server.connected)
+        self.assertEqual(self.log().count('ERROR'), 1)
+        self.assertIn('不是应用的 Secret', self.log())
+
+    def test_too_many_subscriptions_wait(self):
+        self.bot.fault('refuse', 45009)
+        server = self.server(start=False)
+        begin = time.monotonic()
+        server.start()
+        self.addCleanup(server.stop)
+        self.until(lambda: server.connected)
+        self.assertGreaterEqual(time.monotonic() - begin, server.bot.slow_pause)
+
+    def test_no_duel(self):
+        """两处同一个 BotID：后来的赢，先前的等一等再来，越等越久。"""
+        first = self.server(lambda msg: '一')
+        second = self.server(lambda msg: '二', start=False)
+        second.bot._session.start(False)
+        self.addCleanup(second.stop)
+        self.until(lambda: first.bot._session.stage == 'kicked')
+        self.until(lambda: second.bot._session.stage == 'kicked')
+        self.assertGreater(second.bot._session._pauses['kicked'], second.bot.slow_pause)
+        self.assertIn('同一个 BotID 只能有一处在运行', self.log())
+
+    def test_a_suspended_machine_reconnects(self):
+        server = self.server()
+        before = time.time
+        with swapped(time, 'time', lambda: before() + 3600):
+            self.back(2)
+        self.assertIn('suspended', self.log())
+        server.stop()
+
+    def test_a_chat_that_never_spoke(self):
+        server = self.server()
+        with self.assertRaises(APIError) as raised:
+            server.send('x', to='lisi')
+        self.assertIn('先跟机器人说一句话', str(raised.exception))
+        for to in None, '@all', '':
+            with self.assertRaises(APIError):
+                server.send('x', to=to)
+        self.bot.met.update(['lisi', 'zhangsan'])
+        server.send('x', to=['lisi', 'zhangsan'])
+        self.assertEqual(sorted(b['chat'] for b in self.bot.bubbles), ['lisi', 'zhangsan'])
+
+    def test_pushes_are_paced(self):
+        server = self.server()
+        self.bot.met.add('zhangsan')
+        waited = []
+        server.bot._sleep = waited.append
+        server.bot.per_minute = 3
+        for n in range(4):
+            server.send(str(n), to='zhangsan')
+        self.assertEqual([round(w) for w in waited], [60])
+
+    def test_nothing_is_held_at_rest(self):
+        server = self.server(lambda msg: '好')
+        for n in range(50):
+            self.bot.say('zhangsan', str(n))
+        self.see(50)
+        self.until(lambda: not server._once._runs and not server._left())
+        self.assertEqual((server.bot._session._asked, len(server._chats._talks)), ({}, 0))
+        thread = server.bot._session._thread
+        server.stop()
+        self.assertFalse(thread.is_alive())
+        self.assertRaises(NetworkError, server.bot._session.ask, 'aibot_send_msg', {})
+
+
+class DoorTests(BotCase):
+    """本机别的进程，经过在运行的机器人发。"""
+
+    def setUp(self):
+        super().setUp()
+        self.ini = os.path.join(self.folder, 'config.ini')
+        with open(os.open(self.ini, os.O_WRONLY | os.O_CREAT, 0o600), 'w', encoding='utf-8') as f:
+            f.write('[demo]\ntouser = zhangsan\n')
+            f.writelines('%s = %s\n' % item for item in self.wecom.bot_settings.items())
+        self.bot.met.add('zhangsan')
+
+    def command(self, *words, stdin=b''):
+        env = dict(os.environ, EASYWECHAT_CONFIG=self.ini, XDG_CACHE_HOME=self.folder)
+        found = subprocess.run([sys.executable, SOURCE] + list(words), input=stdin, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=env, timeout=20)
+        return found.returncode, found.stdout.decode('utf-8', 'replace'), found.stderr.decode('utf-8', 'replace')
+
+    def test_the_command_line_sends_through_the_running_bot(self):
+        self.server()
+        self.assertEqual(self.command('--send', '-', stdin='磁盘 91%'.encode()), (0, '', ''))
+        self.assertEqual(self.command('--send-file', str(self.file('报告.pdf', 600000))), (0, '', ''))
+        mail = 'Subject: 备份失败\r\nFrom: root\r\n\r\n正文'.encode()
+        self.assertEqual(self.command('--mail', stdin=mail), (0, '', ''))
+        self.assertEqual(self.see(3), ['磁盘 91%', '报告.pdf', '备份失败\n来自 root\n\n正文'])
+        self.assertEqual(self.bot.connected.number, 1)          # 没有另外连
+        code, _, err = self.command('--send', 'x', '--to', 'lisi')
+        self.assertEqual((code, err.count('\n')), (1, 1))
+        self.assertIn('先跟机器人说一句话', err)
+        self.assertEqual(self.command('--send', 'x', '--party', '2')[0], 2)
+        code, out, _ = self.command('--check')
+        self.assertIn('智能机器人在运行（进程 %d），长连接通着' % os.getpid(), out)
+
+    def test_without_a_running_bot_it_connects_by_itself(self):
+        self.assertEqual(self.command('--send', '磁盘 91%'), (0, '', ''))
+        self.assertEqual(self.see(1), ['磁盘 91%'])
+        self.until(lambda: not self.bot.connected)
+        code, out, err = self.command('--check')
+        self.assertEqual((code, err), (0, ''))
+        self.assertIn('bot_id 和 bot_secret 正确', out)
+        self.bot.fault('refuse', 853000)
+        code, _, err = self.command('--send', 'x')
+        self.assertEqual(code, 1)
+        self.assertIn('不是应用的 Secret', err.splitlines()[-1])
+        self.wecom.stop()
+        bot = easywechat.WeChatBot('test', **self.wecom.bot_settings)
+        bot.offline_within = bot.pause = 0.05
+        with self.assertLogs('easywechat'), self.assertRaises(NetworkError) as raised:
+            bot.send('x', to='zhangsan')
+        self.assertEqual((raised.exception.errcode, raised.exception.maybe_sent), (503, False))
+
+    def test_a_second_bot_of_this_machine_does_not_connect(self):
+        server = self.server()
+        other = Hurried('test', **self.wecom.bot_settings)
+        with self.assertRaises(ConfigError) as raised:
+            other.start()
+        self.assertIn('进程 %d' % os.getpid(), str(raised.exception))
+        self.assertRaises(RuntimeError, server.start)
+        self.assertEqual(self.bot.connected.number, 1)
+        server.stop()
+        self.assertIsNone(other.start())        # 名字空出来了
+        other.stop()
+
+
 class MailTests(ClientCase):
     """一封信从标准输入到手机。"""
 
