@@ -340,7 +340,7 @@ _UNPRINTABLE = re.compile(
     '[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f'
     '\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]')
 #: 网址里的：查询参数，用户名和密码。
-_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key)=)[^&\s"\'<>]+|(//)[^/\s@]+(?=@)')
+_SECRET = re.compile(r'((?:access_token|corpsecret|secret|key|response_code)=)[^&\s"\'<>]+|(//)[^/\s@]+(?=@)')
 #: 密钥的字与字之间可能有的：换行、空白、看不见的，也可能已经写成转义。
 _GAP = r'(?:[^!-~]|\\{1,4}(?:[abfnrtv0]|x[0-9a-f]{2}|u[0-9a-f]{4}))'
 #: 用过的密钥，一直记着；用过的 access_token，最近的一百个。都从错误和日志里抹掉。
@@ -370,6 +370,15 @@ def _show(value, limit=200):
     """外来的文字进日志以前：没有密钥，截短，控制字符写成转义，伪造不了日志行，也动不了终端。"""
     text = _redact(str(value)[:limit + 2000])
     return _escape(text if len(text) <= limit else text[:limit] + '...')
+
+
+class _Shown:
+    """`_show`，真的要写日志的时候才做。"""
+    def __init__(self, value):
+        self._value = value
+
+    def __str__(self):
+        return _show(self._value, 2000)
 
 
 def _decoded(text):
@@ -1880,7 +1889,9 @@ class Stream:
 
     def paragraphs(self, under_way: 'Optional[Set[Any]]' = None) -> 'Iterator[str]':
         """一段一段的 (生成器，str)，写完一段给一段；代码 (```) 里的空行不分段。"""
-        line, lines, fence = [], [], ''
+        line: 'List[str]' = []
+        lines: 'List[str]' = []
+        fence = ''
         for piece in itertools.chain(self.pieces(under_way), '\n\n'):
             for n, part in enumerate(piece.split('\n')):
                 if n:
@@ -1973,6 +1984,8 @@ def _from_reply(item, default):
         _need(isinstance(item.get('template_card'), dict), 'update_template_card needs template_card, a dict')
         return _Message({key: item[key] for key in ('template_card', 'userids') if key in item},
                         msgtype='update_template_card')
+    if item.get('MsgType') == 'file' and isinstance(item.get('MediaId'), str):      # 没有这样的被动回复：主动发送
+        return _Message(msgtype='file', file={'media_id': item['MediaId']})
     kind = item.get('MsgType') or next((k for k, (name, _) in _REPLIES.items() if name in item), default)
     if not isinstance(kind, str) or kind not in _REPLIES:
         raise TypeError('%s is no type of passive reply; these are: %s' % (_show(repr(kind)), ', '.join(_REPLIES)))
@@ -2062,7 +2075,7 @@ def _read_message(text, receive_id):
     except (FormatException, ValueError, RecursionError) as e:
         raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, getattr(e, 'errmsg', None) or
                           'cannot read JSON: %s' % _show(e)) from None
-    logger.debug('message %.2000s', msg)
+    logger.debug('message %s', _Shown(msg))
     _check_direction(msg, receive_id)
     return msg
 
@@ -3429,6 +3442,9 @@ class _Results:
         run.stage = _PUSHING
         self._over(parcel)
 
+    def _over(self, parcel):
+        """回调完了。"""
+
     def cancel(self) -> None:
         """``async def`` 的，还在跑的，不等了。"""
         for future in list(self._under_way):
@@ -3690,6 +3706,8 @@ class Dispatcher:
     settings: 'Dict[str, str]'
     debug: bool
     store: 'Any'
+    wxcpt: WXBizMsgCrypt
+    _roads: 'List[Any]'
 
     _now = staticmethod(time.time)
 
@@ -3704,7 +3722,7 @@ class Dispatcher:
         if not re.fullmatch('[A-Za-z0-9_.~/-]+', self.route):
             raise ConfigError('route_name 只能用 A-Z a-z 0-9 _ . ~ - 和 /，例如 weixin')
         #: 加解密，`WXBizMsgCrypt`；只连长连接的没有。
-        self.wxcpt = next(iter(self._crypts.values()), None)
+        self.wxcpt = next(iter(self._crypts.values()), None)    # type: ignore[assignment]
         #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
@@ -4943,7 +4961,7 @@ def _read_frame(text):
     except (ValueError, RecursionError) as e:
         logger.warning('not a frame: 读不懂的一帧，没有理会：%s', _show(e))
         return {}
-    logger.debug('frame %.2000s', frame)
+    logger.debug('frame %s', _Shown(frame))
     return frame
 
 
@@ -5677,7 +5695,7 @@ class _BotReplies(_Results):
             whole, ended, newer = text.look(talk.last + pause if talk.bubble and not talk.stale else 0)
             talk.stale = talk.stale or talk.line is not self._session.line
             old = bool(talk.bubble) and time.monotonic() - talk.since >= self._bot.bubble_within
-            piece, end, head = next(_cuts(whole, 20480), ('', len(whole), ''))
+            piece, end, head = next(_cuts(whole, 20480 - 3 * old), ('', len(whole), ''))      # 也许要加一个 …
             done = ended or end < len(whole)
             if not piece.strip() and ended:
                 if not talk.bubble or talk.stale:
@@ -5983,6 +6001,8 @@ class WeChatServer(Dispatcher):
 
     _http: 'Any' = None
     _alarm: 'Any' = None
+    _bot: 'Any'
+    _polls: 'Any'
     _telling = False
 
     def __init__(self, appname: str = 'demo', ini_name: 'Optional[str]' = None, store: 'Any' = None,
@@ -5991,7 +6011,7 @@ class WeChatServer(Dispatcher):
         self._bot = WeChatBot(self.settings) if self.settings['bot_id'] else None
         self._chats = _BotReplies(self, self._bot) if self.settings['bot_id'] and self.settings['bot_secret'] else None
         self._polls = _PollReplies(self, self._bot) if '' in self._crypts else None
-        self._roads += filter(None, (self._chats, self._polls))
+        self._roads += [road for road in (self._chats, self._polls) if road]
         self._seen: 'Set[str]' = set()
 
     def _receive_ids(self):
@@ -6050,11 +6070,12 @@ class WeChatServer(Dispatcher):
     def deliver(self, msg: 'Message', answer: 'Callable[[Optional[bytes]], HTTPAnswer]',
                 send: 'Callable[..., object]', spawn: 'Spawn' = None) -> None:
         """同 `Dispatcher.deliver`；智能机器人来问气泡长到哪里了，马上答。"""
-        if getattr(msg, 'bot', False):
-            if msg['MsgType'] == 'stream':
-                return send(*answer(self._polls.poll(msg)))
-            self._met(msg)
-        return super().deliver(msg, answer, send, spawn)
+        if getattr(msg, 'bot', False) and msg['MsgType'] == 'stream':
+            send(*answer(self._polls.poll(msg)))
+        else:
+            if getattr(msg, 'bot', False):
+                self._met(msg)
+            super().deliver(msg, answer, send, spawn)
 
     def _met(self, msg):
         """一个人、一个群的第一条消息：它的 id 哪里也不显示，说一次怎样发给它。"""

@@ -2791,6 +2791,49 @@ class ReplyTests(ClientCase):
         self.assertIsNone(self.ask(self.server(several)))
         self.assertEqual(self.sent(), ['a', 'b', 'news', 'file'])
 
+    def test_a_stream_is_paragraphs(self):
+        text = '一\r\n二\n\n \n三\n\n```sh\na\n\n\nb\n```\n四\n\n~~~\n没有完\n\n尾'
+        paragraphs = ['一\r\n二', '三', '```sh\na\n\n\nb\n```\n四', '~~~\n没有完\n\n尾']
+        for size in 1, 2, 3, 100:
+            pieces = [text[n:n + size] for n in range(0, len(text), size)]
+            self.assertEqual([p.rstrip('\n') for p in easywechat.Stream(pieces).paragraphs()], paragraphs)
+        begin = time.process_time()
+        self.assertEqual(len(list(easywechat.Stream('字' * 300000).paragraphs())), 1)
+        self.assertEqual(len(list(easywechat.Stream('字\n' for _ in range(100000)).paragraphs())), 1)
+        self.assertLess(time.process_time() - begin, 5)
+        self.assertRaises(TypeError, easywechat.Stream, 5)
+        self.assertRaises(TypeError, list, easywechat.Stream([5]).paragraphs())
+
+    def test_paragraphs_of_a_stream_are_joined_while_one_is_on_its_way(self):
+        first, go = threading.Event(), threading.Event()
+
+        def pieces():
+            yield '一\n\n'
+            first.wait(5)
+            yield '二\n\n三\n\n' + '四' * 650 + '\n\n五'
+            go.set()
+        server = self.server(lambda msg: easywechat.Stream(pieces()))
+        send = server.client._authorized
+
+        def slow(path, *args, **kwargs):
+            first.set()
+            go.wait(5)
+            return send(path, *args, **kwargs)
+        server.client._authorized = slow
+        server.answer_within = 0.05
+        self.ask(server)
+        self.assertEqual('\n\n'.join(self.sent()), '一\n\n二\n\n三\n\n' + '四' * 650 + '\n\n五')
+        self.assertEqual((self.sent()[0], len(self.sent()) < 5), ('一', True))
+
+    def test_a_stream_where_nothing_can_be_pushed_is_one_reply(self):
+        server = self.server(lambda msg: easywechat.Stream(['一\n', '\n二']), secret='', agentid='')
+        self.assertEqual(self.ask(server)['Content'], '一\n\n二')
+
+    def test_a_stream_can_be_sent(self):
+        server = self.server(lambda msg: None)
+        server.client.send(easywechat.Stream(['一\n\n', '二']), to='lisi')
+        self.assertEqual(self.sent(), ['一', '二'])
+
     def test_long_text_is_pushed_in_parts(self):
         text = '\n'.join('第 %d 行' % n for n in range(500))
         self.assertIsNone(self.ask(self.server(lambda msg: text)))
@@ -5452,6 +5495,23 @@ class DoorTests(BotCase):
         with self.assertLogs('easywechat'), self.assertRaises(NetworkError) as raised:
             bot.send('x', to='zhangsan')
         self.assertEqual((raised.exception.errcode, raised.exception.maybe_sent), (503, False))
+
+    def test_the_six_lines_of_the_readme_without_any_package(self):
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            lines = re.search('```python\n(.*?)```', f.read(), re.S).group(1)
+        left_out = 'Crypto Cryptodome logging ssl _ssl unicodedata encodings.idna decimal asyncio sqlite3 uuid lzma bz2'
+        program = 'import sys\nfor name in %r.split():\n    sys.modules[name] = None\n%s' % (left_out, lines)
+        bot = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=dict(os.environ, EASYWECHAT_CONFIG=self.ini, PYTHONPATH=HERE,
+                                        PYTHONIOENCODING='utf-8'))
+        self.addCleanup(bot.kill)
+        self.until(lambda: self.bot.connected)
+        self.bot.say('zhangsan', '你好')
+        self.assertEqual(self.see(1), ['你好'])
+        bot.terminate()
+        out, err = (text.decode('utf-8') for text in bot.communicate(timeout=10))
+        self.assertEqual((bot.returncode, out), (0, ''))
+        self.assertIn('touser = zhangsan', err)
 
     def test_a_second_bot_of_this_machine_does_not_connect(self):
         server = self.server()

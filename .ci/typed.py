@@ -61,6 +61,26 @@ def progress(sent: int, total: int) -> None:
     print(sent, total)
 
 
+@server.register_callback('text', pattern='talk')
+def talk(msg: Dict[str, Any]) -> easywechat.Stream:
+    return easywechat.Stream(piece for piece in ['one', 'two'])
+
+
+@server.register_callback('text', pattern='think')
+async def think(msg: Dict[str, Any]) -> easywechat.Stream:
+    async def pieces() -> AsyncIterator[str]:
+        yield 'one'
+    return easywechat.Stream(pieces())
+
+
+easywechat.Stream([1])                                  # type: ignore[list-item]
+assert_type(server.connected, bool)
+assert_type(server.send('91%', to='zhangsan'), Dict[str, Any])
+assert_type(server.bot.send(pathlib.Path('cam.jpg'), to=['zhangsan', 'lisi']), Dict[str, Any])
+assert_type(server.download({'MediaId': 'M'}, 'folder'), pathlib.Path)
+assert_type(easywechat.WeChatBot('demo').upload('cam.jpg'), str)
+easywechat.get_sender('demo').send('91%')
+
 client = easywechat.WeChatClient('demo', store=easywechat.MemoryStore())
 client.progress = progress
 client.retry_within = 1.5
@@ -75,7 +95,7 @@ assert_type(client.send_media('text', 'x', 'a'), Dict[str, Any])
 assert_type(client.trusted, Optional[bool])
 assert_type(server.handle('GET', '/weixin'), Tuple[int, List[Tuple[str, str]], bytes])
 assert_type(server.wxcpt.VerifyURL('', '', '', ''), Tuple[int, Optional[str]])
-assert_type(server.start(port=0), Tuple[str, int])
+assert_type(server.start(port=0), Optional[Tuple[str, int]])
 assert_type(easywechat.get_config('demo')['corpid'], str)
 client.send(7)                                          # type: ignore[arg-type]
 with easywechat.fetch('https://example.com') as answer:

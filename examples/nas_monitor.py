@@ -9,8 +9,9 @@
 一件事报一次警,好了再说一次「恢复正常」,中间怎么摇摆都不说。断网时发不出去的存着,下次再发;
 记着这些的地方是 ~/.local/state/easywechat（或在 $XDG_STATE_HOME 里），只有自己能写；没有这样的目录，就只在内存里。
 
-发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 corpid、secret、agentid、touser,
-什么包都不装;`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
+发给 config.ini 里的 touser,也只回答他们。--once 和 --report 只要 touser，和 corpid、secret、agentid（应用）或
+bot_id、bot_secret（智能机器人：经过在运行的那个发，没有就自己连一下），什么包都不装；
+`* * * * * python3 …/nas_monitor.py --once` 就够了。smartctl 要 root。
 
 config.ini 里可以写,都有默认值(在模拟器里要 `simulator.py --with nas`)::
 
@@ -91,7 +92,7 @@ def thresholds():
 def app_settings():
     """应用的设置,发消息要的都在;缺了抛 `ConfigError`。"""
     settings = easywechat.get_config('demo')
-    for key in 'corpid', 'secret', 'agentid', 'touser':
+    for key in ['touser'] if settings['bot_id'] else ['corpid', 'secret', 'agentid', 'touser']:
         if not settings[key]:
             raise easywechat.ConfigError(
                 '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
@@ -305,18 +306,22 @@ def changes(state, findings, now):
 def deliver(client, state):
     """发 ``unsent`` 里的,依次;连不上就留着,下次再发。
 
-    没有得到回答的也许已经到了:再发的一字不差,企业微信四个小时之内的重复不会再给用户看。
+    没有得到回答的也许已经到了:应用再发的一字不差，企业微信四个小时之内的重复不会再给用户看；智能机器人没有这个，不再发。
     """
+    app = isinstance(easywechat.get_sender(client.settings), easywechat.WeChatClient)
+    twice = {'enable_duplicate_check': 1, 'duplicate_check_interval': 14400} if app else {}
     for text in list(state['unsent']):
         try:
-            client.send(text, enable_duplicate_check=1, duplicate_check_interval=14400)
+            client.send(text, **twice)
         except easywechat.APIError as e:
-            logger.error('not sent, kept for the next time: %s', e)
-            if isinstance(e, easywechat.NetworkError):
+            maybe = getattr(e, 'maybe_sent', False) and not app
+            logger.error('%s: %s', 'perhaps sent' if maybe else 'not sent, kept for the next time', e)
+            if isinstance(e, easywechat.NetworkError) and not maybe:
                 return
-        else:
-            state['unsent'].remove(text)
-            save(state)
+            if not maybe:
+                continue
+        state['unsent'].remove(text)
+        save(state)
 
 
 def is_due(state, settings, now):
@@ -379,7 +384,7 @@ def serve(settings, port):
     server = easywechat.WeChatServer('demo')
     register(server, state, settings)
     watcher = threading.Thread(target=watch, daemon=True,
-                               args=(server.client, state, settings, stop))
+                               args=(server, state, settings, stop))
     watcher.start()
     try:
         server.run(port=port)
@@ -392,7 +397,7 @@ def run(args):
     """→ 退出码 (int)。"""
     app, settings = app_settings(), thresholds()
     if args.report:
-        easywechat.WeChatClient(app).send(report(load(), settings))
+        easywechat.get_sender(app).send(report(load(), settings))
         return 0
     with alone():
         if not args.once:
@@ -401,7 +406,7 @@ def run(args):
         state, now = load(), time.time()
         if is_due(state, settings, now) and not save(state):
             settings['report'] = None       # 记不住今天的发过了,就会每一遍都发
-        check(easywechat.WeChatClient(app), state, settings, now)
+        check(easywechat.get_sender(app), state, settings, now)
         return 3 if state['unsent'] else 0
 
 

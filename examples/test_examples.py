@@ -1436,6 +1436,20 @@ class NasTests(ExampleCase):
         os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
+    def test_it_alerts_through_the_running_intelligent_robot(self):
+        with open(os.environ['EASYWECHAT_CONFIG'], 'w', encoding='utf-8') as f:
+            f.write('[demo]\ntouser = zhangsan\n%s\n[nas]\nreport =\n' % '\n'.join(
+                '%s = %s' % item for item in self.wecom.bot_settings.items()))
+        server = WeChatServer('demo')
+        self.assertIsNone(server.start())
+        self.addCleanup(server.stop)
+        self.wecom.bot.met.add('zhangsan')
+        self.heat(95, 96)
+        self.heat(60)
+        texts = [bubble['text'].partition('\n')[0] for bubble in self.wecom.bot.bubbles]
+        self.assertEqual(texts, ['⚠ 温度:95 °C()', '恢复正常:温度,60 °C()'])
+        self.assertEqual(self.wecom.bot.connected.number, 1)
+
     def test_the_thresholds_are_from_the_config(self):
         self.config('[nas]\ntemperature = 50 # 夏天\ntemperature_ok = 40\nreport=\nload=0.5\nload_ok=0\n')
         self.assertEqual(len(self.heat(49, 50, 41, 50, 40)), 2)

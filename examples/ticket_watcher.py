@@ -488,7 +488,7 @@ def main(argv=None):
                 raise easywechat.ConfigError(
                     '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
                         key, key.upper()))
-        watcher = Watcher(Railway(args.base), lambda text, user: server.client.send(text, to=user),
+        watcher = Watcher(Railway(args.base), lambda text, user: server.send(text, to=user),
                           *open_state())
         server.register_callback('text', watcher.answer)
         threading.Thread(target=watch, args=(watcher, stop), daemon=True).start()
