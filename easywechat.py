@@ -4991,46 +4991,53 @@ class _Session:
         self._pauses, self._said, self._unknown = {}, '', set()
         self.failure = None                         # 最近一次没有连上的原因
         self.line, self._others, self._door = None, (), None
-        # stage 和 line 变了；_asked：req_id → [等回执的锁, 回执]；_forked：子进程里，这些描述符是父进程的
+        self.users = None                           # 只为了发消息才连的：几个人在用；None 是一直运行的
+        # changed：stage 和 line 变了；_life：这一次 start，停了是 None；_asked：req_id → [等回执的锁, 回执]；
+        # _forked：子进程里，这些描述符是父进程的
         _fresh(self, changed=threading.Condition, _lock=threading.Lock, _asked=dict, stage=lambda: 'stopped',
-               _forked=functools.partial(_Session._leave, weakref.proxy(self)))
+               _life=lambda: None, _forked=functools.partial(_Session._leave, weakref.proxy(self)))
 
     def _leave(self):
         for sock in (*self._others, *([self.line._sock] if self.line else ())):
             sock.close()
-        self.line, self._others, self._thread = None, (), None
+        self.line, self._others = None, ()
 
-    def _become(self, stage):
+    def _become(self, life, stage, line=None):
+        """→ 停了是 False：什么也不变。"""
         with self.changed:
-            self.stage = stage
+            if self._life is not life:
+                return False
+            self.stage, self.line = stage, line
             self.changed.notify_all()
+            return True
 
     def running(self):
         """这个进程里有它的线程。"""
         _check_fork()
-        return self.stage != 'stopped'
+        return self._life is not None
 
     def start(self, door=True):
         """占住名字，开始连。→ 名字被占着是 False；``door`` 为假是不管名字。"""
         listener = _listen(self._bot) if door else None
         if door and not listener:
             return False
-        rest, self._wake = socket.socketpair()
-        self._others, self._door = tuple(filter(None, (rest, listener))), _Door(self._bot, self)
-        self._become('connecting')
-        self._thread = _SEATS.start(self._run)
+        rest, wake = socket.socketpair()
+        self._others, self._door = tuple(filter(None, (rest, listener, wake)))[:-1], _Door(self._bot, self)
+        self._life = wake
+        self._thread = _SEATS.start(self._run, wake)
         return True
 
     def stop(self):
-        """说再见，断开；最多两秒。"""
-        if self.running() and self._thread:
-            self._become('stopping')
-            self._wake.send(b'.')
+        """说再见，断开；最多等两秒：那条线程也许还在查 DNS，它回来时看得见已经停了。"""
+        with self.changed:
+            wake, self._life, self.stage = self._life, None, 'stopped'
+            self.changed.notify_all()
+        if wake:
+            wake.send(b'.')                 # 没有人读它：等着的、以后要等的，都醒着
             self._thread.join(2)
-            for sock in (*self._others, self._wake):
+            for sock in (*self._others, wake):
                 sock.close()
-            self._others, self._thread = (), None
-            self._become('stopped')
+            self._others = ()
 
     def wait(self, within):
         """等连上，至多 ``within`` 秒 → 连上了没有；凭据不对、在别处连上了，不必等。"""
@@ -5040,17 +5047,16 @@ class _Session:
 
     # 连接的那条线程
 
-    def _run(self):
+    def _run(self, life):
         bot = self._bot
-        while self.stage != 'stopping':
-            self._become('connecting')
+        while self._become(life, 'connecting'):
             since, line = None, None
             try:
                 line = _WebSocket(bot.url, bot.settings['ca_file'], bot.connect_within)
                 early = self.subscribe(line)
                 since = time.monotonic()
-                self._serve(line, early)
-                break
+                self._serve(life, line, early)
+                stage = None
             except _Kicked:
                 stage, error = 'kicked', NetworkError(503, 'disconnected_event', hint='这个机器人在别处连上了，所以这里'
                                                       '断开：同一个 BotID 只能有一处在运行，停掉一处')
@@ -5062,9 +5068,8 @@ class _Session:
                 logger.error('internal error in the long connection%s', _traceback())
                 stage, error = 'waiting', bot._failed(e)
             self._lost(line)
-            if self.stage != 'stopping':
-                self._rest(stage, error, since)
-        self._lost(line)
+            if stage:
+                self._rest(life, stage, error, since)
 
     def subscribe(self, line):
         """第一帧。→ 回执以前就来了的帧；拒绝了抛 `APIError`，没有回执抛 `OSError`。"""
@@ -5089,13 +5094,12 @@ class _Session:
                 raise refusal
             return early
 
-    def _serve(self, line, early):
+    def _serve(self, life, line, early):
+        """连上了，到停下为止；断了抛 `OSError`、`_Kicked`。"""
         bot, ping = self._bot, time.monotonic() + self._bot.ping_every
-        with self.changed:
-            if self.stage == 'stopping':
-                return line.close()
-            self.line, self.failure = line, None
-        self._become('ready')
+        if not self._become(life, 'ready', line):
+            return
+        self.failure = None
         if self._said:
             logger.warning('long connection is back：长连接又连上了')
             self._said = ''
@@ -5104,7 +5108,7 @@ class _Session:
         for frame in early:
             self._take(line, frame)
         skew = time.time() - time.monotonic()
-        while self.stage != 'stopping':
+        while self._life is life:
             now = time.monotonic()
             if now - line.heard > bot.silent_within:
                 raise socket.timeout('heard nothing for %g s' % bot.silent_within)
@@ -5121,7 +5125,6 @@ class _Session:
                 self._door.open(text)
             elif text is not None:
                 self._take(line, _read_frame(text))
-        line.close()
 
     def _take(self, line, frame):
         """收到的一帧。"""
@@ -5151,7 +5154,7 @@ class _Session:
     def _lost(self, line):
         """连接完了：等回执的，不必等了。"""
         with self.changed:
-            self.line = None
+            self.line = None if self.line is line else self.line
         with self._lock:
             asked, self._asked = self._asked, {}
         for gate in asked.values():
@@ -5159,7 +5162,7 @@ class _Session:
         if line:
             line.close()
 
-    def _rest(self, stage, error, since):
+    def _rest(self, life, stage, error, since):
         """说一次为什么断了，停一停：1、2、4 … 30 秒；凭据不对、在别处连上了的，60 秒到一小时。"""
         bot, self.failure = self._bot, error
         fast = stage == 'waiting'
@@ -5174,9 +5177,9 @@ class _Session:
         say = logger.info if text == self._said and not since else logger.warning if fast else logger.error
         say('long connection %s：%s；%.3g 秒后再连', 'lost' if since else 'failed', text, pause)
         self._said = text
-        self._become(stage)
         end = time.monotonic() + pause
-        while self.stage != 'stopping' and time.monotonic() < end:
+        self._become(life, stage)
+        while self._life is life and time.monotonic() < end:
             found = _ready(None, False, end - time.monotonic(), self._others)
             if found:
                 self._door.open(found)
@@ -5368,6 +5371,7 @@ class WeChatBot(_Caller):
             if re.search('[^!-~]', self.settings[key]):
                 logger.warning('%s looks wrong：%s 里有空白、全角或看不见的字符，请重新复制', key, key)
         self._session = _Session(self)
+        _fresh(self, _joining=threading.Lock)
 
     def __repr__(self):
         return '<%s %s>' % (type(self).__name__, _mask(self.settings['bot_id']))
@@ -5389,23 +5393,37 @@ class WeChatBot(_Caller):
     @contextlib.contextmanager
     def _road(self):
         """→ 能发的：这个进程的长连接，本机在运行的机器人，或自己连一下。"""
-        session, guest = self._session, None
+        session = self._session
         if not self.settings['bot_secret']:
             raise ConfigError('没有写 bot_secret：回调 URL 的智能机器人不能主动发送；在后台改用长连接，写上 Secret')
-        if session.running():
-            yield session
-            return
-        for door in True, True, True, False:        # 名字被占着，却没有人答：再试试，不行就不管它
-            guest = _meet(self)
-            if guest or session.start(door):
-                break
-            time.sleep(0.3)
+        with self._joining:                         # 几条线程一起发：一条去连，别的用它连上的
+            guest = None if session.running() else self._guest_or_start()
+            mine = not guest and session.users is not None
+            if mine:
+                session.users += 1
         try:
             if not guest and not session.wait(max(self.offline_within, self.retry_within)):
-                raise session.failure or _offline('', None)
+                raise copy.copy(session.failure) or _offline('', None)
             yield guest or session
         finally:
-            (guest.close if guest else session.stop)()
+            if guest:
+                guest.close()
+            with self._joining:
+                session.users = session.users - 1 if mine else session.users
+                if mine and not session.users:
+                    session.stop()
+
+    def _guest_or_start(self):
+        """本机在运行的机器人；没有就自己连 (None)。"""
+        for door in True, True, True, False:        # 名字被占着，却没有人答：再试试，不行就不管它
+            guest = _meet(self)
+            if guest:
+                return guest
+            self._session.users = 0
+            if self._session.start(door):
+                return None
+            time.sleep(0.3)
+        return None
 
     def send(self, message: 'Sendable', to: 'Who' = None) -> 'Message':
         """发一条或几条消息，依次 → 最后一条的回执 (dict)。
@@ -5475,11 +5493,11 @@ class _Text:
             self._newer, self._ended = True, self._ended or ended
             self._changed.notify_all()
 
-    def look(self, end):
-        """等到写完，或过了 ``end`` 又有了新的（再等也至多一秒）→ (全文, 写完了没有, 有没有新的)。"""
+    def look(self, end, more=1):
+        """等到写完，或过了 ``end`` 又有了新的（至多再等 ``more`` 秒）→ (全文, 写完了没有, 有没有新的)。"""
         with self._changed:
             self._changed.wait_for(lambda: self._ended, max(0, end - time.monotonic()))
-            self._changed.wait_for(lambda: self._ended or self._newer, 1)
+            self._changed.wait_for(lambda: self._ended or self._newer, max(0.001, more))
             newer, self._newer = self._newer, False
             self._parts = [''.join(self._parts)]
             return self._parts[0], self._ended, newer
@@ -5510,19 +5528,19 @@ def _bubble(stream_id, content, finish):
 class _Talk:
     """智能机器人的一条消息，和它的答复。"""
     __slots__ = ('run', 'kind', 'user', 'id', 'chat', 'event', 'begin', 'line', 'req_id', 'items', 'busy', 'over',
-                 'bubble', 'since', 'last', 'frames', 'clashes', 'stale', 'spoken', 'closing')
+                 'bubble', 'since', 'last', 'frames', 'clashes', 'stale', 'spoken', 'opened', 'closing')
 
     def __init__(self, run, closing):
         msg = run.message
         self.run, self.line, self.req_id, self.begin = run, msg.line, msg.req_id, time.monotonic()
         self.kind, self.user, self.id, self.chat = msg['MsgType'], run.sender, msg['MsgId'], msg['ChatId'] or run.sender
         self.event = msg.get('Event', '') if self.kind == 'event' else ''
-        self.items = collections.deque()        # 还没送的，依次：_Text、_Message；str 是气泡的占位，None 是写完它
+        self.items = collections.deque()        # 还没送的，依次：_Text、_Message；'' 是开一个气泡，None 是写完它
         self.busy = self.over = False           # 有线程在送；回调完了
         # 开着的气泡：它的 id，第一帧、最近一帧的时刻，几帧；连着几次撞上 6000
         self.bubble, self.since, self.last, self.frames, self.clashes = None, 0, 0, 0, 0
         self.stale = bool(self.event)           # 不能用 req_id 回复：主动发送
-        self.spoken = False                     # 有过文字了
+        self.spoken = self.opened = False       # 有过文字了；要过占位的气泡了
         self.closing = closing                  # 没有东西可送，就用它写完气泡
 
 
@@ -5555,14 +5573,19 @@ class _BotReplies(_Results):
 
     def late(self, run, up, last):
         """回调慢了：开一个气泡；气泡到了时候，先写完。"""
-        talk, words = run.parcel, self._owner.settings['bot_placeholder']
+        talk = run.parcel
         if not talk or talk.stale or talk.items or talk.over:
             return
         if talk.bubble and time.monotonic() - talk.since >= self._bot.bubble_within:
             self._put(talk, _Text('（还没有好，好了再发）'))
-        elif words and not talk.spoken and not talk.bubble:
-            talk.spoken = True
-            self._put(talk, words)
+        elif not talk.opened:
+            self._put(talk, '')
+
+    def _open(self, talk):
+        """先开一个气泡，里面是占位的字；有过气泡了、不要占位，就不开。"""
+        words, talk.opened = self._owner.settings['bot_placeholder'], True
+        if words and not talk.spoken and not talk.stale:
+            self._frame(talk, words, False)
 
     def left(self):
         with self.lock:
@@ -5649,8 +5672,8 @@ class _BotReplies(_Results):
 
     def _send(self, talk, item):
         talk.stale = talk.stale or talk.line is not self._session.line      # 那条连接断了，req_id 就没有用了
-        if isinstance(item, str):
-            return self._frame(talk, item, False)
+        if item == '':
+            return self._open(talk)
         if isinstance(item, _Text):
             return self._say(talk, item)
         while talk.bubble and not talk.stale and not self._frame(talk, '（见下一条）' if item else talk.closing, True):
@@ -5692,7 +5715,10 @@ class _BotReplies(_Results):
         """一段文字：一个气泡，边长边发；太长的、太久的，先写完，其余的接着发。"""
         while True:
             pause = self._bot.frame_every * (1 + (talk.frames >= self._bot.fast_frames))
-            whole, ended, newer = text.look(talk.last + pause if talk.bubble and not talk.stale else 0)
+            slow = 1 if talk.opened else talk.begin + self._bot.slow_after - time.monotonic()
+            whole, ended, newer = text.look(talk.last + pause if talk.bubble and not talk.stale else 0, min(1, slow))
+            if not (ended or whole.strip() or talk.opened) and talk.begin + self._bot.slow_after <= time.monotonic():
+                self._open(talk)
             talk.stale = talk.stale or talk.line is not self._session.line
             old = bool(talk.bubble) and time.monotonic() - talk.since >= self._bot.bubble_within
             piece, end, head = next(_cuts(whole, 20480 - 3 * old), ('', len(whole), ''))      # 也许要加一个 …
@@ -6089,7 +6115,7 @@ class WeChatServer(Dispatcher):
     def _connect(self):
         """连长连接；本机已经有一个在运行抛 `ConfigError`。"""
         session = self._bot._session
-        session.heard, session.ready = self._chats.heard, self._chats.look
+        session.heard, session.ready, session.users = self._chats.heard, self._chats.look, None
         for _ in range(4):
             if session.start():
                 return

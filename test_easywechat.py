@@ -5107,7 +5107,11 @@ class BotTests(BotCase):
                     raise result
                 return result
             return callback
+        def late():
+            self.until(lambda: any(b['text'] == '<think></think>' for b in self.bot.bubbles))
+            yield '好了'
         image, stream = self.file('cam.png'), easywechat.Stream
+        self.assertEqual(self.run_once(lambda msg: stream(late())), [('reply', 'stream', '好了')])
         with self.assertLogs('easywechat', 'ERROR'):
             for result, seen in (
                     ('好了', [('stream', '好了')]), (None, [('stream', '（没有回复）')]),
@@ -5376,9 +5380,9 @@ class LineTests(BotCase):
         server.start()
         self.addCleanup(server.stop)
         self.assertFalse(server.bot._session.wait(5))
-        with self.assertRaises(NetworkError) as raised:
+        with self.assertRaises(APIError) as raised:
             server.bot.send('x', to='zhangsan')
-        self.assertEqual(raised.exception.errcode, 503)
+        self.assertEqual(raised.exception.errcode, 853000)
         self.until(lambda: server.connected)
         self.assertEqual(self.log().count('ERROR'), 1)
         self.assertIn('不是应用的 Secret', self.log())
@@ -5402,6 +5406,41 @@ class LineTests(BotCase):
         self.until(lambda: second.bot._session.stage == 'kicked')
         self.assertGreater(second.bot._session._pauses['kicked'], second.bot.slow_pause)
         self.assertIn('同一个 BotID 只能有一处在运行', self.log())
+
+    def test_what_was_stopped_does_not_come_back(self):
+        dialing, go = threading.Event(), threading.Event()
+        connect = socket.create_connection
+
+        def slow(*args):
+            dialing.set()
+            go.wait(10)
+            return connect(*args)
+        server = self.server(start=False)
+        with swapped(socket, 'create_connection', slow):
+            server.start()
+            thread = server.bot._session._thread
+            self.assertTrue(dialing.wait(5))
+            thread.join = lambda within: None
+            server.stop()
+            del thread.join
+            go.set()
+            thread.join(5)
+        self.assertFalse(thread.is_alive() or self.bot.connected or server.connected)
+        self.assertNotIn('aibot_subscribe', [f['frame'].get('cmd') for f in self.bot.frames][1:])
+        self.assertIsNone(server.start())           # 又能用了
+        self.until(lambda: server.connected)
+        server.stop()
+
+    def test_threads_that_send_at_once_share_one_connection(self):
+        bot = easywechat.WeChatBot('test', **self.wecom.bot_settings)
+        self.bot.met.add('zhangsan')
+        threads = [threading.Thread(target=bot.send, args=(str(n), 'zhangsan')) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        self.assertEqual(sorted(self.see(8)), [str(n) for n in range(8)])
+        self.assertFalse(bot._session.running() or bot._session.users)
 
     def test_a_suspended_machine_reconnects(self):
         server = self.server()
@@ -5990,6 +6029,10 @@ class PromiseTests(unittest.TestCase):
                 forward |= {(node.name, n.id) for n in ast.walk(node) if isinstance(n, ast.Name)
                             and defined.get(n.id, 0) > node.lineno}
         self.assertEqual(forward, set())
+
+    def test_no_name_is_bound_twice(self):
+        names = [node.name for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        self.assertEqual([name for name, count in collections.Counter(names).items() if count > 1], [])
 
     def test_only_the_standard_library_and_aes_are_imported(self):
         code = ("import sys, http.server; before = set(sys.modules); import easywechat; "

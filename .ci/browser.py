@@ -7,7 +7,6 @@ and the raw text go into FOLDER; --keep writes the one that the README shows, ex
 """
 import argparse
 import base64
-import contextlib
 import json
 import os
 import re
@@ -20,15 +19,15 @@ import threading
 import urllib.parse
 import zlib
 
-import websocket        # selenium needs it
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
-sys.path.insert(0, os.path.join(ROOT, 'examples'))
+sys.path[:0] = [os.path.join(ROOT, 'examples'), ROOT]
 
+import easywechat  # noqa: E402
 import simulator  # noqa: E402
 
 BOT = r'''
@@ -83,7 +82,7 @@ def image(msg):
     return '看 https://e.x/a?b=1。还有 https://e.x/c, 以及 <a href="https://e.x/">这里</a>.'
 
 
-server = easywechat.WeChatServer('demo')
+server = easywechat.WeChatServer('demo', bot_id='')     # the 智能机器人 is `Talker`
 server.client.call('menu/create', {'button': [{'type': 'click', 'name': '状态', 'key': 'status'}] + [
     {'name': name, 'sub_button': [{'type': 'click', 'name': '帮助', 'key': 'help'}, {
         'type': 'click', 'name': '十三个汉字的菜单名字这么长', 'key': 'long'}, {
@@ -132,56 +131,46 @@ CARD = {'card_type': 'button_interaction', 'task_id': 'job-7', 'main_title': {'t
         'button_list': [{'text': '再试一次', 'key': 'again'}, {'text': '不管', 'style': 2, 'key': 'no'}]}
 
 
-class Talker(threading.Thread):
-    """A scripted 智能机器人. A stream goes on when ``go`` is set; what it heard is in ``heard``."""
+class Talker:
+    """A 智能机器人. A stream goes on when ``go`` is set; what it heard is in ``heard``."""
 
     def __init__(self, settings):
-        super().__init__(daemon=True)
-        self.go, self.heard, self.later = threading.Semaphore(0), queue.Queue(), []
-        self.socket = websocket.create_connection(settings['bot_url'])
-        self.ask('aibot_subscribe', {'bot_id': settings['bot_id'], 'secret': settings['bot_secret']}, 's')
-        self.start()
+        self.go, self.heard = threading.Semaphore(0), queue.Queue()
+        self.server = easywechat.WeChatServer('talk', **settings)
+        self.server.bot.slow_after, self.server.bot.frame_every, self.server.answer_within = 0.1, 0.05, 0.3
+        self.server.register_callback('*', self.answer)
+        self.server.start()
 
-    def ask(self, cmd, body, req_id):
-        self.socket.send(json.dumps({'cmd': cmd, 'headers': {'req_id': req_id}, 'body': body}))
-        while True:
-            frame = json.loads(self.socket.recv())
-            if 'cmd' not in frame:
-                return frame['errcode']
-            self.later.append(frame)
-
-    def reply(self, frame, kind, body, cmd='aibot_respond_msg'):
-        return self.ask(cmd, {'msgtype': kind, kind: body}, frame['headers']['req_id'])
-
-    def run(self):
-        with contextlib.suppress(websocket.WebSocketException, OSError, ValueError):
-            while True:
-                frame = self.later.pop(0) if self.later else json.loads(self.socket.recv())
-                self.event(frame) if frame['body']['msgtype'] == 'event' else self.message(frame)
-
-    def event(self, frame):
-        event = frame['body']['event']
-        self.heard.put(event)
-        if event['eventtype'] == 'enter_chat':
-            self.reply(frame, 'text', {'content': '您好，我是小助手'}, 'aibot_respond_welcome_msg')
-        if event['eventtype'] == 'template_card_event':
-            card = dict(CARD, main_title={'title': '在备份了'}, replace_text='已经在备份')
-            self.ask('aibot_respond_update_msg', {'response_type': 'update_template_card', 'template_card': card},
-                     frame['headers']['req_id'])
-
-    def message(self, frame):
-        body = frame['body']
-        self.heard.put(body)
-        text = body.get('text', {}).get('content', body['msgtype'])
+    def answer(self, msg):
+        self.heard.put(msg)
+        event, text = msg.get('Event'), msg['text']['content'] if 'text' in msg else msg['MsgType']
+        if event == 'enter_chat':
+            return '您好，我是小助手'
+        if event == 'template_card_event':
+            return {'response_type': 'update_template_card', 'template_card': dict(
+                CARD, main_title={'title': '在备份了'}, replace_text='已经在备份')}
+        if event:
+            return None
         if '备份怎么样' in text:
-            for content in '<think></think>', PROSE[:9], PROSE[:60], PROSE:
-                self.reply(frame, 'stream', {'id': 's', 'content': content, 'finish': content == PROSE,
-                                             'feedback': {'id': 'F'}})
-                self.go.acquire()
-        elif '卡片' in text:
-            self.reply(frame, 'template_card', CARD)
-        else:
-            self.reply(frame, 'stream', {'id': 's', 'content': '听到 **%s**' % text, 'finish': True})
+            return easywechat.Stream(self.pieces())
+        if '卡片' in text:
+            return {'msgtype': 'template_card', 'template_card': CARD}
+        if '评价' in text:
+            return {'msgtype': 'stream', 'stream': {'id': 's', 'content': '怎么样？', 'finish': True,
+                                                    'feedback': {'id': 'F'}}}
+        return '听到 **%s**' % text
+
+    def pieces(self):
+        for begin, end in (0, 9), (9, 60), (60, None):
+            self.go.acquire()
+            yield PROSE[begin:end]
+
+    def next(self, **fields):
+        """The next that it heard with these fields."""
+        while True:
+            msg = self.heard.get(timeout=5)
+            if all(msg.get(name) == value for name, value in fields.items()):
+                return msg
 
 
 class Page:
@@ -342,30 +331,31 @@ def talk(page, folder, bot, program):
         page.picture(folder, 'bot-%s.png' % name)
         program.go.release()
     page.wait(lambda: page.count('.prose table') and not page.count('.growing'))
-    program.go.release()
-    yield 'a bubble grows and closes', [(b['frames'], b['finished']) for b in bot.bubbles[1:]] == [(4, True)]
+    yield 'a bubble grows and closes', [(b['frames'] > 3, b['finished']) for b in bot.bubbles[1:]] == [(True, True)]
     text = page.texts('.prose')[-1]
     yield 'its thoughts are folded', '思考过程' in text and '先看磁盘' not in text
     yield 'its Markdown is text and nothing else', '<script>alert(1)</script>' in text and '**' not in text
     yield from looks(page, folder, 'bot-')
+    page.say('评价')
+    page.heard('怎么样？')
     page.click('.passive .meta button', '不准确')
-    events = [program.heard.get(timeout=5) for _ in range(3)]
-    yield 'a bubble is rated', events[-1].get('feedback_event') == {'id': 'F', 'type': 2}
+    rated = program.next(Event='feedback_event')
+    yield 'a bubble is rated', (rated['Id'], rated['Type']) == ('F', '2')
     page.say('卡片')
     page.wait(lambda: page.count('.acts button', '再试一次'))
     Select(page.driver.find_element(By.CSS_SELECTOR, '.card select')).select_by_value('b')
     page.click('.acts button', '再试一次')
     page.wait(lambda: page.count('.acts button:disabled', '已经在备份'))
-    pressed = [program.heard.get(timeout=5) for _ in range(2)][-1]['template_card_event']
-    yield "a card's button and choice arrive", (pressed['event_key'], pressed['selected_items']['selected_item']) == (
-        'again', [{'question_key': 'disk', 'option_ids': {'option_id': ['b']}}])
+    pressed = program.next(Event='template_card_event')
+    yield "a card's button and choice arrive", (pressed['EventKey'], pressed['SelectedItems']['SelectedItem']) == (
+        'again', [{'QuestionKey': 'disk', 'OptionIds': {'OptionId': ['b']}}])
     page.click('#more')
     for kind in 'image', 'file':
         page.driver.find_element(By.NAME, kind).send_keys(os.path.join(folder, '照片.png'))
         page.heard('听到 ' + kind)
     page.picture(folder, 'bot-files.png')
     page.click('#more')
-    kinds = [program.heard.get(timeout=5)['msgtype'] for _ in range(2)]
+    kinds = [program.heard.get(timeout=5)['MsgType'] for _ in range(2)]
     yield 'a picture and a file go out', kinds == ['image', 'file']
     yield from group(page, folder, bot, program)
     Select(page.driver.find_element(By.ID, 'fault')).select_by_value('error')
@@ -396,8 +386,8 @@ def group(page, folder, bot, program):
     page.say('对')
     page.heard('听到 @小助手 对')
     heard = [program.heard.get(timeout=5) for _ in range(2)]
-    yield 'it hears its name, and what is quoted', [(m['text']['content'], m.get('quote')) for m in heard] == [
-        ('@小助手 早', None), ('@小助手 对', {'msgtype': 'text', 'text': {'content': '听到 **@小助手 早**'}})]
+    yield 'it hears its name, and what is quoted', [(m['Content'], m.get('Quote')) for m in heard] == [
+        ('早', None), ('对', {'MsgType': 'text', 'Content': '听到 **@小助手 早**'})]
     yield from looks(page, folder, 'group-')
     page.look(360, 740)
     page.click('#switch')
