@@ -16,7 +16,10 @@
 
     easywechat.WeChatClient('demo').send('磁盘 91%')
 
-只用标准库；收消息另需 pycryptodome 里的 AES。没有账号也能先看一眼：``python easywechat.py --echo``。
+家里没有公网地址也行：config.ini 里写智能机器人的 bot_id 和 bot_secret，程序不用改一个字，什么包都不装。
+
+只用标准库；听回调 URL、下载智能机器人收到的文件，另需 pycryptodome 里的 AES。没有账号也能先看一眼：
+``python easywechat.py --echo``。
 
 从上往下读，每一节只用上面讲过的东西::
 
@@ -25,9 +28,9 @@
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
     gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数(dict)
-    Flask 视图、测试 ───────────────────┘ 信封进、信封出└────┬─────┘   └──────┘        │
-                                                         ▼                         ▼
-                                         答复 Replies：被动回复 · 主动发送 ◀─ str | dict | Path | list | 生成器
+    Flask 视图、测试 ───────────────────┘ 信封进、信封出└─▲──┬─────┘   └──────┘        │
+    企业微信 ◀─WebSocket─▶ 智能机器人 ──────────────────┘  ▼                         ▼
+                                   答复：被动回复 · 主动发送 · 气泡 ◀─ str | dict | Path | list | 生成器 | Stream
 
 MIT License, EasyWeChat contributors.
 """
@@ -3041,6 +3044,10 @@ class Callbacks:
             raise ValueError('pattern goes with text only, not with %s' % msg_type)
         return func
 
+    def knows(self, msg_type: str) -> bool:
+        """登记过 ``msg_type``，一字不差。"""
+        return msg_type in self._functions
+
     def find(self, msg: 'Message') -> 'Tuple[Optional[Callable[..., Result]], Tuple[str, ...]]':
         """→ (函数, 附加的参数)；没有登记是 (None, ())。"""
         kind = str(msg.get('MsgType', ''))
@@ -5561,7 +5568,9 @@ class _BotReplies(_Results):
         msg = _bot_message(body, owner.settings['bot_name'])
         msg.line, msg.req_id = line, req_id
         owner._met(msg)
-        if owner._callbacks.find(msg)[0]:
+        wanted = owner._callbacks.find(msg)[0] if msg.get('Event') != 'disconnected_event' else \
+            owner._callbacks.knows('event:disconnected_event')      # 没有人，没有会话：说了要的才给
+        if wanted:
             deliver = functools.partial(owner._once.deliver, owner._keys.of(msg), msg, id, owner._once.spawn, self)
             if isinstance(owner.store, MemoryStore) or not owner._once.errand(deliver):
                 deliver()

@@ -3024,13 +3024,17 @@ def serve(wecom, app, url, stopping, own=''):
     for name, value in dict(wecom.settings, **wecom.bot_settings).items():
         if name == 'bot_url' or not own:
             tell('%s = %s' % (name, value))
-    told, next_try = '', 0
+    told, next_try, shown = '', 0, 0
+    wecom.bot.met.update(wecom.users)       # 要跟它说过话，才收得到：这里没有地方说，就当作都说过
     while not stopping:
         if url and not wecom.callback and time.monotonic() >= next_try:
             told, next_try = introduce(wecom, url, told), time.monotonic() + wecom.verify_within
         for arrived in wecom.messages, wecom.robot_messages:
             while arrived:
                 tell(json.dumps(arrived.pop(0), ensure_ascii=False))
+        for bubble in wecom.bot.bubbles[shown:]:        # 智能机器人主动发的
+            tell(json.dumps({k: bubble[k] for k in ('chat', 'kind', 'text')}, ensure_ascii=False))
+            shown += 1
         time.sleep(min(0.2, wecom.verify_within))
     return 0
 
