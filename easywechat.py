@@ -4369,6 +4369,7 @@ class _WebSocket:
     连不上、不是 WebSocket 抛 `OSError`；``within`` 秒是总数（DNS 除外），之后写一帧也至多这么久，加上每 8 KiB 一秒。
     """
     most = 4 << 20  #: 一条消息最多多少字节。
+    slowest = 8 << 10  #: 上行再慢，一秒也有这么多字节。
 
     def __init__(self, url, ca_file='', within=10):
         from urllib import request as web
@@ -4482,7 +4483,7 @@ class _WebSocket:
                 raise _Closed(1006, 'closed')
             self._closing = opcode == _CLOSE
             try:
-                self._write(head + mask + _masked(data, mask), time.monotonic() + self._within + size / 8192)
+                self._write(head + mask + _masked(data, mask), time.monotonic() + self._within + size / self.slowest)
             except OSError:                 # 只出去了半帧：这条连接完了
                 self.hang_up()
                 raise
