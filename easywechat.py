@@ -556,6 +556,9 @@ def _number(text):
     return float(text) if text.strip('-0123456789') else int(text)
 
 
+_JSON = json.JSONDecoder(strict=False, parse_int=_number, parse_float=_number, parse_constant=int)
+
+
 def json_to_dict(data: bytes) -> 'Message':
     """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、不是对象、超过 64 层、数字超过 40 位，抛 `ValueError`。
 
@@ -564,11 +567,12 @@ def json_to_dict(data: bytes) -> 'Message':
     """
     # 括号先数过：有的 Python 读太深的会崩溃，而不是抛异常。每一步都是线性的。NaN、Infinity 也不是数 (int)。
     depth = 0
-    for bracket in re.findall(rb'[][{}]', b''.join(re.sub(rb'(?s)\\.', b'', data).split(b'"')[::2])):
+    for bracket in () if data.count(b'{') + data.count(b'[') <= 64 else re.findall(
+            rb'[][{}]', b''.join(re.sub(rb'(?s)\\.', b'', data).split(b'"')[::2])):
         depth += 1 if bracket in b'[{' else -1
         if depth > 64:
             raise ValueError('more than 64 levels')
-    value = json.loads(data.decode('utf-8'), strict=False, parse_int=_number, parse_float=_number, parse_constant=int)
+    value = _JSON.decode(data.decode('utf-8'))
     if not isinstance(value, dict):
         raise ValueError('no object')
     return value
@@ -4326,7 +4330,7 @@ def _mail_text(top, texts, notes):
 
 
 # ---- 长连接 WebSocket -------------------------------------------------------------------------
-# RFC 6455 的客户端。套接字不阻塞：读写在一把锁里 (OpenSSL 的一个对象不能两条线程同时用)，等在锁外面。
+# RFC 6455 的客户端。套接字不阻塞，TLS 在内存里 (_TLS)：一条线程收，任何线程发，谁也不拿着锁等。
 # 不发 ping (企业微信的网关会答一个有掩码的 pong)，收到就答；不提扩展。
 
 _OPCODES = _MORE, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
@@ -4363,6 +4367,37 @@ class _Elsewhere(Exception):
     """等的时候，别的套接字能读了：``args`` 是它。"""
 
 
+class _TLS:
+    """TLS 在内存里，套接字在外面：一次收到几条记录就解几条。OpenSSL 的一个对象不能两条线程同时用：锁一会儿，从不等。"""
+    def __init__(self, context, hostname):
+        import ssl
+        self._more, self._lock = ssl.SSLWantReadError, threading.Lock()
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._in, self._out, server_hostname=hostname)
+
+    def shake_hands(self, data):
+        """收到的 → (握好了没有, 要发的)。"""
+        self._in.write(data)
+        try:
+            self._object.do_handshake()
+        except self._more:
+            return False, self._out.read()
+        return True, self._out.read()
+
+    def seal(self, data):
+        with self._lock:
+            self._object.write(data)
+            return self._out.read()
+
+    def open(self, data):
+        parts = []
+        with self._lock, contextlib.suppress(self._more):
+            self._in.write(data)
+            while self._in.pending or self._object.pending():
+                parts.append(self._object.read(1 << 16))
+        return b''.join(parts)
+
+
 class _WebSocket:
     """一条连上了的长连接。一条线程收，任何线程发；``heard`` 是最近听到一个字节的时刻 (monotonic)。
 
@@ -4383,7 +4418,7 @@ class _WebSocket:
         _remember(proxy.password or '' if proxy else '')
         if proxy and proxy.scheme != 'http':
             raise OSError('SOCKS is not supported here' if proxy.scheme.startswith('socks') else 'a proxy must be http://')
-        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._sending, self._tls = threading.Lock(), None
         self._buffer = bytearray()
         self._parts, self._size, self._kind = [], 0, None       # 一条消息的片段，一共多少字节，类型
         self._decoder = None                # 文字的，几个片段共用
@@ -4395,9 +4430,7 @@ class _WebSocket:
             if proxy:
                 self._tunnel('%s:%d' % where, proxy, deadline)
             if secure:
-                self._sock = _tls(ca_file).wrap_socket(self._sock, server_hostname=parts.hostname,
-                                                       do_handshake_on_connect=False)
-                self._io(self._sock.do_handshake, False, deadline)
+                self._start_tls(_TLS(_tls(ca_file), parts.hostname), deadline)
             self._shake_hands(parts, deadline)
         except BaseException:
             self._sock.close()
@@ -4406,15 +4439,8 @@ class _WebSocket:
     def _io(self, operation, write, deadline, also=()):
         """``operation()``，要等就等，至多到 ``deadline``：等不到抛 `socket.timeout`，``also`` 先到抛 `_Elsewhere`。"""
         while True:
-            try:
-                with self._lock:
-                    return operation()
-            except BlockingIOError:
-                pass
-            except OSError as e:            # ssl.SSLWantReadError、SSLWantWriteError；也许没有 ssl
-                if not type(e).__name__.startswith('SSLWant'):
-                    raise
-                write = type(e).__name__ == 'SSLWantWriteError'
+            with contextlib.suppress(BlockingIOError):
+                return operation()
             try:
                 found = _ready(self._sock, write, deadline - time.monotonic(), also)
             except ValueError:              # 别的线程关了它
@@ -4425,17 +4451,21 @@ class _WebSocket:
                 raise _Elsewhere(found)
 
     def _write(self, data, deadline):
-        view = memoryview(data)
+        view = memoryview(self._tls.seal(data) if self._tls else data)
         while view:
             view = view[self._io(functools.partial(self._sock.send, view), True, deadline):]
 
-    def _read(self, deadline, also=()):
-        """再收一些，放进 ``_buffer``。"""
+    def _receive(self, deadline, also=()):
         data = self._io(functools.partial(self._sock.recv, 1 << 16), False, deadline, also)
         if not data:
             raise _Closed(1006, 'closed without a word')
         self.heard = time.monotonic()
-        self._buffer += data
+        return data
+
+    def _read(self, deadline, also=()):
+        """再收一些，放进 ``_buffer``。"""
+        data = self._receive(deadline, also)
+        self._buffer += self._tls.open(data) if self._tls else data
 
     def _ask(self, lines, deadline):
         """发一个 HTTP 的头部 → (状态, 头部)。"""
@@ -4459,6 +4489,15 @@ class _WebSocket:
         status = self._ask(lines, deadline)[0]
         if status != 200 or self._buffer:
             raise OSError('Tunnel connection failed: %d' % status)
+
+    def _start_tls(self, tls, deadline):
+        done, data = tls.shake_hands(b'')
+        while not done:
+            self._write(data, deadline)
+            done, data = tls.shake_hands(self._receive(deadline))
+        self._write(data, deadline)
+        self._tls = tls
+        self._buffer += tls.open(b'')
 
     def _shake_hands(self, parts, deadline):
         key = binascii.b2a_base64(os.urandom(16), newline=False)
@@ -4490,7 +4529,7 @@ class _WebSocket:
 
     def send(self, message):
         """发一条：str 是文字，bytes 是二进制。断了、写不出去抛 `OSError`。"""
-        self._send(*(_TEXT, message.encode('utf-8')) if isinstance(message, str) else (_BINARY, message))
+        self._send(*(_TEXT, message.encode('utf-8', 'replace')) if isinstance(message, str) else (_BINARY, message))
 
     def receive(self, within, also=()):
         """→ 一条消息 (str 或 bytes)；``within`` 秒没有是 None；断了抛 `_Closed`，别的 `OSError`。
@@ -4554,25 +4593,28 @@ class _WebSocket:
         elif opcode != _PONG:
             if (opcode == _MORE) != (self._kind is not None):
                 raise _Violation(1002, 'a fragment out of place')
+            if final and opcode == _TEXT:       # 多半
+                return self._text(payload.decode, 'utf-8')
             if opcode != _MORE:
                 self._kind, self._decoder = opcode, codecs.getincrementaldecoder('utf-8')()
             self._size += len(payload)
-            try:
-                self._parts.append(self._decoder.decode(payload, final) if self._kind == _TEXT else payload)
-            except UnicodeDecodeError:
-                raise _Violation(1007, 'not UTF-8') from None
+            self._parts.append(self._text(self._decoder.decode, payload, final) if self._kind == _TEXT else payload)
             if final:
                 message = (b'' if self._kind == _BINARY else '').join(self._parts)
                 self._parts, self._size, self._kind = [], 0, None
                 return message
         return None
 
-    def _closed_by(self, payload):
-        code = struct.unpack_from('>H', payload)[0] if len(payload) > 1 else 1005
+    @staticmethod
+    def _text(decode, *args):
         try:
-            reason = payload[2:].decode('utf-8')
+            return decode(*args)
         except UnicodeDecodeError:
             raise _Violation(1007, 'not UTF-8') from None
+
+    def _closed_by(self, payload):
+        code = struct.unpack_from('>H', payload)[0] if len(payload) > 1 else 1005
+        reason = self._text(payload[2:].decode, 'utf-8')
         if len(payload) == 1 or payload and code not in _CLOSE_CODES:
             raise _Violation(1002, 'no close code')
         with contextlib.suppress(OSError):
@@ -4593,7 +4635,7 @@ class _WebSocket:
                 self._buffer.clear()
                 self._read(deadline)
         self.hang_up()
-        with self._lock:
+        with self._sending:                 # 描述符的号会被别人再用
             self._sock.close()
 
     def busy(self):
@@ -4955,11 +4997,14 @@ def _aes_blocks(blocks, key):
 _LOOPBACK = re.compile(r'localhost|::1|127(\.[0-9]{1,3}){3}')
 
 
+_JSON_TEXT = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _frame_text(command, req_id, body=None):
     frame = {'cmd': command, 'headers': {'req_id': req_id}}
     if body is not None:
         frame['body'] = body
-    return json.dumps(frame, ensure_ascii=False).encode('utf-8', 'replace').decode('utf-8')
+    return _JSON_TEXT(frame)
 
 
 def _read_frame(text):
@@ -4983,6 +5028,16 @@ _BUSY = frozenset([45009, 45033, 846607])
 _STALE = frozenset([6000, 846605, 846608, 600039])      #: 这条消息回复不了了：主动发送。
 
 
+def _wrong(ack, command):
+    """回执 (dict，没有是 None) → 错误；好的是 None。"""
+    if ack is None:
+        return NetworkError(504, 'no acknowledgement', command, '企业微信没有回执：消息可能已经到了，先看一眼再重发',
+                            command not in _HARMLESS)
+    if ack.get('errcode') == 846609:        # 没有订阅：没有发
+        return _offline(command, None)
+    return _refused(ack, command) if ack.get('errcode') else None
+
+
 class _Kicked(Exception):
     """同一个机器人在别处连上了。"""
 
@@ -5000,7 +5055,7 @@ class _Session:
         self.failure = None                         # 最近一次没有连上的原因
         self.line, self._others, self._door = None, (), None
         self.users = None                           # 只为了发消息才连的：几个人在用；None 是一直运行的
-        # changed：stage 和 line 变了；_life：这一次 start，停了是 None；_asked：req_id → [等回执的锁, 回执]；
+        # changed：stage 和 line 变了；_life：这一次 start，停了是 None；_asked：req_id → 回执来了调用谁；
         # _forked：子进程里，这些描述符是父进程的
         _fresh(self, changed=threading.Condition, _lock=threading.Lock, _asked=dict, stage=lambda: 'stopped',
                _life=lambda: None, _forked=functools.partial(_Session._leave, weakref.proxy(self)))
@@ -5140,10 +5195,9 @@ class _Session:
         req_id = headers.get('req_id') if isinstance(headers, dict) else None
         if not command:
             with self._lock:
-                asked = self._asked.pop(req_id, None) if isinstance(req_id, str) else None
-            if asked:
-                asked[1] = frame
-                asked[0].release()
+                then = self._asked.pop(req_id, None) if isinstance(req_id, str) else None
+            if then:
+                then(frame)
             if frame.get('errcode') == 846609:
                 raise OSError('not subscribed any more (846609)')
         elif command in ('aibot_msg_callback', 'aibot_event_callback') and isinstance(body, dict):
@@ -5163,12 +5217,12 @@ class _Session:
         """连接完了：等回执的，不必等了。"""
         with self.changed:
             self.line = None if self.line is line else self.line
+        if line:
+            line.close()                    # 从此发不出去：再没有谁等回执
         with self._lock:
             asked, self._asked = self._asked, {}
-        for gate in asked.values():
-            gate[0].release()
-        if line:
-            line.close()
+        for then in asked.values():
+            then(None)
 
     def _rest(self, life, stage, error, since):
         """说一次为什么断了，停一停：1、2、4 … 30 秒；凭据不对、在别处连上了的，60 秒到一小时。"""
@@ -5194,32 +5248,42 @@ class _Session:
 
     # 任何线程
 
-    def ask(self, command, body, req_id=None, within=None):
-        """发一帧，等它的回执 → dict。没有发出去 `NetworkError` 503，没有等到回执 504，拒绝了 `APIError`。"""
-        line, req_id, gate = self.line, req_id or _new_id(command), [threading.Lock(), None]
-        gate[0].acquire()
+    def tell(self, command, body, req_id, then):
+        """发一帧，不等：回执来了 ``then(回执)``，断了 ``then(None)``，在收的那条线程上。没有发出去抛 503。"""
+        line = self.line
         if not line:
             raise _offline(command, self.failure)
         with self._lock:
-            self._asked[req_id] = gate
+            self._asked[req_id] = then
         try:
             line.send(_frame_text(command, req_id, body))
         except OSError as e:
             with self._lock:
                 self._asked.pop(req_id, None)
             raise _offline(command, self._bot._failed(e)) from None
-        if not gate[0].acquire(timeout=within or self._bot.ack_within):
-            with self._lock:
-                self._asked.pop(req_id, None)
-        ack = gate[1]
-        if ack is None:
-            raise NetworkError(504, 'no acknowledgement', command, '企业微信没有回执：消息可能已经到了，先看一眼再重发',
-                               command not in _HARMLESS)
-        if ack.get('errcode') == 846609:    # 没有订阅：没有发
-            raise _offline(command, None)
-        if ack.get('errcode'):
-            raise _refused(ack, command)
-        return ack
+
+    def give_up(self, req_id):
+        """不等它的回执了。"""
+        with self._lock:
+            then = self._asked.pop(req_id, None)
+        if then:
+            then(None)
+
+    def ask(self, command, body, req_id=None, within=None):
+        """发一帧，等它的回执 → dict。没有发出去抛 `NetworkError` 503，没有等到回执 504，拒绝了 `APIError`。"""
+        gate, req_id, acks = threading.Lock(), req_id or _new_id(command), []
+        gate.acquire()
+
+        def then(ack):
+            acks.append(ack)
+            gate.release()
+        self.tell(command, body, req_id, then)
+        if not gate.acquire(timeout=within or self._bot.ack_within):
+            self.give_up(req_id)
+        error = _wrong(acks[0] if acks else None, command)
+        if error:
+            raise error
+        return acks[0]
 
     def push(self, body, tell=None):
         """主动发一条；太快了就等，``tell(秒)`` 说要等多久。太频繁 (45009) 等一等，再来一次。"""
@@ -5501,6 +5565,10 @@ class _Text:
             self._newer, self._ended = True, self._ended or ended
             self._changed.notify_all()
 
+    def whole(self):
+        """写完了的全文；还在长的是 ''。"""
+        return ''.join(self._parts) if self._ended else ''
+
     def look(self, end, more=1):
         """等到写完，或过了 ``end`` 又有了新的（至多再等 ``more`` 秒）→ (全文, 写完了没有, 有没有新的)。"""
         with self._changed:
@@ -5526,7 +5594,7 @@ def _bot_messages(parcel, item):
 
 
 def _json_bytes(value):
-    return json.dumps(value, ensure_ascii=False).encode('utf-8', 'replace')
+    return _JSON_TEXT(value).encode('utf-8', 'replace')
 
 
 def _bubble(stream_id, content, finish):
@@ -5536,7 +5604,7 @@ def _bubble(stream_id, content, finish):
 class _Talk:
     """智能机器人的一条消息，和它的答复。"""
     __slots__ = ('run', 'kind', 'user', 'id', 'chat', 'event', 'begin', 'line', 'req_id', 'items', 'busy', 'over',
-                 'bubble', 'since', 'last', 'frames', 'clashes', 'stale', 'spoken', 'opened', 'closing')
+                 'bubble', 'since', 'last', 'frames', 'clashes', 'stale', 'spoken', 'opened', 'told', 'closing')
 
     def __init__(self, run, closing):
         msg = run.message
@@ -5549,6 +5617,7 @@ class _Talk:
         self.bubble, self.since, self.last, self.frames, self.clashes = None, 0, 0, 0, 0
         self.stale = bool(self.event)           # 不能用 req_id 回复：主动发送
         self.spoken = self.opened = False       # 有过文字了；要过占位的气泡了
+        self.told = 0                           # 何时发的，不等回执的那一帧
         self.closing = closing                  # 没有东西可送，就用它写完气泡
 
 
@@ -5559,7 +5628,7 @@ class _BotReplies(_Results):
     def __init__(self, owner, bot):
         super().__init__(owner)
         self._bot, self._session, self._threads = bot, bot._session, _Threads(256)
-        _fresh(self, lock=threading.Lock, _talks=list, _under_way=set)
+        _fresh(self, lock=threading.Lock, _talks=dict, _under_way=set)     # _talks：没有完的，先来的在前
 
     slow = property(lambda self: self._bot.slow_after)
 
@@ -5579,7 +5648,7 @@ class _BotReplies(_Results):
     def expect(self, run):
         run.parcel = _Talk(run, self._owner.bot_no_answer)
         with self.lock:
-            self._talks.append(run.parcel)
+            self._talks[run.parcel] = True
 
     def late(self, run, up, last):
         """回调慢了：开一个气泡；气泡到了时候，先写完。"""
@@ -5602,9 +5671,11 @@ class _BotReplies(_Results):
             return list(self._talks)
 
     def look(self):
-        """时间到了，连上了：没送完的，再送。"""
+        """时间到了，连上了：没送完的，再送；没有等到回执的，不等了。"""
         for talk in self.left():
             self._kick(talk)
+            if talk.told and time.monotonic() > talk.told + self._bot.ack_within:
+                self._session.give_up(talk.req_id)
 
     def close(self):
         """要停下了：开着的气泡，都写完。"""
@@ -5651,22 +5722,55 @@ class _BotReplies(_Results):
         with self.lock:
             if talk.busy or talk not in self._talks:
                 return
+            if talk.over and not talk.items and (not talk.bubble or talk.stale):
+                del self._talks[talk]
+                return
             talk.busy = True
-        if not self._threads.submit(0, self._drain, talk):
+        if not self._quick(talk) and not self._threads.submit(0, self._drain, talk):
             talk.busy = False
 
-    def _drain(self, talk):
+    def _quick(self, talk):
+        """多半只有一段写完了的文字：这条线程就发了，谁也不等回执。→ 发了没有。"""
+        item = talk.items[0] if talk.items and not (talk.spoken or talk.stale) else None
+        text = item.whole() if isinstance(item, _Text) else ''
+        if not text.strip() or 4 * len(text) > 20480 or talk.line is not self._session.line:
+            return False
+        talk.bubble, talk.since, talk.spoken, talk.told = _new_id('stream'), time.monotonic(), True, time.monotonic()
+        try:
+            self._session.tell('aibot_respond_msg', _bubble(talk.bubble, text, True), talk.req_id,
+                               functools.partial(self._told, talk))
+            return True
+        except APIError:
+            talk.told = 0
+            return False
+
+    def _told(self, talk, ack):
+        """`_quick` 的回执。"""
+        error, talk.told = _wrong(ack, 'aibot_respond_msg'), 0
+        if not error:
+            with self.lock:
+                talk.items.popleft()
+                talk.bubble, talk.busy = None, False
+            self._kick(talk)
+        elif not self._threads.submit(0, self._drain, talk, error):
+            talk.busy = False
+
+    def _drain(self, talk, error=None):
+        """依次送。``error``：第一条发过了，这样错的。"""
         while True:
             with self.lock:
                 if not talk.items and talk.over and talk.bubble and not talk.stale:
                     talk.items.append(None)
-                if not talk.items or not self._session.line:
+                if not talk.items or not self._session.line and not error:
                     talk.busy = False
                     if talk.over and not talk.items:
-                        self._talks.remove(talk)
+                        self._talks.pop(talk, None)
                     return
                 item = talk.items[0]
             try:
+                failed, error = error, None
+                if failed:
+                    self._frame_failed(talk, failed, True)
                 self._send(talk, item)
             except Exception as e:          # 别人的代码、别人的网络；别的还要接着送
                 if getattr(e, 'errcode', 0) == 503:         # 没有发：连上了再发
@@ -5767,23 +5871,28 @@ class _BotReplies(_Results):
         try:
             self._session.ask('aibot_respond_msg', _bubble(talk.bubble, content, finish), talk.req_id)
         except APIError as e:
-            if e.errcode == 6000 and talk.clashes < 3:
-                talk.clashes += 1
-                self._bot._sleep(self._bot.clash_pause * talk.clashes ** 2)
-            elif e.errcode in _STALE or isinstance(e, NetworkError) and not finish:
-                talk.stale = True
-            elif e.errcode in _BUSY and (not finish or talk.clashes < 4):
-                talk.clashes = max(talk.clashes, 4 * finish)
-                self._bot._sleep(self._bot.busy_pause if finish else 2 * self._bot.frame_every)
-            else:
-                if isinstance(e, NetworkError) or not talk.frames:      # 也许写完了；或者就没有它
-                    talk.bubble = talk.bubble if e.errcode == 503 else None
-                raise
+            self._frame_failed(talk, e, finish)
             return False
         talk.frames, talk.clashes = talk.frames + 1, 0
         if finish:
             talk.bubble = None
         return True
+
+    def _frame_failed(self, talk, error, finish):
+        """一帧错了：再来也没有用的，抛它；别的停一停，或者从此主动发送。"""
+        code = error.errcode
+        if code == 6000 and talk.clashes < 3:
+            talk.clashes += 1
+            self._bot._sleep(self._bot.clash_pause * talk.clashes ** 2)
+        elif code in _STALE or isinstance(error, NetworkError) and not finish:
+            talk.stale = True
+        elif code in _BUSY and (not finish or talk.clashes < 4):
+            talk.clashes = max(talk.clashes, 4 * finish)
+            self._bot._sleep(self._bot.busy_pause if finish else 2 * self._bot.frame_every)
+        else:
+            if code != 503 and (isinstance(error, NetworkError) or not talk.frames):
+                talk.bubble = None              # 也许写完了；或者就没有它
+            raise error
 
 
 class _Poll:
