@@ -5896,95 +5896,123 @@ class _BotReplies(_Results):
 
 
 class _Poll:
-    """JSON 的一条消息，和它的答复：一个气泡，企业微信一秒来问一次它长到哪里了。"""
-    __slots__ = ('run', 'kind', 'user', 'id', 'event', 'url', 'begin', 'stream', 'text', 'cut', 'images', 'card',
-                 'open', 'over', 'newer', 'closing', 'lock')
+    """JSON 的一条消息，和它的答复：一个气泡 (stream)，企业微信一秒来问一次它长到哪里了。"""
+    __slots__ = ('run', 'kind', 'user', 'id', 'event', 'url', 'begin', 'stream', 'words', 'closing', 'text', 'images',
+                 'cards', 'open', 'last', 'sent', 'head', 'owed', 'lock', 'saved', 'newer', 'record')
 
-    def __init__(self, run, closing):
+    def __init__(self, run, words, closing):
         msg = run.message
         self.run, self.kind, self.user, self.id, self.begin = run, msg['MsgType'], run.sender, msg['MsgId'], run.begin
         self.event = msg.get('Event', '') if self.kind == 'event' else ''
         self.url, self.stream = str(msg.get('response_url') or ''), _new_id('stream')
-        self.text, self.images, self.card = '', [], None
-        self.open = self.over = self.newer = False      # 先答了一个没有完的；回调完了；有没有存下的
-        self.cut = None                     # 气泡先写完了：前面多少个字在里面
-        self.closing, self.lock = closing, threading.Lock()
+        self.words, self.closing = words, closing       # 气泡里还没有字，写完了也没有字，用的
+        self.text, self.images, self.cards = '', [], []
+        self.open, self.last = False, None      # 先答了一个没有写完的气泡；它的最后一帧 (bytes)
+        self.sent, self.head = 0, ''            # 前面多少个字已经答了；其余的以什么开头
+        self.owed = False                       # 气泡写完的时候什么也没有，说了好了再发
+        self.lock = threading.Lock()            # 答、写完气泡的时候拿着
+        self.saved, self.newer = 0, False       # 什么时候存的；又长了没有
+        self.record = threading.Lock()          # 写它在存储里的记录时拿着：存储可能很慢
+
+    def frame(self):
+        """现在的一帧 (bytes)。"""
+        text = next(_cuts(self.text, 20480), ('',))[0]
+        return self.last or _json_bytes(_bubble(self.stream, text if text.strip() else self.words, False))
+
+    def finish(self, more='', blank=''):
+        """写完气泡：它的最后一帧。``more`` 接在文字后面；``blank`` 是没有文字的时候写的。"""
+        text, self.sent, self.head = next(_cuts(self.text, 20480 - len(more.encode('utf-8'))), ('', 0, ''))
+        if not text.strip():
+            text, more = '（图片）' if self.images else blank or self.closing, ''
+        body = _bubble(self.stream, text + more, True)
+        if self.images:
+            body['stream']['msg_item'] = self.images
+        self.last, self.images = _json_bytes(body), []
 
 
 class _PollReplies(_Results):
-    """`Once` 的 replies，JSON 回调的：文字合成一个气泡，长到哪里了放在存储里，哪个进程都答得出。"""
+    """`Once` 的 replies，JSON 回调的：一条消息的文字合成一个气泡。这个进程的，问的时候现写；别的进程的，在存储里。"""
+    most = 40960  #: 一条消息的文字最多这么多个：一个气泡，加上 response_url 的一条。
+
     def __init__(self, owner, bot):
         super().__init__(owner)
         self._bot = bot
-        _fresh(self, _lock=threading.Lock, _polls=list, _under_way=set)
+        _fresh(self, _live=dict, _under_way=set)        # 在跑的：stream 的 id → _Poll
 
-    slow = hold_within = property(lambda self: self._owner.hold_within)
+    slow = property(lambda self: self._owner.answer_within * 2 / 3)
+    hold_within = property(lambda self: self._owner.hold_within)
 
     def poll(self, msg):
         """企业微信来问 → 答复 (bytes)；不认得的、过期的，写完它，不然一直转圈。"""
         stream = msg.get('stream')
         stream_id = str(stream.get('id') or '') if isinstance(stream, dict) else ''
-        value = self._owner.store.get('easywechat:stream:' + stream_id)
-        return value or _json_bytes(_bubble(stream_id, self._owner.bot_no_answer, True))
-
-    def _bubble(self, poll, finish, more=''):
-        """这时的气泡 (dict)。"""
-        waiting = poll.closing if finish else self._owner.settings['bot_placeholder']
-        text = next(_split_text(poll.text, 20480), '')
-        body = _bubble(poll.stream, text + more if text.strip() else waiting, finish)
-        if finish and poll.images:
-            body['stream']['msg_item'] = list(poll.images)
-        return body
+        poll = self._live.get(stream_id)
+        return poll.frame() if poll else self._owner.store.get('easywechat:stream:' + stream_id) or _json_bytes(
+            _bubble(stream_id, self._owner.bot_no_answer, True))
 
     def expect(self, run):
-        run.parcel = _Poll(run, self._owner.bot_no_answer)
-        with self._lock:
-            self._polls.append(run.parcel)
+        run.parcel = _Poll(run, self._owner.settings['bot_placeholder'], self._owner.bot_no_answer)
+
+    def make(self, run):
+        self._live[run.parcel.stream] = run.parcel
+        try:
+            super().make(run)
+        finally:
+            del self._live[run.parcel.stream]
 
     def late(self, run, up, last):
-        """该答了：先答一个没有完的气泡。"""
-        if up and run.parcel:
-            self._owner._once.errand(self._opened, run.parcel)
-
-    def _opened(self, poll):
-        with poll.lock:
-            if poll.over or poll.open or poll.run.reply is not None:
-                return
-            poll.open = not poll.event
-            if poll.open:
-                self._save(poll)
-            poll.run.conclude(_json_bytes(self._bubble(poll, False) if poll.open else {}))
-
-    def _save(self, poll, finish=False, more=''):
-        """气泡长到哪里了，存下来。``finish``：写完它。"""
-        poll.newer = False
-        self._owner.store.set('easywechat:stream:' + poll.stream, _json_bytes(self._bubble(poll, finish, more)), ex=600)
+        """回调慢了：气泡先存下来；该答了，先答一个没有写完的。"""
+        poll = run.parcel
+        if up and poll.lock.acquire(False):     # 拿不到：回调完了，正要答
+            try:
+                if run.reply is None:
+                    poll.open = not poll.event
+                    run.conclude(poll.frame() if poll.open else b'{}')
+            finally:
+                poll.lock.release()
+        self._keep(poll)
 
     def left(self):
-        with self._lock:
-            return list(self._polls)
+        return list(self._live.copy().values())
 
     def look(self):
         """时间到了：长了的存下来，太久的先写完。"""
         for poll in self.left():
-            if poll.open and poll.cut is None and (
-                    poll.newer or time.monotonic() - poll.begin >= self._bot.bubble_within):
-                self._owner._once.errand(self._grown, poll)
-
-    def _grown(self, poll):
-        with poll.lock:
-            if poll.over or poll.cut is not None:
-                return
-            old = time.monotonic() - poll.begin >= self._bot.bubble_within
-            if old:
-                poll.cut = next(_cuts(poll.text, 20480), ('', 0))[1]
-            self._save(poll, old, '…' * old)
+            if not poll.open or poll.last:
+                continue
+            if time.monotonic() - poll.begin < self._bot.bubble_within:
+                self._keep(poll)
+            else:
+                self._owner._once.errand(self._shut, poll, '（还没有好，好了再发）' if poll.url else '')
 
     def close(self):
         """要停下了：开着的气泡，都写完。"""
         for poll in self.left():
-            if poll.open and poll.cut is None:
-                self._save(poll, True)
+            self._shut(poll)
+
+    def _keep(self, poll):
+        """别的进程也要答得出：长了的、快到期的，存下来。这个进程没有了，记录很快到期，气泡就不再转圈。"""
+        due = poll.newer or time.monotonic() > poll.saved + 5 * self._owner.lease
+        if due and not poll.event and not isinstance(self._owner.store, MemoryStore):
+            self._owner._once.errand(self._save, poll, False)
+
+    def _save(self, poll, wait=True):
+        if poll.record.acquire(wait):       # 上一次还没写完，又长了的下次再说
+            try:
+                poll.newer, poll.saved = False, time.monotonic()
+                self._owner.store.set('easywechat:stream:' + poll.stream, poll.frame(),
+                                      ex=600 if poll.last else 20 * self._owner.lease)
+            finally:
+                poll.record.release()
+
+    def _shut(self, poll, blank=''):
+        """回调还没有完，开着的气泡先写完。"""
+        with poll.lock:
+            if not poll.open or poll.last:
+                return
+            poll.owed = not poll.text.strip() and not poll.images
+            poll.finish('…', blank)
+        self._save(poll)
 
     def _failed(self, parcel, func, error):
         parcel.closing = '出错了'
@@ -5994,85 +6022,120 @@ class _PollReplies(_Results):
         return _bot_messages(parcel, item)
 
     def _grow(self, poll, text):
-        poll.text += text
-        poll.newer = poll.open
-        if poll.open and poll.cut is None and isinstance(self._owner.store, MemoryStore):
-            self._grown(poll)
+        poll.text = (poll.text + text)[:self.most + 1]
+        poll.newer = True
+        return True
 
     def _stream(self, parcel, func, stream):
+        words = '\n\n（出错了）'
         self._grow(parcel, '\n\n' * bool(parcel.text))
         try:
             for piece in stream.pieces(self._under_way):
                 self._grow(parcel, piece)
-        except Exception:
-            self._grow(parcel, '\n\n（出错了）')
-            raise
+            words = ''
+        finally:
+            self._grow(parcel, words * bool(parcel.text.strip()))
         return True
 
     def _add(self, poll, message):
-        kind, file = message['msgtype'], message.file()
-        if kind == 'text':
-            self._grow(poll, '\n\n' * bool(poll.text) + message.body()['content'])
-        elif kind == 'image' and file and len(poll.images) < 10:
-            with _File(file).open() as f:
-                data = f.read()
-            poll.images.append({'msgtype': 'image', 'image': {
-                'base64': binascii.b2a_base64(data, newline=False).decode(), 'md5': hashlib.md5(data).hexdigest()}})
-        elif kind in ('template_card', 'update_template_card') and not poll.card:
-            poll.card = message
+        kind, items = message['msgtype'], []
+        if kind in ('template_card', 'update_template_card'):
+            _need(kind == 'template_card' or poll.event == 'template_card_event',
+                  'only a template_card_event is answered by an update')
+            _json_bytes(message)                # 写不成 JSON 的，现在就说
+            poll.cards.append(message)
+            return True
+        if kind in ('text', 'stream'):          # 官方写法的 stream 也是文字和图片
+            self._grow(poll, '\n\n' * bool(poll.text) + (message.body().get('content') or ''))
+            items = message.body().get('msg_item') or []
         else:
-            logger.warning('not sent to %s: %s，智能机器人的回调 URL 发不了；填上 bot_secret，用长连接',
-                           _show(poll.user), kind)
+            items = [self._picture(message) if kind == 'image' else None]
+        with poll.lock:
+            room = 0 if poll.event or poll.last else 10 - len(poll.images)
+            poll.images += [item for item in items[:room] if item]
+        if items[room:] or None in items:
+            logger.warning('not sent to %s: %s，智能机器人的回调 URL 发不了：只有 JPG、PNG，一个气泡至多十张；填上 '
+                           'bot_secret，用长连接', _show(poll.user), _show(kind))
         return True
 
-    def _event_reply(self, poll):
-        """事件还没有答过 → (答复, 剩下的文字, 剩下的卡片)。"""
-        text, card = poll.text, poll.card
-        if card and card['msgtype'] == 'update_template_card' and poll.event == 'template_card_event':
-            return dict(card, response_type=card.pop('msgtype')), text, None
-        if poll.event == 'enter_chat' and text.strip():
-            return {'msgtype': 'text', 'text': {'content': text}}, '', card
-        if poll.event == 'enter_chat' and card:
-            return dict(card), '', None
-        return {}, text, card
+    def _picture(self, message):
+        """图片 → msg_item 里的一项；不是 JPG、PNG 的，太大的，没有文件的，是 None。收到的，先下载。"""
+        handle = message.body().get('media_id')
+        if isinstance(handle, str) and '://' in handle:
+            import tempfile
+            with tempfile.TemporaryDirectory() as folder:
+                return self._picture(message.with_body(media_id=_bot_download(self._bot, handle, folder)))
+        if not message.file():
+            return None
+        most = _MEDIA['image'][0]
+        with _File(message.file()).open() as f:
+            data = f.read(most + 1)
+        if len(data) > most or not data.startswith((b'\xff\xd8', b'\x89PNG')):
+            return None
+        return {'msgtype': 'image', 'image': {'base64': binascii.b2a_base64(data, newline=False).decode(),
+                                              'md5': hashlib.md5(data).hexdigest()}}
 
     def _over(self, poll):
         with poll.lock:
-            poll.over, rest, card, reply = True, poll.text, poll.card, {}
-            piece, end, head = next(_cuts(rest, 20480), ('', 0, ''))
-            if poll.event:
-                if poll.run.reply is None:
-                    reply, rest, card = self._event_reply(poll)
-            elif poll.open or piece.strip() or poll.images:
-                rest = head + rest[end:] if poll.cut is None else rest[poll.cut:]
-                if poll.open and poll.cut is None:
-                    self._save(poll, True)
-                reply = self._bubble(poll, True)
-            elif card and card['msgtype'] == 'template_card':
-                reply, card = dict(card), None
-            poll.run.conclude(_json_bytes(reply))
-        if rest.strip() or card:
-            self._later(poll, rest.strip('\n'), card)
-        with self._lock:
-            self._polls.remove(poll)
+            failed = poll.closing != self._owner.bot_no_answer and not poll.cards
+            some = poll.open or poll.text.strip() or poll.images or failed
+            if some and not poll.event and not poll.last:
+                poll.finish(blank='（见下一条）' if poll.cards and poll.url else '')
+            if poll.run.reply is None:
+                poll.run.conclude(poll.last or _json_bytes(self._direct(poll)))
+        if poll.open:
+            self._save(poll)
+        self._later(poll)
 
-    def _later(self, poll, text, card):
-        """太晚的、太长的：response_url，一条消息只有一次。"""
-        parts = list(_split_text(text, 20480))
-        body = {'msgtype': 'markdown', 'markdown': {'content': parts[0]}} if parts else dict(card)
-        if len(parts) > 1 or parts and card:
+    def _direct(self, poll):
+        """没有气泡的，直接答的 (dict)：更新的卡片，欢迎语，一张卡片；答了的不再算。"""
+        if poll.event == 'enter_chat' and poll.text.strip():
+            text, poll.sent, poll.head = next(_cuts(poll.text, 20480))
+            return {'msgtype': 'text', 'text': {'content': text}}
+        kind = {'': 'template_card', 'enter_chat': 'template_card', 'template_card_event': 'update_template_card'}.get(
+            poll.event)
+        card = next((card for card in poll.cards if card['msgtype'] == kind), {})
+        if card:
+            poll.cards.remove(card)
+            if poll.event == 'template_card_event':
+                return dict({k: v for k, v in card.items() if k != 'msgtype'}, response_type=kind)
+        return card
+
+    def _later(self, poll):
+        """放不下的、太晚的：response_url，一条消息只有一次。"""
+        rest = poll.text[poll.sent:]
+        cards = [card for card in poll.cards if card['msgtype'] == 'template_card']
+        if len(cards) < len(poll.cards):
+            logger.error('too late: 更新卡片要在 %g 秒以内，没有更新', self._bot.event_within)
+        if rest.strip():
+            rest = poll.head + rest
+        else:
+            rest = poll.closing if poll.owed and not cards else ''
+        messages = [{'msgtype': 'markdown', 'markdown': {'content': text}} for text in _split_text(rest, 20480)] + cards
+        if len(messages) > 1:
             logger.warning('not sent to %s: 回答太长，只有一次机会；填上 bot_secret，用长连接，就没有这个限制',
                            _show(poll.user))
+        if messages:
+            if poll.sent:                       # 前面的先到
+                self._bot._sleep(self._bot.frame_every)
+            self._respond(poll, messages[0])
+
+    def _respond(self, poll, message):
+        """从 response_url 送一条。它自己就是凭据，所以不进日志。"""
+        code = poll.url.partition('=')[2] or poll.url
         try:
+            _remember(code)
             parts = _split_url(poll.url)
             _need(parts.scheme == 'https' or _LOOPBACK.fullmatch(parts.hostname), 'response_url is not https')
-            with fetch(poll.url, _json_bytes(body), {'Content-Type': 'application/json'}) as answer:
+            with fetch(poll.url, _json_bytes(message), {'Content-Type': 'application/json'}) as answer:
                 answer = json_to_dict(answer.read())
             if answer.get('errcode'):
                 raise _refused(answer, 'response_url')
-        except (ValueError, TypeError, WeChatError) as e:
+        except (ValueError, TypeError, RecursionError, WeChatError) as e:
             logger.error('not delivered to %s, the answer to message %s: %s', _show(poll.user), _show(poll.id),
-                         _show(e, 400))
+                         _show(e, 400) if poll.url else '来不及直接答，又没有 response_url')
+        finally:
+            _secrets.discard(code)
 
 
 # ---- 总成 WeChatServer ------------------------------------------------------------------------
