@@ -5904,7 +5904,8 @@ class _Poll:
         msg = run.message
         self.run, self.kind, self.user, self.id, self.begin = run, msg['MsgType'], run.sender, msg['MsgId'], run.begin
         self.event = msg.get('Event', '') if self.kind == 'event' else ''
-        self.url, self.stream = str(msg.get('response_url') or ''), _new_id('stream')
+        self.url, self.stream = msg.get('response_url'), _new_id('stream')
+        self.url = self.url if isinstance(self.url, str) else ''
         self.words, self.closing = words, closing       # 气泡里还没有字，写完了也没有字，用的
         self.text, self.images, self.cards = '', [], []
         self.open, self.last = False, None      # 先答了一个没有写完的气泡；它的最后一帧 (bytes)
@@ -6108,7 +6109,7 @@ class _PollReplies(_Results):
         if len(cards) < len(poll.cards):
             logger.error('too late: 更新卡片要在 %g 秒以内，没有更新', self._bot.event_within)
         if rest.strip():
-            rest = poll.head + rest
+            rest = poll.head + rest.lstrip('\n')
         else:
             rest = poll.closing if poll.owed and not cards else ''
         messages = [{'msgtype': 'markdown', 'markdown': {'content': text}} for text in _split_text(rest, 20480)] + cards

@@ -1138,6 +1138,27 @@ class SimulatorCommandTests(SimulatorCase):
                          [['bot_id', 'bot_name', 'bot_secret', 'bot_url'], ['bot_id', 'bot_name']])
         self.assertRegex(found[0]['bot_url'], '^ws://127.0.0.1:[0-9]+/aibot$')
 
+    def test_the_demo_speaks_json(self):
+        process = self.command('--json', os.path.join(HERE, 'examples', 'demo.py'), '--port', '0')
+        url, self.wecom.page_token = re.search('聊天页: (http://127.0.0.1:[0-9]+)/[?]token=([!-~]{20,}) ',
+                                               process.stdout.readline().decode()).groups()
+        self.assertIn('通过了校验', process.stdout.readline().decode())
+        self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
+        last, png = 0, b'\x89PNG\r\n\x1a\n' + b'x' * 99
+        for asked, text in (({'text': '你好'}, '你好(第 1 句)'), ({'text': '在吗', 'chat': 'group'}, None),
+                            ({'voice': '听写'}, '听写'), (png, '（图片）')):
+            if asked is png:
+                self.http('POST', '/file?user=zhangsan&chat=zhangsan&type=image&name=a.png', png)
+            else:
+                self.http('POST', '/bot', json.dumps(dict(asked, do='say', user='zhangsan')))
+            seen = self.events('bubble', 'grow', url=url, last=last)
+            last = seen[-1]['id']
+            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '在吗(第 2 句)'))
+        seen = self.events('bubble', url=url, last=last)[-1]
+        self.assertEqual((seen['type'], self.http('GET', '/media/' + seen['body']['media_id'])[2]), ('image', png))
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual((process.wait(10), process.stderr.read().count(b'Traceback')), (0, 0))
+
     def test_a_bot_that_runs_elsewhere(self):
         server = make_server(**dict(self.wecom.settings, api_base=self.url))
         host, port = server.start('127.0.0.1', 0)
