@@ -5912,7 +5912,7 @@ class _Poll:
         self.sent, self.head = 0, ''            # 前面多少个字已经答了；其余的以什么开头
         self.owed = False                       # 气泡写完的时候什么也没有，说了好了再发
         self.lock = threading.Lock()            # 答、写完气泡的时候拿着
-        self.saved, self.newer = 0, False       # 什么时候存的；又长了没有
+        self.saved, self.newer = float('-inf'), False       # 什么时候存的；又长了没有
         self.record = threading.Lock()          # 写它在存储里的记录时拿着：存储可能很慢
 
     def frame(self):
@@ -5959,7 +5959,7 @@ class _PollReplies(_Results):
         try:
             super().make(run)
         finally:
-            del self._live[run.parcel.stream]
+            self._live.pop(run.parcel.stream, None)         # 回调里 fork 出来的进程没有它
 
     def late(self, run, up, last):
         """回调慢了：气泡先存下来；该答了，先答一个没有写完的。"""
