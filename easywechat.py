@@ -5928,7 +5928,7 @@ class _Poll:
         body = _bubble(self.stream, text + more, True)
         if self.images:
             body['stream']['msg_item'] = self.images
-        self.last, self.images = _json_bytes(body), []
+        self.last = _json_bytes(body)
 
 
 class _PollReplies(_Results):
@@ -6011,7 +6011,7 @@ class _PollReplies(_Results):
         with poll.lock:
             if not poll.open or poll.last:
                 return
-            poll.owed = not poll.text.strip() and not poll.images
+            poll.owed = bool(poll.url) and not poll.text.strip() and not poll.images
             poll.finish('…', blank)
         self._save(poll)
 
