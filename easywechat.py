@@ -5585,14 +5585,6 @@ class _Text:
             self._parts, self._newer = [(head + rest) if rest.strip() else ''], True
 
 
-def _bot_messages(parcel, item):
-    """回调给的一条 → 智能机器人能发的 `_Message`。"""
-    if isinstance(item, dict) and item.get('MsgType') and not item.get('MediaId') and isinstance(
-            item.get('Content'), str):
-        item = item['Content']              # 原样返回的语音、图文：只有文字
-    return map(_bot_form, _made(item, parcel.kind, _BOT_LIMITS))
-
-
 def _json_bytes(value):
     return _JSON_TEXT(value).encode('utf-8', 'replace')
 
@@ -5621,7 +5613,21 @@ class _Talk:
         self.closing = closing                  # 没有东西可送，就用它写完气泡
 
 
-class _BotReplies(_Results):
+class _BotResults(_Results):
+    """智能机器人的 replies，两条路一样的。"""
+    def _failed(self, parcel, func, error):
+        parcel.closing = '出错了'
+        super()._failed(parcel, func, error)
+
+    def _messages(self, parcel, item):
+        """回调给的一条 → 智能机器人能发的 `_Message`。"""
+        if isinstance(item, dict) and item.get('MsgType') and not item.get('MediaId') and isinstance(
+                item.get('Content'), str):
+            item = item['Content']          # 原样返回的语音、图文：只有文字
+        return map(_bot_form, _made(item, parcel.kind, _BOT_LIMITS))
+
+
+class _BotReplies(_BotResults):
     """`Once` 的 replies，长连接的。一条消息的答复依次送，各条消息互不等待；断着的时候留着，连上了主动发送。"""
     hold_within = float('inf')      #: 企业微信不再投递：一直等到轮到它。
 
@@ -5683,13 +5689,6 @@ class _BotReplies(_Results):
             if talk.bubble and talk.line is self._session.line:
                 with contextlib.suppress(APIError):
                     self._session.ask('aibot_respond_msg', _bubble(talk.bubble, talk.closing, True), talk.req_id, 1)
-
-    def _failed(self, parcel, func, error):
-        parcel.closing = '出错了'
-        super()._failed(parcel, func, error)
-
-    def _messages(self, parcel, item):
-        return _bot_messages(parcel, item)
 
     def _add(self, parcel, message):
         return self._put(parcel, _Text(message.body()['content']) if message['msgtype'] == 'text' else message)
@@ -5931,7 +5930,7 @@ class _Poll:
         self.last = _json_bytes(body)
 
 
-class _PollReplies(_Results):
+class _PollReplies(_BotResults):
     """`Once` 的 replies，JSON 回调的：一条消息的文字合成一个气泡。这个进程的，问的时候现写；别的进程的，在存储里。"""
     most = 40960  #: 一条消息的文字最多这么多个：一个气泡，加上 response_url 的一条。
 
@@ -6014,13 +6013,6 @@ class _PollReplies(_Results):
             poll.owed = bool(poll.url) and not poll.text.strip() and not poll.images
             poll.finish('…', blank)
         self._save(poll)
-
-    def _failed(self, parcel, func, error):
-        parcel.closing = '出错了'
-        super()._failed(parcel, func, error)
-
-    def _messages(self, parcel, item):
-        return _bot_messages(parcel, item)
 
     def _grow(self, poll, text):
         poll.text = (poll.text + text)[:self.most + 1]
