@@ -5902,7 +5902,7 @@ class _Poll:
     def __init__(self, run, words, closing):
         msg = run.message
         self.run, self.kind, self.user, self.id, self.begin = run, msg['MsgType'], run.sender, msg['MsgId'], run.begin
-        self.event = msg.get('Event', '') if self.kind == 'event' else ''
+        self.event = str(msg.get('Event') or '?') if self.kind == 'event' else ''
         self.url, self.stream = msg.get('response_url'), _new_id('stream')
         self.url = self.url if isinstance(self.url, str) else ''
         self.words, self.closing = words, closing       # 气泡里还没有字，写完了也没有字，用的
@@ -6121,8 +6121,8 @@ class _PollReplies(_BotResults):
             parts = _split_url(poll.url)
             _need(parts.scheme == 'https' or _LOOPBACK.fullmatch(parts.hostname), 'response_url is not https')
             with fetch(poll.url, _json_bytes(message), {'Content-Type': 'application/json'}) as answer:
-                answer = json_to_dict(answer.read())
-            if answer.get('errcode'):
+                status, answer = answer.status, json_to_dict(answer.read())
+            if status != 200 or answer.get('errcode'):
                 raise _refused(answer, 'response_url')
         except (ValueError, TypeError, RecursionError, WeChatError) as e:
             logger.error('not delivered to %s, the answer to message %s: %s', _show(poll.user), _show(poll.id),
