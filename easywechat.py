@@ -5931,7 +5931,10 @@ class _Poll:
 
 
 class _PollReplies(_BotResults):
-    """`Once` 的 replies，JSON 回调的：一条消息的文字合成一个气泡。这个进程的，问的时候现写；别的进程的，在存储里。"""
+    """`Once` 的 replies，JSON 回调的：一条消息的文字合成一个气泡。这个进程的，问的时候现写；别的进程的，在存储里。
+
+    谁也不拿着 ``poll.lock`` 等存储；看时间的线程哪一把锁也不等。
+    """
     most = 40960  #: 一条消息的文字最多这么多个：一个气泡，加上 response_url 的一条。
 
     def __init__(self, owner, bot):
@@ -6013,6 +6016,15 @@ class _PollReplies(_BotResults):
             poll.owed = bool(poll.url) and not poll.text.strip() and not poll.images
             poll.finish('…', blank)
         self._save(poll)
+
+    def _messages(self, poll, item):
+        """原样返回的图文：文字，和它的图片。"""
+        parts = [item]
+        if isinstance(item, dict) and item.get('MsgType') == 'mixed' and isinstance(item.get('MsgItems'), list):
+            parts = [item] * bool(str(item.get('Content') or '').strip())
+            parts += [part for part in item['MsgItems'] if part.get('MsgType') == 'image']
+        for part in parts:
+            yield from super()._messages(poll, part)
 
     def _grow(self, poll, text):
         poll.text = (poll.text + text)[:self.most + 1]
