@@ -760,7 +760,8 @@ class WXBizMsgCrypt:
         if receive_id is None:
             theirs, ours = (_mask(i.decode('utf-8', 'replace')) for i in (data[end:], self._receive_id))
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error,
-                              'receive id differs: got %s, corpid here is %s' % (_show(theirs), ours))
+                              'receive id differs: got %s, %s' % (_show(theirs), 'corpid here is ' + ours if
+                                                                  self._receive_id else '这里只有智能机器人'))
         try:
             return data[4:end].decode('utf-8'), receive_id
         except UnicodeDecodeError:
@@ -3075,7 +3076,8 @@ class Callbacks:
 # 一条消息只跑一次回调。企业微信等 5 秒，断开，再投递同一条，一共三次：先认领（存储里的一条记录）再跑；后来的投递
 # 等同一次运行 (_Run)，或得到存下的答复。一次投递是 answer(答复)，恰好调用一次，从不阻塞；回调给的东西怎样送，是它那条
 # 路的 ``replies`` (`_Results`) 的事：expect(run) 认领到了，make(run) 跑回调，late(run, up, last) 慢了，look() 时间
-# 到了，left() 没送完的；slow 秒以后算慢，hold_within 秒没有轮到跑就作废，等企业微信再投递。
+# 到了，left() 没送完的；slow 秒以后算慢，keeps 的还没有轮到跑也算；hold_within 秒还没有轮到跑、没有答，就作废，等
+# 企业微信再投递。
 # 看时间的线程只在有消息没完的时候才有；它从不等谁：写存储、跑回调，都交给别的线程。
 
 #: 一次运行走到了哪一步：认领、排队，或等别的进程；回调在跑；回调完了，还有要送的；完了。
@@ -3234,7 +3236,7 @@ class Once:
         """它在存储里的记录：没有跑完的是认领，跑完的是答复，没能跑的不留。"""
         if run.record.acquire(wait):    # 上一次还没写完，续就不必了
             try:
-                if run.reply is not None:
+                if run.reply is not None and run.stage > _WAITING:
                     # 消息的 CreateTime 可以比现在晚 max_skew
                     self._limits.store.set(run.key, b'+' + run.reply, ex=self._limits.kept + self._limits.max_skew + 1)
                     run.leased = None
@@ -3307,12 +3309,14 @@ class Once:
         begin = next((begin for begin, _ in run.deliveries[:1]), None)
         slow, third = run.begin + run.replies.slow, run.begin + limits.answer_within * _THREE
         up = (begin or now) + limits.answer_within
-        if run.reply is None and _WAITING < run.stage < _ENDED and now >= slow:
+        waits = run.stage == _WAITING and not (run.leased and run.replies.keeps)
+        if run.reply is None and not waits and run.stage < _ENDED and now >= slow:
             last = now >= third or run.count >= self.deliveries and now >= run.newest + limits.answer_within
             run.replies.late(run, begin is not None and now >= up, last)
         if run.reply is not None and run.stage >= _PUSHING:
             self._errands.submit(0, self._finish, run)
-        elif run.leased and (run.reply is not None or now >= run.leased + limits.lease / 3):
+        elif run.leased and (run.reply is not None and run.stage > _WAITING
+                             or now >= run.leased + limits.lease / 3):
             run.leased = now
             self._errands.submit(0, self._write, run, False)
         return ((run.leased or now) + limits.lease / 3, run.due or 0, slow, up, third,
@@ -3321,6 +3325,8 @@ class Once:
     def _look_at_waiting(self, run, now):
         """还没有轮到跑的：没有投递在等它了，就作废；轮到了就跑；别的进程认领了的，到时候再去认领。"""
         before = now - run.replies.hold_within
+        if run.reply is not None:           # 答过了，还要跑
+            return self._enter(run, self.spawn)
         if run.newest <= before and run.leased:
             logger.error('no callback is free for a message of %s: %d run, %d of them his, or no thread starts; WeCom '
                          'will deliver again', _show(run.sender), sum(self._busy.values()), self._busy[run.sender])
@@ -3436,6 +3442,7 @@ class _Outbox:
 
 class _Results:
     """一条路的 replies：跑回调，它给的一条一条收下；怎样送是子类的事。``owner`` 是 `Dispatcher`。"""
+    keeps = False
     _under_way: 'Set[Any]'
 
     def __init__(self, owner):
@@ -5174,9 +5181,9 @@ class _Session:
         while self._life is life:
             now = time.monotonic()
             if now - line.heard > bot.silent_within:
-                raise socket.timeout('heard nothing for %g s' % bot.silent_within)
+                raise _Closed(1006, 'heard nothing for %g s' % bot.silent_within)
             if time.time() - now - skew > bot.silent_within + bot.ping_every:
-                raise socket.timeout('this machine was suspended')      # monotonic 在休眠时不走
+                raise _Closed(1006, 'this machine was suspended')       # monotonic 在休眠时不走
             if now >= ping:
                 if not line.busy():
                     line.send(_frame_text('ping', _new_id('ping')))
@@ -5199,7 +5206,7 @@ class _Session:
             if then:
                 then(frame)
             if frame.get('errcode') == 846609:
-                raise OSError('not subscribed any more (846609)')
+                raise _Closed(1006, 'not subscribed any more (846609)')
         elif command in ('aibot_msg_callback', 'aibot_event_callback') and isinstance(body, dict):
             event = body.get('event')
             kicked = isinstance(event, dict) and event.get('eventtype') == 'disconnected_event'
@@ -5565,9 +5572,9 @@ class _Text:
             self._newer, self._ended = True, self._ended or ended
             self._changed.notify_all()
 
-    def whole(self):
-        """写完了的全文；还在长的是 ''。"""
-        return ''.join(self._parts) if self._ended else ''
+    def now(self, ended=False):
+        """现在的全文；``ended`` 为真，还在长的是 ''。"""
+        return ''.join(self._parts) if self._ended or not ended else ''
 
     def look(self, end, more=1):
         """等到写完，或过了 ``end`` 又有了新的（至多再等 ``more`` 秒）→ (全文, 写完了没有, 有没有新的)。"""
@@ -5615,16 +5622,21 @@ class _Talk:
 
 class _BotResults(_Results):
     """智能机器人的 replies，两条路一样的。"""
+    keeps = True                        #: 还没有轮到跑的，也开一个气泡。
+
     def _failed(self, parcel, func, error):
         parcel.closing = '出错了'
         super()._failed(parcel, func, error)
 
     def _messages(self, parcel, item):
         """回调给的一条 → 智能机器人能发的 `_Message`。"""
+        parts = [item]
         if isinstance(item, dict) and item.get('MsgType') and not item.get('MediaId') and isinstance(
-                item.get('Content'), str):
-            item = item['Content']          # 原样返回的语音、图文：只有文字
-        return map(_bot_form, _made(item, parcel.kind, _BOT_LIMITS))
+                item.get('Content'), str):          # 原样返回的语音、图文：文字，和图文里的图片
+            pictures = [part for part in item.get('MsgItems') or () if part.get('MsgType') == 'image']
+            parts = [item['Content']] * bool(item['Content'].strip() or not pictures) + pictures
+        for part in parts:
+            yield from map(_bot_form, _made(part, parcel.kind, _BOT_LIMITS))
 
 
 class _BotReplies(_BotResults):
@@ -5687,8 +5699,10 @@ class _BotReplies(_BotResults):
         """要停下了：开着的气泡，都写完。"""
         for talk in self.left():
             if talk.bubble and talk.line is self._session.line:
+                text = talk.items[0].now() if talk.items and isinstance(talk.items[0], _Text) else ''
+                text = text if text.strip() else talk.closing
                 with contextlib.suppress(APIError):
-                    self._session.ask('aibot_respond_msg', _bubble(talk.bubble, talk.closing, True), talk.req_id, 1)
+                    self._session.ask('aibot_respond_msg', _bubble(talk.bubble, text, True), talk.req_id, 1)
 
     def _add(self, parcel, message):
         return self._put(parcel, _Text(message.body()['content']) if message['msgtype'] == 'text' else message)
@@ -5731,7 +5745,7 @@ class _BotReplies(_BotResults):
     def _quick(self, talk):
         """多半只有一段写完了的文字：这条线程就发了，谁也不等回执。→ 发了没有。"""
         item = talk.items[0] if talk.items and not (talk.spoken or talk.stale) else None
-        text = item.whole() if isinstance(item, _Text) else ''
+        text = item.now(ended=True) if isinstance(item, _Text) else ''
         if not text.strip() or 4 * len(text) > 20480 or talk.line is not self._session.line:
             return False
         talk.bubble, talk.since, talk.spoken, talk.told = _new_id('stream'), time.monotonic(), True, time.monotonic()
@@ -6016,15 +6030,6 @@ class _PollReplies(_BotResults):
             poll.owed = bool(poll.url) and not poll.text.strip() and not poll.images
             poll.finish('…', blank)
         self._save(poll)
-
-    def _messages(self, poll, item):
-        """原样返回的图文：文字，和它的图片。"""
-        parts = [item]
-        if isinstance(item, dict) and item.get('MsgType') == 'mixed' and isinstance(item.get('MsgItems'), list):
-            parts = [item] * bool(str(item.get('Content') or '').strip())
-            parts += [part for part in item['MsgItems'] if part.get('MsgType') == 'image']
-        for part in parts:
-            yield from super()._messages(poll, part)
 
     def _grow(self, poll, text):
         poll.text = (poll.text + text)[:self.most + 1]
@@ -6510,7 +6515,10 @@ def _run_echo(args):
 
 def _run_probe(args):
     demo = _settings_or_demo(args)
-    app = Dispatcher(args.app, args.config, **demo)
+    settings = get_config(args.app, args.config, **demo)
+    if settings['bot_id'] and not settings['corpid']:
+        raise _CommandError(2, '--probe 扮演的是应用的回调；智能机器人，跟它说一句话，或用 examples/simulator.py 试')
+    app = Dispatcher(settings)
     url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, app.route)
     if demo and not _LOOPBACK.fullmatch(_split_url(url).hostname):
         raise _CommandError(2, 'without config.ini only this machine can be probed')

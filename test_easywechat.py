@@ -42,7 +42,7 @@ import wsgiref.validate
 
 import easywechat
 from easywechat import (APIError, ConfigError, CryptoError, FileStore, FormatException, MemoryStore,
-                        NetworkError, WeChatClient, WeChatError, WeChatRobot, WeChatServer,
+                        NetworkError, Stream, WeChatClient, WeChatError, WeChatRobot, WeChatServer,
                         WXBizMsgCrypt, dict_to_xml, get_config, ierror, xml_to_dict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2796,13 +2796,13 @@ class ReplyTests(ClientCase):
         paragraphs = ['一\r\n二', '三', '```sh\na\n\n\nb\n```\n四', '~~~\n没有完\n\n尾']
         for size in 1, 2, 3, 100:
             pieces = [text[n:n + size] for n in range(0, len(text), size)]
-            self.assertEqual([p.rstrip('\n') for p in easywechat.Stream(pieces).paragraphs()], paragraphs)
+            self.assertEqual([p.rstrip('\n') for p in Stream(pieces).paragraphs()], paragraphs)
         begin = time.process_time()
-        self.assertEqual(len(list(easywechat.Stream('字' * 300000).paragraphs())), 1)
-        self.assertEqual(len(list(easywechat.Stream('字\n' for _ in range(100000)).paragraphs())), 1)
+        self.assertEqual(len(list(Stream('字' * 300000).paragraphs())), 1)
+        self.assertEqual(len(list(Stream('字\n' for _ in range(100000)).paragraphs())), 1)
         self.assertLess(time.process_time() - begin, 5)
         self.assertRaises(TypeError, easywechat.Stream, 5)
-        self.assertRaises(TypeError, list, easywechat.Stream([5]).paragraphs())
+        self.assertRaises(TypeError, list, Stream([5]).paragraphs())
 
     def test_paragraphs_of_a_stream_are_joined_while_one_is_on_its_way(self):
         first, go = threading.Event(), threading.Event()
@@ -2812,7 +2812,7 @@ class ReplyTests(ClientCase):
             first.wait(5)
             yield '二\n\n三\n\n' + '四' * 650 + '\n\n五'
             go.set()
-        server = self.server(lambda msg: easywechat.Stream(pieces()))
+        server = self.server(lambda msg: Stream(pieces()))
         send = server.client._authorized
 
         def slow(path, *args, **kwargs):
@@ -2826,12 +2826,12 @@ class ReplyTests(ClientCase):
         self.assertEqual((self.sent()[0], len(self.sent()) < 5), ('一', True))
 
     def test_a_stream_where_nothing_can_be_pushed_is_one_reply(self):
-        server = self.server(lambda msg: easywechat.Stream(['一\n', '\n二']), secret='', agentid='')
+        server = self.server(lambda msg: Stream(['一\n', '\n二']), secret='', agentid='')
         self.assertEqual(self.ask(server)['Content'], '一\n\n二')
 
     def test_a_stream_can_be_sent(self):
         server = self.server(lambda msg: None)
-        server.client.send(easywechat.Stream(['一\n\n', '二']), to='lisi')
+        server.client.send(Stream(['一\n\n', '二']), to='lisi')
         self.assertEqual(self.sent(), ['一', '二'])
 
     def test_long_text_is_pushed_in_parts(self):
@@ -5085,7 +5085,7 @@ class BotTests(BotCase):
                         ('reply', 'markdown', '**三**')]),
                 (pdf, [('reply', 'file', 'a.pdf')]), (card, [('reply', 'template_card', '告警')]),
                 (news, [bubble + ('[一](https://e.x)\n二',)]),
-                (lambda msg: easywechat.Stream(iter(['一', '', '二'])), [bubble + ('一二',)]),
+                (lambda msg: Stream(iter(['一', '', '二'])), [bubble + ('一二',)]),
                 ('长' * 8000, [bubble + ('长' * 6826,), ('reply', 'markdown', '长' * 1174)])):
             with self.subTest(result):
                 self.bot.bubbles.clear()
@@ -5159,7 +5159,7 @@ class BotTests(BotCase):
                 yield piece
         for make in pieces, later:
             self.bot.bubbles.clear()
-            server = self.server(lambda msg, make=make: easywechat.Stream(make()))
+            server = self.server(lambda msg, make=make: Stream(make()))
             self.bot.say('zhangsan', '你好')
             for n in range(3):
                 more.release()
@@ -5168,13 +5168,13 @@ class BotTests(BotCase):
             server.stop()
 
     def test_a_stream_of_many_pieces_is_few_frames(self):
-        seen = self.run_once(lambda msg: easywechat.Stream('%d ' % n for n in range(1000)))
+        seen = self.run_once(lambda msg: Stream('%d ' % n for n in range(1000)))
         self.assertEqual(seen[0][2].split()[-1], '999')
         self.assertLess(self.bot.bubbles[0]['frames'], 4)
 
     def test_what_is_too_long_for_a_bubble_follows(self):
         text = '\n\n'.join('第 %d 段%s' % (n, '字' * 500) for n in range(30))
-        seen = self.run_once(lambda msg: easywechat.Stream(text[n:n + 100] for n in range(0, len(text), 100)))
+        seen = self.run_once(lambda msg: Stream(text[n:n + 100] for n in range(0, len(text), 100)))
         self.assertEqual(''.join(seen[2] for seen in seen).replace('\n', ''), text.replace('\n', ''))
         self.assertGreater(len(seen), 2)
 
@@ -5183,7 +5183,7 @@ class BotTests(BotCase):
             yield '前半'
             self.until(lambda: self.bot.bubbles and self.bot.bubbles[0]['finished'])
             yield '后半'
-        server = self.server(lambda msg: easywechat.Stream(pieces()))
+        server = self.server(lambda msg: Stream(pieces()))
         server.bot.bubble_within = 0.2
         self.bot.say('zhangsan', '你好')
         self.assertEqual(self.see(2), ['前半…', '后半'])
@@ -5221,6 +5221,16 @@ class BotTests(BotCase):
         with self.assertRaises(NetworkError) as raised:
             self.server().send('推送', to='zhangsan')
         self.assertTrue(raised.exception.maybe_sent)
+
+    def test_who_waits_for_a_free_callback_sees_a_sign_of_life(self):
+        go = threading.Event()
+        server = self.server(lambda msg: go.wait(5) and msg['Content'])
+        server.max_callbacks = 1
+        for text in '一', '二':
+            self.bot.say('zhangsan', text)
+        self.until(lambda: [b['text'] for b in self.bot.bubbles] == ['<think></think>'] * 2)
+        go.set()
+        self.assertEqual(sorted(self.see(2)), ['一', '二'])
 
     def test_a_repeated_message_runs_once(self):
         runs = []
@@ -5339,7 +5349,7 @@ class LineTests(BotCase):
             for n in range(3):
                 more.acquire(timeout=5)
                 yield '字%d ' % n
-        server = self.server(lambda msg: easywechat.Stream(pieces()))
+        server = self.server(lambda msg: Stream(pieces()))
         self.bot.say('zhangsan', '你好')
         more.release()
         self.until(lambda: self.bot.bubbles)
@@ -5425,7 +5435,8 @@ class LineTests(BotCase):
             del thread.join
             go.set()
             thread.join(5)
-        self.assertFalse(thread.is_alive() or self.bot.connected or server.connected)
+        self.assertFalse(thread.is_alive() or server.connected)
+        self.until(lambda: not self.bot.connected)
         self.assertNotIn('aibot_subscribe', [f['frame'].get('cmd') for f in self.bot.frames][1:])
         self.assertIsNone(server.start())           # 又能用了
         self.until(lambda: server.connected)
@@ -5563,6 +5574,717 @@ class DoorTests(BotCase):
         server.stop()
         self.assertIsNone(other.start())        # 名字空出来了
         other.stop()
+
+
+class HastyBot(WeChatServer):
+    """JSON 回调的智能机器人，时限缩成三十分之一。"""
+    answer_within, hold_within, lease, stop_within = 0.15, 0.2, 0.3, 0.5
+
+
+class JsonBotTests(unittest.TestCase):
+    """智能机器人的 JSON 回调 (path/101039)：这里的企业微信是真的套接字、自己的几行。"""
+
+    BOT = 'aibPlantedBot01'
+    PNG, JPG = b'\x89PNG\r\n\x1a\n' + bytes(range(256)), b'\xff\xd8\xff\xe0' + bytes(range(200))
+    CARD = {'card_type': 'text_notice', 'main_title': {'title': '告警'}, 'card_action': {'type': 1, 'url': 'https://e.x'}}
+
+    def setUp(self):
+        self.crypt = WXBizMsgCrypt(SETTINGS['token'], SETTINGS['encoding_aes_key'], '')
+        self.go, self.runs, self.gives, self.posted = threading.Event(), [], {}, []
+        SECRETS.add('plantedC0de')
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder, True)
+
+    def callback(self, msg):
+        """gives 里有的照它给（函数就叫它）；第二个字段是「慢」的，等到 go。"""
+        what, _, slow = msg.get('Content', msg.get('Event', '')).partition(' ')
+        self.runs.append(what)
+        if slow:
+            self.go.wait(10)
+        give = self.gives.get(what, what)
+        return give(msg) if callable(give) else give
+
+    def server(self, cls=HastyBot, store=None, corpid='', **settings):
+        settings = dict(SETTINGS, corpid=corpid, secret='', bot_id=self.BOT, **settings)
+        server = cls('test', store=store, **settings)
+        server.bot.frame_every = 0.01
+        server.register_callback('*', self.callback)
+        server.address = server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+        self.addCleanup(self.go.set)            # 先
+        return server
+
+    def message(self, content='你好', user='li.lei', **fields):
+        msg = {'msgid': 'M%d' % next(IDS), 'aibotid': self.BOT, 'chattype': 'single', 'from': {'userid': user},
+               'msgtype': 'text', 'text': {'content': content}}
+        msg.update(fields)
+        return {k: v for k, v in msg.items() if v is not None}
+
+    def event(self, kind, data=None, **fields):
+        event = dict({'eventtype': kind}, **{kind: data} if data else {})
+        return self.message(msgtype='event', text=None, event=event, create_time=int(time.time()), **fields)
+
+    def picture(self, name, data):
+        path = pathlib.Path(self.folder, name)
+        with open(str(path), 'wb') as f:
+            f.write(data)
+        return path
+
+    def request(self, msg, crypt=None):
+        text = msg if isinstance(msg, str) else json.dumps(msg, ensure_ascii=False)
+        encrypt, now, nonce = (crypt or self.crypt).seal(text), str(int(time.time())), str(random.getrandbits(31))
+        query = {'msg_signature': self.crypt.sign(now, nonce, encrypt), 'timestamp': now, 'nonce': nonce}
+        return 'POST', '/weixin?' + urllib.parse.urlencode(query), json.dumps({'encrypt': encrypt.decode()}).encode()
+
+    def opened(self, body, target):
+        """回答的信封 → 里面的 dict；空的是 None。"""
+        if not body:
+            return None
+        envelope, query = json.loads(body.decode()), dict(urllib.parse.parse_qsl(target.partition('?')[2]))
+        self.assertEqual((envelope['nonce'], envelope['timestamp']), (query['nonce'], int(query['timestamp'])))
+        return json.loads(self.crypt.decrypt_message(
+            json.dumps({'encrypt': envelope['encrypt']}), envelope['msgsignature'], query['timestamp'], query['nonce']))
+
+    def post(self, server, msg, crypt=None):
+        """投递一次 → 答复 (dict)；拒绝了的是状态 (int)。"""
+        method, target, body = self.request(msg, crypt)
+        begin = time.monotonic()
+        status, fields, answer = ask_socket(server.address, method, target, body)
+        self.assertLess(time.monotonic() - begin, 20 * server.answer_within)     # 忙的机器上也不是回调的几秒
+        return self.opened(answer, target) if status == 200 else status
+
+    def fast(self, server, msg):
+        """同 `post`；不管机器多忙，回调都算快的。"""
+        server.answer_within = WeChatServer.answer_within
+        try:
+            return self.post(server, msg)
+        finally:
+            del server.answer_within
+
+    def poll(self, server, stream_id, **fields):
+        msg = self.message(msgtype='stream', text=None, stream={'id': stream_id}, **fields)
+        stream = self.post(server, msg)['stream']
+        self.assertEqual(stream['id'], stream_id)
+        return stream
+
+    def until(self, server, stream_id, condition=lambda stream: stream['finish']):
+        """问到 ``condition(stream)`` 为止 → 那时的 stream。"""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            stream = self.poll(server, stream_id)
+            if condition(stream):
+                return stream
+            time.sleep(0.01)
+        raise AssertionError(stream)
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 5
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return condition()
+
+    def at_once(self, jobs):
+        """每个 job 一条线程 → 它们的结果，依次。"""
+        results = [None] * len(jobs)
+
+        def run(n):
+            results[n] = jobs[n]()
+        threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(jobs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        return results
+
+    def response_url(self, answer=b'{"errcode":0,"errmsg":"ok"}', status=200):
+        """→ 一个 response_url；发到那里的在 posted。"""
+        def take(handler):
+            self.posted.append(json.loads(handler.rfile.read(int(handler.headers['Content-Length'])).decode()))
+            handler.send_response(status)
+            handler.end_headers()
+            handler.wfile.write(answer)
+        return stand_in(self, take) + '/cgi-bin/aibot/response?response_code=plantedC0de'
+
+    def texts(self, count=1):
+        self.wait_for(lambda: len(self.posted) >= count)
+        time.sleep(0.05)                # 多出来的也等一等
+        return [m.get('markdown', {}).get('content', m['msgtype']) for m in self.posted]
+
+    def everything(self):
+        """回调给的每一种 → 气泡里的字和几张图片；字是 None 的，快的什么也没有，慢的是「没有回复」。"""
+        async def coroutine(text='async'):
+            return text
+
+        async def several():
+            yield '一'
+            yield coroutine('二')
+
+        async def pieces():
+            for piece in '流', '水':
+                yield piece
+
+        def generator(msg):
+            yield '一'
+            yield None
+            yield '二'
+
+        def broken(pieces=('半句',)):
+            yield from pieces
+            raise ValueError('x')
+        png, jpg = self.picture('a.png', self.PNG), self.picture('b.jpg', self.JPG)
+        other, fake = self.picture('c.txt', b'x' * 99), self.picture('d.png', b'x' * 99)
+        big = {'MsgType': 'image', 'MediaId': self.picture('e.png', self.PNG + bytes(10 << 20))}
+        bad = {'msgtype': 'template_card', 'template_card': {'card_type': png}}
+        article = {'title': '标题', 'description': '<b>话</b>', 'url': 'https://e.x/'}
+        return {
+            'str': ('好', '好', 0), 'none': (None, None, 0), 'list': (['一', ['二'], None], '一\n\n二', 0),
+            'tuple': (('一', '二'), '一\n\n二', 0), 'empty': ([], None, 0), 'generator': (generator, '一\n\n二', 0),
+            'async': (lambda msg: coroutine(), 'async', 0), 'agen': (lambda msg: several(), '一\n\n二', 0),
+            'stream': (lambda msg: Stream(iter('流水')), '流水', 0),
+            'astream': (lambda msg: Stream(pieces()), '流水', 0),
+            'both': (lambda msg: ['头', Stream('流水')], '头\n\n流水', 0),
+            'halfstream': (lambda msg: Stream(broken()), '半句\n\n\uff08出错了\uff09', 0),
+            'nostream': (lambda msg: Stream(broken(())), '出错了', 0), 'half': (lambda msg: broken(), '半句', 0),
+            'raise': (lambda msg: [][1], '出错了', 0), 'exit': (lambda msg: sys.exit(3), '出错了', 0),
+            'blank': (' \n', '出错了', 0), 'object': (object(), '出错了', 0), 'wrong': ([object(), '好'], '好', 0),
+            'png': (png, '\uff08图片\uff09', 1), 'pictures': (['看', png, jpg], '看', 2),
+            'many': ([jpg] * 12, '\uff08图片\uff09', 10), 'file': (other, None, 0), 'fake': ([fake, '好'], '好', 0),
+            'big': ([big, '好'], '好', 0), 'badcard': (bad, '出错了', 0),
+            'app': ({'Content': '好'}, '好', 0),
+            'appimage': ({'MsgType': 'image', 'MediaId': png}, '\uff08图片\uff09', 1),
+            'news': ({'MsgType': 'news', 'Articles': [article]}, '[标题](https://e.x/)\n话', 0),
+            'markdown': ({'msgtype': 'markdown', 'markdown': {'content': '**好**'}}, '**好**', 0),
+            'official': ({'msgtype': 'stream', 'stream': {'id': 'x', 'finish': True, 'content': '好'}}, '好', 0),
+            'echo': (lambda msg: msg, None, 0)}
+
+    def check(self, name, frame, text, images, slow):
+        if text is None:
+            text = '\uff08没有回复\uff09' if slow else {}
+        if name == 'echo':
+            text = 'echo' + ' slow' * slow
+        if text == {}:
+            return self.assertEqual(frame, {})
+        stream = frame['stream']
+        self.assertEqual((stream['finish'], stream['content']), (True, text))
+        items = stream.get('msg_item', [])
+        self.assertEqual(len(items), images)
+        for item in items:
+            data = binascii.a2b_base64(item['image']['base64'])
+            self.assertIn(data, (self.PNG, self.JPG))
+            self.assertEqual((item['msgtype'], item['image']['md5']), ('image', hashlib.md5(data).hexdigest()))
+
+    def test_whatever_a_callback_gives_it_is_answered_in_time(self):
+        server, cases = self.server(), self.everything()
+        self.gives = {name: give for name, (give, _, _) in cases.items()}
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for name, (_, text, images) in cases.items():
+                with self.subTest(fast=name):
+                    self.check(name, self.fast(server, self.message(name)), text, images, False)
+        self.assertEqual(len([line for line in logs.output if 'not sent to' in line]), 5, logs.output)
+        names = list(cases)
+        first = self.at_once([functools.partial(self.post, server, self.message(name + ' slow', name))
+                              for name in names])
+        for name, frame in zip(names, first):
+            with self.subTest(first=name):
+                self.assertEqual((frame['msgtype'], frame['stream']['finish'], frame['stream']['content']),
+                                 ('stream', False, '<think></think>'))
+                self.assertNotIn('msg_item', frame['stream'])
+                self.assertEqual(self.poll(server, frame['stream']['id'])['finish'], False)
+        self.assertEqual(len({frame['stream']['id'] for frame in first}), len(names))
+        self.go.set()
+        for name, frame in zip(names, first):
+            with self.subTest(slow=name):
+                last = {'stream': self.until(server, frame['stream']['id'])}
+                self.check(name, last, *cases[name][1:] + (True,))
+        self.assertEqual(collections.Counter(self.runs), dict.fromkeys(names, 2))
+        self.wait_for(lambda: not server._left())
+        self.assertEqual(server._left(), [])
+
+    def test_a_placeholder_of_ones_own_and_an_error_with_debug(self):
+        server = self.server(bot_placeholder='稍等')
+        server.debug, self.gives['bad'] = True, lambda msg: [][1]
+        frame = self.post(server, self.message('bad slow'))
+        self.assertEqual(frame['stream']['content'], '稍等')
+        self.go.set()
+        line = 'IndexError: list index out of range'
+        self.assertEqual(self.until(server, frame['stream']['id'])['content'], line)
+        self.assertEqual(self.fast(server, self.message('bad'))['stream']['content'], line)
+
+    def test_a_stream_is_read_as_it_is_written(self):
+        server, gates = self.server(), [threading.Event() for _ in range(3)]
+
+        def pieces():
+            for n, gate in enumerate(gates):
+                gate.wait(5)
+                yield '第%d段 ' % n
+        self.gives['s'] = lambda msg: Stream(pieces())
+        stream_id = self.post(server, self.message('s'))['stream']['id']
+        for n, gate in enumerate(gates[:2]):
+            gate.set()
+            self.until(server, stream_id, lambda stream, n=n: ('第%d段' % n in stream['content'], stream['finish']) == (
+                True, False))
+        gates[2].set()
+        self.assertEqual(self.until(server, stream_id)['content'], '第0段 第1段 第2段 ')
+
+    def test_what_is_echoed_comes_back_as_it_can(self):
+        from Crypto.Cipher import AES
+        key = binascii.a2b_base64(SETTINGS['encoding_aes_key'] + '=')
+        padding = 32 - len(self.PNG) % 32
+        data = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(self.PNG + bytes([padding]) * padding)
+
+        def file(handler):
+            handler.send_response(200)
+            handler.send_header('Content-Disposition', 'attachment; filename="p.png"')
+            handler.end_headers()
+            handler.wfile.write(data)
+        server, url = self.server(), stand_in(self, file) + '/f?sign=1'
+        server.register_callback('*', lambda msg: msg)
+        image, voice = {'image': {'url': url}}, {'voice': {'content': '听写'}}
+        items = [{'msgtype': 'text', 'text': {'content': '看'}}, dict(image, msgtype='image')]
+        for kind, body, text, count in (('image', image, '\uff08图片\uff09', 1), ('voice', voice, '听写', 0),
+                                        ('mixed', {'mixed': {'msg_item': items}}, '看', 1),
+                                        ('mixed', {'mixed': {'msg_item': items[1:]}}, '\uff08图片\uff09', 1)):
+            with self.subTest(kind=kind):
+                stream = self.fast(server, self.message(text=None, msgtype=kind, **body))['stream']
+                self.assertEqual((stream['content'], stream['finish']), (text, True))
+                self.assertEqual([binascii.a2b_base64(item['image']['base64']) for item in stream.get('msg_item', [])],
+                                 [self.PNG] * count)
+
+    def test_a_message_delivered_again_gets_the_same_stream(self):
+        server, msg = self.server(), self.message('慢 慢')
+        ids = {frame['stream']['id'] for frame in self.at_once([lambda: self.post(server, msg)] * 2)}
+        ids.add(self.post(server, msg)['stream']['id'])          # 答过以后又来
+        self.assertEqual(len(ids), 1)
+        self.go.set()
+        self.assertEqual(self.until(server, *ids)['content'], '慢')
+        self.assertIn(self.post(server, msg)['stream']['id'], ids)
+        fast = self.message('快')
+        answers = [self.fast(server, fast) for _ in range(3)]
+        self.assertEqual(answers, [answers[0]] * 3)
+        self.assertEqual(self.runs, ['慢', '快'])
+        self.fast(server, dict(fast, msgid='other'))
+        self.assertEqual(self.runs, ['慢', '快', '快'])
+
+    def test_another_worker_knows_the_bubble(self):
+        redis, gate = Redis(), threading.Event()
+        one, two = self.server(store=redis), self.server(store=redis)
+        gates, one.answer_within, two.hold_within, one.lease = [gate, threading.Event()], 0.25, 1, 3
+        one.hold_within = 1
+
+        def pieces():
+            yield '前半'
+            for gate, piece in zip(gates, ('中间', '后半')):
+                gate.wait(5)
+                yield piece
+        self.gives['s'] = lambda msg: Stream(pieces())
+        msg = self.message('s')
+        stream_id = self.post(one, msg)['stream']['id']
+        self.assertIn(b'"finish": false', redis.store.get('easywechat:stream:' + stream_id) or b'')     # 先存，再答
+        self.assertEqual(self.post(two, msg)['stream']['id'], stream_id)        # 再投递，到了别的进程
+        self.assertEqual(self.until(two, stream_id, lambda s: s['content'] == '前半')['finish'], False)
+        gate.set()
+        self.until(two, stream_id, lambda s: s['content'] == '前半中间')
+        gates[1].set()
+        self.assertEqual(self.until(two, stream_id)['content'], '前半中间后半')
+        self.assertEqual(self.until(one, stream_id)['content'], '前半中间后半')
+        self.assertEqual(self.post(two, msg)['stream']['id'], stream_id)
+        self.assertEqual(self.runs, ['s'])
+        both = self.message('b 慢')             # 一起到两个进程
+        frames = self.at_once([functools.partial(self.post, server, both) for server in (one, two)])
+        self.assertEqual(frames[0], frames[1])
+        self.assertEqual(self.poll(two, frames[0]['stream']['id'])['finish'], False)
+        self.go.set()
+        self.assertEqual(self.until(two, frames[0]['stream']['id'])['content'], 'b')
+        self.assertEqual(self.runs, ['s', 'b'])
+        redis.store._clock = lambda: time.monotonic() + 500                     # 写完了的，留着
+        self.assertEqual(self.poll(two, frames[0]['stream']['id'])['content'], 'b')
+
+    def test_the_bubble_of_a_process_that_died_does_not_turn_for_ever(self):
+        redis = Redis()
+        one, two = self.server(store=redis), self.server(store=redis)
+        one.lease = 0.02
+        stream_id = self.post(one, self.message('x 慢'))['stream']['id']
+        redis.store.delete('easywechat:stream:' + stream_id)
+        self.until(two, stream_id, lambda stream: not stream['finish'])         # 活着的一直续
+        redis.broken = True                     # 它再也写不了
+        one.store.get('x')
+        redis.broken = False
+        redis.store._clock = lambda: time.monotonic() + 20 * one.lease + 1
+        last = self.poll(two, stream_id)
+        self.assertEqual((last['finish'], last['content']), (True, '\uff08没有回复\uff09'))
+        self.assertEqual(self.poll(one, stream_id)['finish'], False)
+        self.go.set()
+
+    @unittest.skipUnless(os.name == 'posix', 'FileStore 的锁是 POSIX 的')
+    def test_workers_with_a_file_store(self):
+        program = ("import os, sys, json, time, easywechat\n"
+                   "class Bot(easywechat.WeChatServer):\n"
+                   "    answer_within, hold_within, lease = 0.3, 0.4, 0.3\n"
+                   "folder, settings = sys.argv[1:]\n"
+                   "def callback(msg):\n"
+                   "    with open(folder + '.runs', 'a') as f:\n"
+                   "        f.write('x')\n"
+                   "    while not os.path.exists(folder + '.go'):\n"
+                   "        time.sleep(0.01)\n"
+                   "    return 'ok'\n"
+                   "server = Bot('t', store=easywechat.FileStore(folder), **json.loads(settings))\n"
+                   "server.register_callback('text', callback)\n"
+                   "print(server.start('127.0.0.1', 0)[1], flush=True)\n"
+                   "sys.stdin.read()\n")
+        shared, workers = os.path.join(self.folder, 'store'), []
+        settings = dict(SETTINGS, corpid='', secret='', bot_id=self.BOT)
+        env = dict({k: v for k, v in os.environ.items() if k[:11] != 'EASYWECHAT_'}, PYTHONIOENCODING='utf-8')
+        for _ in range(2):
+            process = subprocess.Popen([sys.executable, '-c', program, shared, json.dumps(settings)], cwd=HERE, env=env,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for undo in process.stdout.close, process.stdin.close, process.wait, process.kill:
+                self.addCleanup(undo)
+            workers.append(process)
+        for worker in workers:
+            worker.address, worker.answer_within = ('127.0.0.1', int(worker.stdout.readline())), 0.3
+        msg = self.message()
+        frames = self.at_once([functools.partial(self.post, worker, msg) for worker in workers * 2])
+        stream_id = frames[0]['stream']['id']
+        self.assertEqual(frames, frames[:1] * 4)
+        self.assertEqual([self.poll(worker, stream_id)['finish'] for worker in workers], [False, False])
+        with open(shared + '.go', 'w'):
+            pass
+        self.assertEqual([self.until(worker, stream_id)['content'] for worker in workers], ['ok', 'ok'])
+        with open(shared + '.runs') as f:
+            self.assertEqual(f.read(), 'x')
+
+    def test_a_store_that_hangs_or_fails_delays_nothing(self):
+        for how in 'stalled', 'broken':
+            with self.subTest(how=how):
+                redis = Redis()
+                self.addCleanup(redis.go_on.set)
+                redis.stalled, redis.broken = how == 'stalled' and (lambda method, **kwargs: True), how == 'broken'
+                server = self.server(store=redis)
+                server.store_within = 0.1
+                self.go.clear()
+                self.assertEqual(self.fast(server, self.message('快'))['stream']['content'], '快')
+                frame = self.post(server, self.message('x 慢'))['stream']
+                self.assertEqual((frame['finish'], self.poll(server, frame['id'])['finish']), (False, False))
+                self.go.set()
+                self.assertEqual(self.until(server, frame['id'])['content'], 'x')
+                redis.go_on.set()
+
+    def test_a_store_that_hangs_just_then_does_not_hold_up_the_first_answer(self):
+        redis = Redis()
+        self.addCleanup(redis.go_on.set)
+        server = self.server(store=redis)
+        server.store_within, server.lease = 10, 0.01
+        redis.stalled = lambda method, ex=None, nx=False: method == 'set' and not nx
+        frame = self.post(server, self.message('x 慢'))['stream']       # 存不下，也答
+        self.assertFalse(frame['finish'] or self.poll(server, frame['id'])['finish'])
+        time.sleep(0.2)
+        self.assertLess(server._once._errands._busy, 4)                 # 不一次又一次
+        redis.go_on.set()
+        self.go.set()
+        self.assertEqual(self.until(server, frame['id'])['content'], 'x')
+
+    def test_a_long_answer_being_finished_holds_up_nobody(self):
+        server, answers = self.server(), []
+        server.hold_within = 2
+        thread = threading.Thread(target=lambda: answers.append(self.post(server, self.message('a 慢', 'a'))))
+        thread.start()
+        self.assertTrue(self.wait_for(server._polls.left))
+        with server._polls.left()[0].lock:
+            self.assertFalse(self.post(server, self.message('b 慢', 'b'))['stream']['finish'])
+            self.assertEqual(answers, [])
+        thread.join(5)
+        self.assertFalse(answers[0]['stream']['finish'])
+
+    def test_who_asks_for_what_nobody_knows_is_told_so(self):
+        server = self.server()
+        for stream in {'id': 'nosuch'}, {'id': 'x' * 9999}, {'id': ''}, {}, None, 'x', {'id': 7}, {'id': ['a']}:
+            with self.subTest(stream=str(stream)[:50]):
+                last = self.post(server, self.message(msgtype='stream', text=None, stream=stream))['stream']
+                self.assertEqual((last['finish'], last['content']), (True, '\uff08没有回复\uff09'))
+        self.assertEqual(self.runs, [])
+
+    def test_after_a_while_a_bubble_is_closed_and_the_rest_follows(self):
+        server, gate, grown = self.server(), threading.Event(), threading.Event()
+        server.bot.bubble_within, server.stop_within = 0.3, 0.1
+
+        def pieces(rest):
+            yield '前半'
+            gate.wait(5)
+            yield rest
+            grown.set()
+            self.go.wait(5)
+            yield rest
+        self.gives.update(s=lambda msg: Stream(pieces('后半')), e=lambda msg: Stream(pieces('')), n=None)
+        urls = {what: self.response_url() for what in ('s', 'e', 'n 慢', 'w 慢')}
+        urls['u 慢'] = None
+        frames = self.at_once([functools.partial(self.post, server, self.message(what, what, response_url=url))
+                               for what, url in urls.items()])
+        ids = {what: frame['stream']['id'] for what, frame in zip(urls, frames)}
+        later = '\uff08还没有好\uff0c好了再发\uff09'
+        self.assertEqual([self.until(server, stream_id)['content'] for stream_id in ids.values()],
+                         ['前半…', '前半…', later, later, '\uff08没有回复\uff09'])
+        gate.set()
+        grown.wait(5)
+        self.assertEqual(self.until(server, ids['s'])['content'], '前半…')
+        with self.assertLogs('easywechat', 'WARNING'):
+            server.stop()                       # 写完了的不变
+        with self.assertLogs('easywechat', 'ERROR') as logs:        # 没有 response_url 的
+            self.go.set()
+            self.assertEqual(sorted(self.texts(3)), sorted(['后半后半', '\uff08没有回复\uff09', 'w']))
+            self.assertTrue(self.wait_for(lambda: not server._left()))
+        self.assertEqual(len(logs.output), 1)
+        self.assertEqual({m['msgtype'] for m in self.posted}, {'markdown'})
+
+    def test_a_bubble_and_a_response_hold_20480_bytes_each(self):
+        server, url, waited = self.server(), self.response_url(), []
+        server.bot._sleep = waited.append
+        first, second, third = ('%s%s' % (letter, '字' * 6800) for letter in 'abc')
+        self.gives['long'] = '\n\n'.join([first, second])
+        stream = self.fast(server, self.message('long', response_url=url))['stream']
+        self.assertEqual((stream['content'], stream['finish'], self.texts(), waited), (first, True, [second], [0.01]))
+        self.gives['code'] = lambda msg: Stream(['```python\n', ('x = 1 # ' + '字' * 30 + '\n') * 300, '```\n尾'])
+        content = self.fast(server, self.message('code', response_url=url))['stream']['content']
+        parts = [content, self.texts(2)[1]]
+        self.assertEqual([(part[:10], part.count('```')) for part in parts], [('```python\n', 2)] * 2)
+        self.posted.pop()
+        self.gives['longer'] = lambda msg: Stream(iter([first, '\n\n', second, '\n\n', third]))
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            stream = self.post(server, self.message('longer 慢', response_url=url))['stream']
+            self.go.set()
+            self.assertEqual(self.until(server, stream['id'])['content'], first)
+            self.assertEqual(self.texts(2), [second] * 2)
+            self.wait_for(lambda: not server._left())
+        self.assertEqual([line.split(':')[2] for line in logs.output], ['not sent to li.lei'], logs.output)
+        self.go.clear()                         # 关的时候正好是满的，再加上 …
+        server.bot.bubble_within, self.gives['full'] = 0.2, lambda msg: Stream(full())
+
+        def full():
+            yield 'x' * 20479
+            self.go.wait(5)
+        stream = self.post(server, self.message('full', response_url=url))['stream']
+        last = self.until(server, stream['id'])['content']
+        self.assertEqual((len(last.encode()), last[-1]), (20480, '…'))
+        self.go.set()
+        self.assertEqual(self.texts(3)[2], 'xx')
+
+    def test_an_endless_text_is_held_to_what_can_be_delivered(self):
+        server = self.server()
+
+        def pieces():
+            for _ in range(3000):
+                yield 'x' * 1000
+        self.gives['s'] = lambda msg: Stream(pieces())
+        with self.assertLogs('easywechat', 'WARNING'):
+            self.assertEqual(self.fast(server, self.message('s'))['stream']['content'], 'x' * 20480)
+            self.wait_for(lambda: not server._left())
+
+    def test_a_response_url_is_a_secret_and_used_once(self):
+        server = self.server()
+        self.gives['long'] = 'x' * 20480 + 'y'
+        refused = b'{"errcode":60140,"errmsg":"invalid response_code plantedC0de"}'
+        for url, words in ((self.response_url(refused), '60140'), (self.response_url(b'{}', 500), ''),
+                           (self.response_url(b'<html>plantedC0de'), ''),
+                           ('http://192.0.2.1/?response_code=plantedC0de', 'not https'), (None, 'response_url'),
+                           ('ftp://127.0.0.1/?response_code=plantedC0de', ''), ('plantedC0de', ''),
+                           ('https://[/?response_code=plantedC0de', ''), ({'a': 'plantedC0de'}, ''),
+                           ('http://127.0.0.1:1/?response_code=plantedC0de', '127.0.0.1:1')):
+            with self.subTest(url=url), self.assertLogs('easywechat', 'INFO') as logs:
+                stream = self.fast(server, self.message('long', response_url=url))['stream']
+                self.assertEqual(len(stream['content']), 20480)
+                self.assertTrue(self.wait_for(lambda: not server._left()))
+                errors = [line for line in logs.output if line.startswith('ERROR')]
+                self.assertEqual(len(errors), 1, logs.output)
+                self.assertIn(words, errors[0])
+                self.assertNotIn('plantedC0de', ''.join(logs.output))
+        self.assertEqual(self.texts(3), ['y'] * 3)      # 每条一次
+        self.assertNotIn('plantedC0de', str(easywechat._secrets))
+
+    def test_what_is_no_message_of_this_bot_runs_nothing(self):
+        server, poll = self.server(), self.message(msgtype='stream', text=None, stream={'id': 's'})
+        other = WXBizMsgCrypt(SETTINGS['token'], SETTINGS['encoding_aes_key'], SETTINGS['corpid'])
+        refused = [(self.message(**{name: None}), None) for name in ('msgid', 'aibotid', 'from')]
+        refused += [({k: v for k, v in poll.items() if k != name}, None) for name in ('msgid', 'aibotid', 'from')]
+        refused += [(self.message(aibotid='aibOther'), None), (dict(poll, aibotid='aibOther'), None), ('{}', None),
+                    (message(), None), (message(ToUserName=self.BOT), None), ('[]', None), ('{', None),
+                    (self.message(), other), (message(), other),
+                    (self.message(create_time=int(time.time()) - 700), None)]
+        for msg, crypt in refused:
+            with self.subTest(msg=str(msg)[:200]):
+                self.assertEqual(self.post(server, msg, crypt), 403)
+        method, target, body = self.request(self.message('答'))         # 我们自己的答复，原样发回来
+        answer = ask_socket(server.address, method, target, body)[2]
+        envelope = json.loads(answer.decode())
+        back = urllib.parse.urlencode({'msg_signature': envelope['msgsignature'], 'timestamp': envelope['timestamp'],
+                                       'nonce': envelope['nonce']})
+        self.assertEqual(ask_socket(server.address, 'POST', '/weixin?' + back, answer)[::2], (403, b''))
+        self.assertEqual(ask_socket(server.address, method, target, body)[0], 200)      # 重放的
+        self.assertEqual(self.runs, ['答'])
+
+    def test_an_app_and_a_bot_share_a_port_and_their_callbacks(self):
+        server = self.server(corpid=SETTINGS['corpid'])
+        self.assertEqual(server.wxcpt._receive_id, SETTINGS['corpid'].encode())
+        reply = opened(ask_socket(server.address, *delivery(message(Content='应用')))[2])
+        self.assertEqual(reply['Content'], '应用')
+        self.assertEqual(self.fast(server, self.message('机器人'))['stream']['content'], '机器人')
+        event = {'MsgType': 'event', 'Event': 'x', 'FromUserName': 'sys', 'ToUserName': SETTINGS['corpid'],
+                 'CreateTime': int(time.time())}
+        self.assertEqual(ask_socket(server.address, *delivery(json.dumps(event)))[::2], (200, b''))
+        self.assertEqual(self.post(server, message()), 403)
+        self.assertEqual(self.runs, ['应用', '机器人', 'x'])
+        for crypt in self.crypt, CRYPT:
+            encrypt, now = crypt.seal('1616140317555161061'), str(int(time.time()))
+            query = {'msg_signature': crypt.sign(now, '1', encrypt), 'timestamp': now, 'nonce': '1', 'echostr': encrypt}
+            self.assertEqual(ask_socket(server.address, 'GET', '/weixin?' + urllib.parse.urlencode(query))[::2],
+                             (200, b'1616140317555161061'))
+        self.assertRaises(ConfigError, server.bot.send, 'x', 'li.lei')
+
+    def test_wsgi_and_handle_answer_too(self):
+        server = self.server()
+        method, target, body = self.request(self.message('快'))
+        status, headers, answer = server.handle(method, target, body)
+        self.assertEqual((status, dict(headers)['Content-Type']), (200, 'text/plain; charset=utf-8'))
+        self.assertEqual(self.opened(answer, target)['stream']['content'], '快')
+
+        def wsgi(msg):
+            _, target, body = self.request(msg)
+            environ = {'REQUEST_METHOD': 'POST', 'SCRIPT_NAME': '', 'PATH_INFO': '/weixin', 'SERVER_NAME': 'nas',
+                       'QUERY_STRING': target.partition('?')[2], 'CONTENT_LENGTH': str(len(body)), 'SERVER_PORT': '80',
+                       'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.input': io.BytesIO(body), 'wsgi.errors': io.StringIO(),
+                       'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http', 'wsgi.multithread': True,
+                       'wsgi.multiprocess': False, 'wsgi.run_once': False}
+            started = []
+            answer = wsgiref.validate.validator(server)(environ, lambda *args: started.append(args))
+            with contextlib.closing(answer):
+                data = b''.join(answer)
+            self.assertEqual(started[0][0], '200 OK')
+            return self.opened(data, target)['stream']
+        stream = wsgi(self.message('x 慢'))
+        self.assertFalse(stream['finish'])
+        self.go.set()
+        self.wait_for(lambda: not server._left())
+        last = wsgi(self.message(msgtype='stream', text=None, stream={'id': stream['id']}))
+        self.assertEqual((last['finish'], last['content']), (True, 'x'))
+
+    def test_without_aes_it_says_how_to_get_it(self):
+        code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; import easywechat\n"
+                "try: easywechat.WeChatServer('t', bot_id='aib1', token='t', encoding_aes_key='k' * 43)\n"
+                "except ImportError as e: print('pycryptodome' in str(e))")
+        env = dict(os.environ, EASYWECHAT_CONFIG=os.path.join(self.folder, 'nosuch.ini'))
+        out = subprocess.run([sys.executable, '-c', code], cwd=HERE, env=env, stdout=subprocess.PIPE).stdout
+        self.assertEqual(out.split(), [b'True'])
+
+    def test_events_are_answered_in_their_own_way(self):
+        server, url = self.server(), self.response_url()
+        card, update = {'msgtype': 'template_card', 'template_card': self.CARD}, dict(self.CARD, task_id='T')
+        data = {'card_type': 'button_interaction', 'event_key': 'ok', 'task_id': 'T'}
+        new = {'response_type': 'update_template_card', 'template_card': update}
+        text = {'msgtype': 'text', 'text': {'content': '您好'}}
+        enter, press, feedback = 'enter_chat', 'template_card_event', 'feedback_event'
+        for kind, gives, reply, posted in (
+                (enter, '您好', text, []), (enter, card, card, []), (enter, ['您好', card], text, ['template_card']),
+                (enter, None, {}, []), (press, new, new, []), (press, None, {}, []), (press, '已确认', {}, ['已确认']),
+                (press, {'msgtype': 'update_template_card', 'template_card': update}, new, []),
+                (press, {'MsgType': 'update_template_card', 'TemplateCard': easywechat._camel_case(update)}, new, []),
+                (press, [new, '已确认'], new, ['已确认']), (press, card, {}, ['template_card']),
+                (feedback, None, {}, []), (feedback, '谢谢', {}, ['谢谢']), ('nosuch', None, {}, []),
+                ('', '好', {}, ['好'])):
+            with self.subTest(kind=kind, gives=str(gives)[:60]):
+                self.posted, self.gives[kind] = [], gives
+                self.assertEqual(self.fast(server, self.event(kind, kind == press and data, response_url=url)), reply)
+                self.wait_for(lambda: not server._left())
+                self.assertEqual(self.texts(len(posted)) if posted else self.posted, posted)
+        self.gives[enter] = self.picture('a.png', self.PNG)
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertEqual(self.fast(server, self.event(enter)), {})
+        self.assertEqual(len(logs.output), 1)
+        bare = WeChatServer('t', **dict(SETTINGS, corpid='', secret='', bot_id=self.BOT))
+        bare.register_callback('text', self.callback)
+        for kind in enter, press, feedback:
+            method, target, body = self.request(self.event(kind))
+            self.assertEqual(self.opened(bare.handle(method, target, body)[2], target), {})
+
+    def test_events_answered_too_late(self):
+        server, url = self.server(), self.response_url()
+        gives = {'enter_chat': '您好', 'template_card_event': [
+            {'response_type': 'update_template_card', 'template_card': self.CARD}, '已确认']}
+
+        def slow(msg):
+            self.go.wait(5)
+            return gives[msg['Event']]
+        server.register_callback('event', slow)
+        jobs = [functools.partial(self.post, server, self.event(kind, response_url=url)) for kind in gives]
+        self.assertEqual(self.at_once(jobs), [{}, {}])
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.go.set()
+            self.assertEqual(sorted(self.texts(2)), ['已确认', '您好'])
+            self.wait_for(lambda: not server._left())
+        self.assertEqual((len(logs.output), 'too late' in logs.output[0]), (1, True))
+
+    def test_a_card_alone_and_fast_is_the_answer(self):
+        server, url = self.server(), self.response_url()
+        card = {'msgtype': 'template_card', 'template_card': self.CARD}
+        self.gives.update(card=card, both=['看', card])
+        self.assertEqual(self.fast(server, self.message('card', response_url=url)), card)
+        self.assertEqual(self.posted, [])
+        stream = self.fast(server, self.message('both', response_url=url))['stream']
+        self.assertEqual((stream['finish'], stream['content'], self.texts()), (True, '看', ['template_card']))
+        stream = self.post(server, self.message('card 慢', response_url=url))['stream']
+        self.go.set()
+        self.assertEqual(self.until(server, stream['id'])['content'], '\uff08见下一条\uff09')
+        self.assertEqual(self.texts(2), ['template_card'] * 2)
+        self.gives['update'] = {'response_type': 'update_template_card', 'template_card': self.CARD}
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.fast(server, self.message('update'))['stream']['content'], '出错了')
+
+    def test_stopping_closes_what_is_open(self):
+        redis = Redis()
+        one, two = self.server(store=redis), self.server(store=redis)
+
+        def pieces():
+            yield '前半'
+            self.go.wait(5)
+        self.gives['s'] = lambda msg: Stream(pieces())
+        frames = self.at_once([functools.partial(self.post, one, self.message(what, what)) for what in ('s', 'x 慢')])
+        ids = [frame['stream']['id'] for frame in frames]
+        one.stop_within = 0.1
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            one.stop()
+        self.assertEqual(sum('stopped before the answer' in line for line in logs.output), 2)
+        last = [self.poll(two, stream_id) for stream_id in ids]
+        self.assertEqual([(stream['finish'], stream['content']) for stream in last],
+                         [(True, '前半…'), (True, '\uff08没有回复\uff09')])
+
+    def test_nothing_is_left_behind(self):
+        import gc
+
+        def count():
+            gc.collect()
+            return sum(isinstance(thing, (easywechat._Poll, easywechat._Run)) for thing in gc.get_objects())
+        server, before = self.server(), count()
+        for n in range(1000):
+            method, target, body = self.request(self.message('x', 'u%d' % (n % 9)))
+            server.handle(method, target, body)
+        self.assertTrue(self.wait_for(lambda: not server._once._runs and not server._left()))
+        self.assertLess(count() - before, 9)
+        most = server.store.max_entries
+        self.assertLessEqual(sum(map(len, server.store._pages)), most)
+
+    def test_what_no_callback_was_free_for_keeps_its_place(self):
+        for store in None, FileStore(os.path.join(self.folder, 'cache')):
+            self.go.clear()
+            self.runs.clear()
+            server = self.server(store=store)
+            server.max_callbacks = 1
+            first, second = (self.post(server, self.message(content))['stream'] for content in ('a 慢', 'b'))
+            self.assertFalse(second['finish'])
+            time.sleep(2 * server.lease)        # 租期也一直续着
+            self.assertEqual(self.runs, ['a'])
+            self.go.set()
+            self.until(server, first['id'])
+            self.assertEqual(self.until(server, second['id'])['content'], 'b')
+            self.assertTrue(self.wait_for(lambda server=server: not server._left() and not server._once._runs))
+            self.assertEqual(self.runs, ['a', 'b'])
+            server.stop()
 
 
 class MailTests(ClientCase):
