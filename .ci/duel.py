@@ -68,8 +68,8 @@ def main():
         told = [log.seek(0) or sum('在别处连上了' in line for line in log) for log in logs]
         for log in logs:
             log.close()
-    print('duel: %d subscribes of both in %g hours (30 are allowed), told %d + %d times, one of them connected %.0f %% of '
-          'the time; left alone, back after %.0f minutes; exit codes %s' % (
+    print('duel: %d subscribes of both in %g hours (30 are allowed), told %d + %d times, one of them connected %.0f %% '
+          'of the time; left alone, back after %.0f minutes; exit codes %s' % (
               subscribed, HOURS, told[0], told[1], 100 * answered / (HOURS * 3600 / SCALE / 0.1),
               back * SCALE / 60, codes))
     bad = (subscribed > 30) + (codes != [0, 0])
