@@ -1,8 +1,8 @@
 """Two bots with one BotID, as on two machines, for five hours scaled to 18 s: duel.py [HOURS]. One hour is 3.6 s.
 
-WeCom keeps the newest connection and tells the older one; whoever answers that by connecting at once duels for ever. The
-second process ignores the local name, which would stop it on one machine. Printed: how often both subscribed (at most
-30 times in five hours), and that a bot that is left alone comes back and answers.
+WeCom keeps the newest connection and tells the older one; whoever answers that by connecting at once duels for ever.
+The second process ignores the local name, which would stop it on one machine. Printed: how often both subscribed (at
+most 30 times in five hours), and that a bot that is left alone comes back and answers.
 """
 import os
 import subprocess

@@ -191,7 +191,8 @@ def main():
     first = samples[min(len(samples) - 1, len(samples) // 5, 10)]
     grown = samples[-1][0] - first[0]
     print('soak_bot: %d messages (%s), %d deliveries, the line broke %d times; %d not answered, %d perhaps, %d '
-          'answered twice, %d run twice; RSS %+.2f MB; at rest %d threads, %d descriptors before, %d, %d after; exit code %d' % (
+          'answered twice, %d run twice; RSS %+.2f MB; at rest %d threads, %d descriptors before, %d, %d after; exit '
+          'code %d' % (
               len(members.frames), dict(collections.Counter(text.split()[0] for text in members.frames)),
               sum(members.said.values()), broken, len(missing), len(perhaps), len(twice), len(runs), grown, rest[1],
               rest[2], end[1], end[2], code))
