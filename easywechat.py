@@ -5097,14 +5097,30 @@ class _Session:
         self._thread = _SEATS.start(self._run, wake)
         return True
 
-    def stop(self):
-        """说再见，断开；最多等两秒：那条线程也许还在查 DNS，它回来时看得见已经停了。"""
+    def join(self):
+        """开始连；本机已经有一个在运行，就是它 (`_Guest`)，不连。"""
+        for _ in range(4):
+            if self.start():
+                return None
+            begin = time.monotonic()
+            guest = _meet(self._bot)
+            if guest:
+                return guest
+            if time.monotonic() - begin > 2:        # 占着名字，却不说话
+                break
+            time.sleep(0.3)                         # 也许正要结束
+        logger.warning('the local name is taken: 本机有程序占着这个机器人的名字，却证明不了它是；照样连接')
+        self.start(False)
+        return None
+
+    def stop(self, within=2):
+        """说再见，断开；最多等 ``within`` 秒：那条线程也许还在查 DNS，它回来时看得见已经停了。"""
         with self.changed:
             wake, self._life, self.stage = self._life, None, 'stopped'
             self.changed.notify_all()
         if wake:
             wake.send(b'.')                 # 没有人读它：等着的、以后要等的，都醒着
-            self._thread.join(2)
+            self._thread.join(within)
             for sock in (*self._others, wake):
                 sock.close()
             self._others = ()
@@ -5476,7 +5492,10 @@ class WeChatBot(_Caller):
         if not self.settings['bot_secret']:
             raise ConfigError('没有写 bot_secret：回调 URL 的智能机器人不能主动发送；在后台改用长连接，写上 Secret')
         with self._joining:                         # 几条线程一起发：一条去连，别的用它连上的
-            guest = None if session.running() else self._guest_or_start()
+            guest = None
+            if not session.running():
+                session.users = 0
+                guest = session.join()
             mine = not guest and session.users is not None
             if mine:
                 session.users += 1
@@ -5491,18 +5510,6 @@ class WeChatBot(_Caller):
                 session.users = session.users - 1 if mine else session.users
                 if mine and not session.users:
                     session.stop()
-
-    def _guest_or_start(self):
-        """本机在运行的机器人；没有就自己连 (None)。"""
-        for door in True, True, True, False:        # 名字被占着，却没有人答：再试试，不行就不管它
-            guest = _meet(self)
-            if guest:
-                return guest
-            self._session.users = 0
-            if self._session.start(door):
-                return None
-            time.sleep(0.3)
-        return None
 
     def send(self, message: 'Sendable', to: 'Who' = None) -> 'Message':
         """发一条或几条消息，依次 → 最后一条的回执 (dict)。
@@ -5696,13 +5703,17 @@ class _BotReplies(_BotResults):
                 self._session.give_up(talk.req_id)
 
     def close(self):
-        """要停下了：开着的气泡，都写完。"""
+        """要停下了：开着的气泡，都写完；回执一共等 0.3 秒。"""
+        acked, count, end = threading.Semaphore(0), 0, time.monotonic() + 0.3
         for talk in self.left():
             if talk.bubble and talk.line is self._session.line:
                 text = talk.items[0].now() if talk.items and isinstance(talk.items[0], _Text) else ''
-                text = text if text.strip() else talk.closing
+                body = _bubble(talk.bubble, text if text.strip() else talk.closing, True)
                 with contextlib.suppress(APIError):
-                    self._session.ask('aibot_respond_msg', _bubble(talk.bubble, text, True), talk.req_id, 1)
+                    self._session.tell('aibot_respond_msg', body, talk.req_id, lambda ack: acked.release())
+                    count += 1
+        while count and acked.acquire(timeout=max(0, end - time.monotonic())):
+            count -= 1
 
     def _add(self, parcel, message):
         return self._put(parcel, _Text(message.body()['content']) if message['msgtype'] == 'text' else message)
@@ -6308,17 +6319,11 @@ class WeChatServer(Dispatcher):
         """连长连接；本机已经有一个在运行抛 `ConfigError`。"""
         session = self._bot._session
         session.heard, session.ready, session.users = self._chats.heard, self._chats.look, None
-        for _ in range(4):
-            if session.start():
-                return
-            guest = _meet(self._bot)
-            if guest:
-                guest.close()
-                raise ConfigError('这个机器人已经在本机运行（进程 %s）：一个 BotID 只能有一条长连接，停掉那一个'
-                                  % guest.pid)
-            time.sleep(0.3)
-        logger.warning('the local name is taken: 本机有程序占着这个机器人的名字，--send 不能经过它；照样连接')
-        session.start(False)
+        guest = session.join()
+        if guest:
+            guest.close()
+            raise ConfigError('这个机器人已经在本机运行（进程 %s）：一个 BotID 只能有一条长连接，停掉那一个'
+                              % guest.pid)
 
     def start(self, host: str = '0.0.0.0', port: int = 8000) -> 'Optional[Tuple[str, int]]':
         """在后台线程里开始服务：听应用、智能机器人的回调，连智能机器人的长连接，配置里有什么就做什么。
@@ -6348,11 +6353,11 @@ class WeChatServer(Dispatcher):
         if self._alarm and self._alarm[0] == os.getpid():
             with contextlib.suppress(OSError):
                 self._alarm[1].send(b'.')
-        self.finish(deadline)
+        self.finish(deadline - 0.7 * bool(self._chats))     # 还要写完开着的气泡，说再见
         for road in self._roads[1:]:
             road.close()
         if self._bot:
-            self._bot._session.stop()
+            self._bot._session.stop(max(0.4, deadline - time.monotonic()))
 
     def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
         """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。

@@ -5563,17 +5563,259 @@ class DoorTests(BotCase):
         self.assertEqual((bot.returncode, out), (0, ''))
         self.assertIn('touser = zhangsan', err)
 
-    def test_a_second_bot_of_this_machine_does_not_connect(self):
-        server = self.server()
-        other = Hurried('test', **self.wecom.bot_settings)
-        with self.assertRaises(ConfigError) as raised:
-            other.start()
-        self.assertIn('进程 %d' % os.getpid(), str(raised.exception))
-        self.assertRaises(RuntimeError, server.start)
-        self.assertEqual(self.bot.connected.number, 1)
-        server.stop()
-        self.assertIsNone(other.start())        # 名字空出来了
-        other.stop()
+
+class GuestTests(unittest.TestCase):
+    """本机的套接字：一个在运行的机器人 (``self.server``)，和别的进程里的 (``self.make().bot``，`guest`)。"""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder, True)
+        self.addCleanup(os.environ.update, XDG_CACHE_HOME=os.environ.get('XDG_CACHE_HOME', ''))
+        os.environ['XDG_CACHE_HOME'] = self.folder          # 端口文件
+        self.wecom = simulator.WeCom()
+        self.wecom.start()
+        self.addCleanup(self.wecom.stop)
+        self.wecom.bot.met.add('zhangsan')
+        SECRETS.update([self.wecom.bot.settings['bot_secret']])
+
+    def make(self):
+        server = WeChatServer('test', **self.wecom.bot_settings)
+        vars(server.bot).update(offline_within=0.2, ack_within=0.3, hand_over_within=1, pause=0.05, per_minute=1000)
+        server.bot._sleep = lambda seconds: None
+        server.register_callback('text', lambda msg: msg['Content'])
+        return server
+
+    def run_bot(self):
+        self.server = self.make()
+        self.addCleanup(self.server.stop)
+        self.server.start()
+        self.wecom.bot.wait(lambda bot: bot.connected)
+        return self.server
+
+    def subscribed(self):
+        return sum(frame['frame'].get('cmd') == 'aibot_subscribe' for frame in self.wecom.bot.frames)
+
+    def pushed(self):
+        return [bubble['text'] for bubble in self.wecom.bot.bubbles if bubble['how'] == 'push']
+
+    def guest(self, proof=None):
+        """套接字一级的客人 → (socket, 一行一行的文件)；``proof`` 是它的证明，None 是对的。"""
+        bot = self.server.bot
+        sock = easywechat._dial(bot)
+        self.addCleanup(sock.close)
+        lines = sock.makefile('rb')
+        self.addCleanup(lines.close)
+        theirs = json.loads(lines.readline().decode())['nonce']
+        proof = easywechat._keyed(bot, 'guest', theirs, 'mine') if proof is None else proof
+        sock.sendall(json.dumps({'nonce': 'mine', 'proof': proof}).encode() + b'\n')
+        return sock, lines
+
+    def rest(self, lines):
+        """→ 断开以前还说了什么；没读完我们的就断，是 RST。"""
+        try:
+            return lines.read()
+        except ConnectionError:
+            return b''
+
+    def hand_over(self, text):
+        """又一个进程发一条 → 送到了没有，经过在运行的机器人。"""
+        before = self.subscribed()
+        self.make().bot.send(text, 'zhangsan')
+        return self.pushed()[-1] == text and self.subscribed() == before
+
+    def test_another_process_hands_over(self):
+        self.run_bot()
+        self.assertTrue(self.hand_over('磁盘 91%'))
+        path = pathlib.Path(self.folder, os.fsdecode('报告.bin'.encode('utf-8')))
+        data = os.urandom(700000)
+        path.write_bytes(data)
+        self.make().bot.send([path, '看附件'], 'zhangsan')
+        media = self.wecom.media[self.wecom.bot.bubbles[-2]['body']['media_id']]
+        self.assertEqual((media['name'], media['data']), ('报告.bin', data))
+        self.assertEqual(self.pushed()[-1], '看附件')
+        self.assertEqual(self.subscribed(), 1)
+        self.assertTrue(self.server.connected)
+
+    def test_a_file_that_the_bot_may_not_read_comes_through_the_socket(self):
+        self.run_bot()
+        with open(os.path.join(self.folder, 'gone.bin'), 'w+b') as f:
+            f.write(b'only the sender has it')
+            os.remove(f.name)
+            self.make().bot.send(f, 'zhangsan')
+        media = self.wecom.media[self.wecom.bot.bubbles[-1]['body']['media_id']]
+        self.assertEqual(media['data'], b'only the sender has it')
+
+    def test_who_cannot_prove_the_secret_gets_nothing(self):
+        self.run_bot()
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            for proof in '', 'x' * 64, '磁', easywechat._keyed(self.server.bot, 'host', 'a', 'mine'):
+                sock, lines = self.guest(proof)
+                with contextlib.suppress(OSError):          # 也许已经断了
+                    sock.sendall(b'{"send": {"chatid": "zhangsan", "msgtype": "markdown", '
+                                 b'"markdown": {"content": "x"}}}\n')
+                self.assertEqual(self.rest(lines), b'')
+        self.assertEqual([line.count('wrong proof') for line in logs.output], [1] * 3)       # 第 1、2、4 次
+        self.assertEqual(self.pushed(), [])
+        self.assertTrue(self.hand_over('还在'))
+
+    def test_who_squats_on_the_name_gets_nothing_and_stops_nobody(self):
+        self.server = self.make()
+        squatter = easywechat._listen(self.server.bot)
+        self.addCleanup(squatter.close)
+        squatter.setblocking(True)
+        got = []
+
+        def squat():
+            with contextlib.suppress(OSError):
+                while True:
+                    with squatter.accept()[0] as sock:
+                        sock.sendall(b'{"nonce": "n"}\n')
+                        got.append(sock.recv(1 << 16))
+                        sock.sendall(b'{"proof": "%s", "pid": 1, "stage": "ready"}\n' % (b'0' * 64))
+                        got.append(sock.recv(1 << 16))
+        threading.Thread(target=squat, daemon=True).start()
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.run_bot()
+        self.assertIn('the local name is taken', logs.output[0])
+        sender = self.make()
+        sender.bot.send('自己发', 'zhangsan')
+        self.assertEqual((self.pushed(), self.subscribed()), (['自己发'], 2))
+        self.assertEqual(set(got[1::2]), {b''})
+        self.assertEqual({tuple(sorted(json.loads(line.decode()))) for line in got[::2]}, {('nonce', 'proof')})
+        self.assertNotIn(self.wecom.bot.settings['bot_secret'], str(got))
+
+    def test_a_second_bot_on_this_machine_does_not_start(self):
+        self.run_bot()
+        second = self.make()
+        with self.assertRaises(ConfigError) as caught:
+            second.start()
+        self.assertIn('进程 %d' % os.getpid(), str(caught.exception))
+        self.assertFalse(second.bot._session.running())
+        self.assertEqual(self.subscribed(), 1)
+        self.server.stop()
+        second.start()                  # 名字马上空出来
+        self.addCleanup(second.stop)
+        self.wecom.bot.wait(lambda bot: self.subscribed() == 2 and bot.connected)
+
+    def test_the_ninth_guest_is_told_to_come_again(self):
+        self.run_bot()
+        guests = [self.guest() for _ in range(8)]
+        for _, lines in guests:
+            self.assertEqual(json.loads(lines.readline().decode())['pid'], os.getpid())
+        with contextlib.closing(easywechat._dial(self.server.bot)) as ninth, ninth.makefile('rb') as lines:
+            self.assertEqual(lines.read(), b'{"busy": true}\n')
+        threading.Timer(0.1, guests[0][0].shutdown, (socket.SHUT_RDWR,)).start()
+        self.assertTrue(self.hand_over('第九个'))
+
+    def test_a_line_without_end_is_cut(self):
+        self.run_bot()
+        sock, lines = self.guest()
+        lines.readline()
+        with contextlib.suppress(OSError):
+            sock.sendall(b'x' * (2 << 20))
+        self.assertEqual(self.rest(lines), b'')
+        self.assertTrue(self.hand_over('还在'))
+
+    def test_nonsense_of_a_guest_harms_nobody(self):
+        self.run_bot()
+        for request in ('{}', '[]', 'null', '\x00', '{' * 100, '{"send": null}', '{"send": {"msgtype": "markdown"}}',
+                        '{"send": {"chatid": 1}}', '{"upload": 1}', '{"upload": {"size": "x"}}',
+                        '{"upload": {"size": -1, "name": "a", "kind": "file"}}',
+                        '{"upload": {"size": 9, "name": "a.bin", "kind": "nosuch"}}\n123456789'):
+            sock, lines = self.guest()
+            lines.readline()
+            sock.sendall(request.encode() + b'\n')
+            sock.shutdown(socket.SHUT_WR)
+            self.assertNotIn(b'ack', self.rest(lines), request)
+        sock, lines = self.guest()      # 传到一半走了
+        lines.readline()
+        sock.sendall(b'{"upload": {"size": 1000000, "name": "a.bin", "kind": "file"}}\nabc')
+        sock.close(), lines.close()
+        self.assertTrue(self.hand_over('还在'))
+        self.assertEqual(self.pushed(), ['还在'])
+
+    def failing(self, *args):
+        with self.assertRaises(APIError) as caught:
+            self.make().bot.send(*args)
+        return caught.exception
+
+    def test_an_error_is_the_same_as_without_the_way_round(self):
+        self.run_bot()
+        errors = [self.failing('x', 'nobody')]
+        with self.assertRaises(APIError) as caught:
+            self.server.bot.send('x', 'nobody')
+        errors.append(caught.exception)
+        self.assertEqual(*[(type(e), e.errcode, e.errmsg, e.path, e.hint) for e in errors])
+        self.assertEqual(errors[0].errcode, 93006)
+
+    def test_while_the_line_is_down_nothing_is_sent(self):
+        self.run_bot()
+        self.wecom.bot.fault('handshake', 503, times=10 ** 6)
+        self.wecom.bot.fault('close', 1000)
+        self.wecom.bot.wait(lambda bot: not bot.connected)
+        error = self.failing('x', 'zhangsan')
+        self.assertEqual((type(error), error.errcode, error.maybe_sent), (NetworkError, 503, False))
+        self.assertIn('没有发', str(error))
+        self.wecom.bot.heal()
+        self.wecom.bot.wait(lambda bot: bot.connected)
+        self.assertEqual(self.pushed(), [])
+
+    def test_without_an_acknowledgement_it_may_have_been_delivered(self):
+        self.run_bot()
+        self.wecom.bot.fault('no_ack', cmd='aibot_send_msg')
+        error = self.failing('x', 'zhangsan')
+        self.assertEqual((type(error), error.errcode, error.maybe_sent), (NetworkError, 504, True))
+        self.assertIn('可能已经到了', str(error))
+        self.assertEqual(self.pushed(), ['x'])
+
+    def test_a_sender_is_told_that_the_bot_waits(self):
+        self.run_bot().bot.per_minute = 1
+        self.make().bot.send('一', 'zhangsan')
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.make().bot.send('二', 'zhangsan')
+        self.assertIn('the running bot waits', '\n'.join(logs.output))
+        self.assertEqual(self.pushed(), ['一', '二'])
+
+    def test_several_threads_send_at_once(self):
+        errors = []
+
+        def send(bot, n):
+            try:
+                bot.send('第 %d 条' % n, 'zhangsan')
+            except APIError as e:
+                errors.append(e)
+
+        for running in False, True:
+            del self.wecom.bot.bubbles[:]
+            bot = self.run_bot().bot if running else self.make().bot    # 没有在运行的：自己连一下
+            bot.offline_within = 5
+            threads = [threading.Thread(target=send, args=(bot, n)) for n in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(10)
+            self.assertEqual((errors, len(set(self.pushed()))), ([], 5))
+
+    def test_where_there_are_no_abstract_names_a_file_says_the_port(self):
+        self.addCleanup(setattr, easywechat, '_ABSTRACT', easywechat._ABSTRACT)
+        easywechat._ABSTRACT = False
+        bot = self.make().bot
+        path = easywechat._port_file(bot)
+        with socket.socket() as other:      # 以前的，别人在用那个端口
+            other.bind(('127.0.0.1', 0))
+            for text in '', 'xyz', '99999', '%5d' % other.getsockname()[1]:
+                with open(path, 'w') as f:
+                    f.write(text)
+                self.assertIsNone(easywechat._meet(bot), text)
+        self.run_bot()
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertTrue(self.hand_over('经过端口'))
+        with self.assertRaises(ConfigError):
+            self.make().start()
+        self.server.stop()
+        self.make().bot.send('没有人在', 'zhangsan')
+        self.assertEqual((self.pushed()[-1], self.subscribed()), ('没有人在', 2))
+        self.assertNotIn(self.wecom.bot.settings['bot_secret'], ''.join(os.listdir(os.path.dirname(path))))
 
 
 class HastyBot(WeChatServer):
