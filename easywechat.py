@@ -736,10 +736,10 @@ class WXBizMsgCrypt:
 
     def open(self, encrypt: bytes) -> str:
         """密文 (base64, bytes) → 明文 (str)。先 `verify`,再 `open`。"""
-        return self._opened(encrypt, (self._receive_id.decode('utf-8'),))[0]
+        return self._opened(encrypt, {self._receive_id: ''})[0]
 
     def _opened(self, encrypt, receive_ids):
-        """→ (明文, receiveid)，都是 str。"""
+        """→ (明文, receiveid)，都是 str；``receive_ids`` 是收的，{bytes: str}。"""
         try:
             data = binascii.a2b_base64(encrypt)
         except ValueError:
@@ -756,7 +756,7 @@ class WXBizMsgCrypt:
         end = 4 + int.from_bytes(data[:4], 'big')
         if end > len(data):
             raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer)
-        receive_id = next((i for i in receive_ids if hmac.compare_digest(data[end:], i.encode('utf-8'))), None)
+        receive_id = receive_ids.get(data[end:])
         if receive_id is None:
             theirs, ours = (_mask(i.decode('utf-8', 'replace')) for i in (data[end:], self._receive_id))
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error,
@@ -3485,7 +3485,9 @@ class _Results:
                 return self._stream(parcel, func, item)
             if item is None or _is_several(item):
                 return all(self._take(parcel, func, one) for one in item or ())
-            return all(self._add(parcel, message) for message in self._messages(parcel, item))
+            for message in self._messages(parcel, item):
+                if not self._add(parcel, message):
+                    return False
         except Exception as e:          # 回调给的是什么都有可能；别的还要接着送
             self._failed(parcel, func, e)
         return True
@@ -3736,6 +3738,7 @@ class Dispatcher:
         # receiveid → 加解密
         self._crypts = {receive_id: WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], receive_id)
                         for receive_id in self._receive_ids()}
+        self._accepted = {receive_id.encode('utf-8'): receive_id for receive_id in self._crypts}
         self.route = (self.settings['route_name'] or 'weixin').strip('/')
         if not re.fullmatch('[A-Za-z0-9_.~/-]+', self.route):
             raise ConfigError('route_name 只能用 A-Z a-z 0-9 _ . ~ - 和 /，例如 weixin')
@@ -3826,7 +3829,7 @@ class Dispatcher:
             raise WeChatError(404, 'no Token here: 只连长连接，不收回调')
         self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'), encrypt)
         self._freshness.check('timestamp', int(query['timestamp']), self._now(), self.max_skew, self.max_skew)
-        return self.wxcpt._opened(encrypt, self._crypts)
+        return self.wxcpt._opened(encrypt, self._accepted)
 
     def _query_of(self, method, target):
         """路径和方法对了 → 查询串的参数;没有查询串的 GET 是 None。"""
