@@ -5838,19 +5838,24 @@ class _BotReplies(_BotResults):
                 not self._fresh_event(talk):
             return False
         talk.spoken = True
-        self._session.ask('aibot_respond_welcome_msg', body, talk.req_id)
-        return True
+        return self._replied(talk, 'aibot_respond_welcome_msg', body)
 
     def _post(self, talk, body):
         """又一条：接着回复；回复不了的，主动发送。"""
-        if not talk.stale:
-            try:
-                return self._session.ask('aibot_respond_msg', body, talk.req_id)
-            except APIError as e:
-                if e.errcode not in _STALE:
-                    raise
-                talk.stale = True
-        return self._session.push(dict(body, chatid=talk.chat))
+        return not talk.stale and self._replied(talk, 'aibot_respond_msg', body) or self._session.push(
+            dict(body, chatid=talk.chat))
+
+    def _replied(self, talk, command, body):
+        """用 req_id 回复 → 送到了没有：已经不能回复了，太频繁（停一停），就主动发送。"""
+        try:
+            return bool(self._session.ask(command, body, talk.req_id))
+        except APIError as e:
+            if e.errcode not in _STALE | _BUSY:
+                raise
+            talk.stale = talk.stale or e.errcode in _STALE
+            if e.errcode in _BUSY:
+                self._bot._sleep(self._bot.busy_pause)
+            return False
 
     def _say(self, talk, text):
         """一段文字：一个气泡，边长边发；太长的、太久的，先写完，其余的接着发。"""

@@ -5207,6 +5207,15 @@ class BotTests(BotCase):
         self.bot.bubbles.clear()
         self.bot.fault('error', 6000, times=4, cmd='aibot_respond_msg')
         self.assertEqual([seen[::2] for seen in self.run_once('好')], [('push', '好')])
+        for code, user in (45009, 'lisi'), (846605, 'wangwu'):
+            self.bot.bubbles.clear()
+            self.bot.fault('error', code, cmd='aibot_respond_msg')
+            self.assertEqual([seen[::2] for seen in self.run_once(self.file('a.pdf'))], [('push', 'a.pdf')])
+            self.bot.bubbles.clear()
+            self.bot.met.add(user)
+            self.bot.fault('error', code, cmd='aibot_respond_welcome_msg')
+            self.assertEqual([seen[::2] for seen in self.run_once('欢迎', lambda bot, user=user: bot.enter(user))],
+                             [('push', '欢迎')])
         self.bot.fault('error', 40058, cmd='aibot_respond_msg')
         with self.assertLogs('easywechat', 'ERROR') as logs:
             self.run_once('好')
