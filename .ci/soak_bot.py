@@ -27,6 +27,7 @@ BOT = '''
 import sys, time
 sys.path.insert(0, %r)
 import easywechat
+easywechat.MemoryStore.max_entries = 1000       # else it is what grows
 server = easywechat.WeChatServer('soak')
 runs = open('runs', 'a', 1)
 
@@ -140,7 +141,7 @@ def main():
     wecom.start()
     bot = wecom.bot
     bot.per_minute = bot.per_hour = bot.subscribes = 10 ** 9
-    env = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower()}
+    env = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower() and k != 'PYTHONDONTWRITEBYTECODE'}
     env.update(('EASYWECHAT_' + k.upper(), v) for k, v in wecom.bot_settings.items())
     with tempfile.TemporaryDirectory() as folder:
         log = open(os.path.join(folder, 'log'), 'w+', encoding='utf-8')
@@ -188,7 +189,7 @@ def main():
     missing = [text for text in members.frames if not members.answers[text] and text not in perhaps]
     twice = [text for text, count in members.answers.items() if count > 1]
     runs = [text for text, count in members.runs.items() if count > 1]
-    first = samples[min(len(samples) - 1, len(samples) // 5, 10)]
+    first = samples[min(len(samples) // 2, 10)]
     grown = samples[-1][0] - first[0]
     print('soak_bot: %d messages (%s), %d deliveries, the line broke %d times; %d not answered, %d perhaps, %d '
           'answered twice, %d run twice; RSS %+.2f MB; at rest %d threads, %d descriptors before, %d, %d after; exit '
