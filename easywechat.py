@@ -5735,7 +5735,7 @@ class _BotReplies(_BotResults):
                 text.add(piece)
             words = ''
         finally:
-            text.add(words, True)
+            text.add(words * bool(text.now().strip()), True)
         return True
 
     def _over(self, parcel):
@@ -6106,8 +6106,7 @@ class _PollReplies(_BotResults):
 
     def _over(self, poll):
         with poll.lock:
-            failed = poll.closing != self._owner.bot_no_answer and not poll.cards
-            some = poll.open or poll.text.strip() or poll.images or failed
+            some = poll.open or poll.text.strip() or poll.images
             if some and not poll.event and not poll.last:
                 poll.finish(blank='（见下一条）' if poll.cards and poll.url else '')
             if poll.run.reply is None:

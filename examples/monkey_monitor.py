@@ -226,7 +226,7 @@ COMMANDS = {'拍照': photo, '视频': video, '状态': status}
 def register(server):
     """把回调登记到 ``server``。"""
     allowed = {user.strip().lower() for user in server.settings['touser'].split('|')} - {''}
-    for key in 'secret', 'agentid', 'touser':
+    for key in ['touser'] if server.settings['bot_secret'] else ['secret', 'agentid', 'touser']:
         if not server.settings[key]:
             raise easywechat.ConfigError(
                 '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
@@ -242,7 +242,7 @@ def register(server):
         if not command:
             return HELP
         try:
-            return command(server.client)
+            return command(server.bot if 'aibotid' in msg else server.client)   # 从哪里来，传到哪里
         except (CameraError, OSError) as e:     # 磁盘满了
             logger.error('no picture for %.64r: %s', user, e)
             return '没有拍成:%s。' % e

@@ -1325,6 +1325,17 @@ class MonkeyTests(ExampleCase):
     def touser(self, users):
         self.bot(monkey_monitor.register, touser=users)
 
+    def test_it_answers_as_an_intelligent_robot_too(self):
+        server = WeChatServer('demo', touser='zhangsan', **self.wecom.bot_settings)
+        monkey_monitor.register(server)
+        server.start()
+        self.addCleanup(server.stop)
+        bot = self.wecom.bot
+        self.assertTrue(self.until(lambda: bot.connected))
+        bot.say('zhangsan', '拍照')
+        self.assertTrue(self.until(lambda: [b for b in bot.bubbles if b['kind'] == 'image']))
+        self.assertEqual(bot.connected.number, 1)
+
     def picture(self, reply):
         self.assertEqual(reply['MsgType'], 'image')
         return self.wecom.media[reply['Image']['MediaId']]['data']

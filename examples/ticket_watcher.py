@@ -483,7 +483,7 @@ def main(argv=None):
         if not re.match('https?://.', args.base):
             raise easywechat.ConfigError('--base takes http://... or https://...')
         server = easywechat.WeChatServer('demo')
-        for key in 'secret', 'agentid':
+        for key in () if server.settings['bot_secret'] else ('secret', 'agentid'):
             if not server.settings[key]:
                 raise easywechat.ConfigError(
                     '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
