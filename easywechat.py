@@ -1232,7 +1232,8 @@ class _Promise:
 def _within(threads, seconds, job):
     """在 ``threads`` 的一条线程上 ``job()`` → 它的结果，或抛它抛的；``seconds`` 秒没有结果抛 `socket.timeout`。"""
     deadline = time.monotonic() + seconds
-    return _Promise(threads, job, seconds).result(deadline - time.monotonic())
+    promise = _Promise(threads, job, seconds)       # 也许等了一会儿才轮到
+    return promise.result(max(deadline - time.monotonic(), min(seconds, 0.5)))
 
 
 class _Loop:
@@ -5976,7 +5977,7 @@ class _PollReplies(_BotResults):
         _fresh(self, _live=dict, _under_way=set)        # 在跑的：stream 的 id → _Poll
 
     slow = property(lambda self: self._owner.answer_within * 2 / 3)
-    hold_within = property(lambda self: self._owner.hold_within)
+    hold_within = property(lambda self: 2 * self._owner.hold_within)    # 到 answer_within 一定答：看时间的来得晚，也答
 
     def poll(self, msg):
         """企业微信来问 → 答复 (bytes)；不认得的、过期的，写完它，不然一直转圈。"""
