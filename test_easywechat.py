@@ -6126,7 +6126,7 @@ class JsonBotTests(unittest.TestCase):
         self.assertEqual(self.until(server, stream_id)['content'], '第0段 第1段 第2段 ')
 
     def test_what_is_echoed_comes_back_as_it_can(self):
-        from Crypto.Cipher import AES
+        AES = easywechat._aes()
         key = binascii.a2b_base64(SETTINGS['encoding_aes_key'] + '=')
         padding = 32 - len(self.PNG) % 32
         data = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(self.PNG + bytes([padding]) * padding)
