@@ -4667,8 +4667,12 @@ def _new_id(name):
     return '%s_%s' % (name, binascii.hexlify(os.urandom(16)).decode())
 
 
+class _Offline(NetworkError):
+    """长连接断着，没有发：连上了再发。"""
+
+
 def _offline(command, failure):
-    return NetworkError(503, 'the long connection is down', command, '长连接断着，没有发%s' % (
+    return _Offline(503, 'the long connection is down', command, '长连接断着，没有发%s' % (
         failure and '：%s' % failure.hint or ''))
 
 
@@ -5236,8 +5240,8 @@ class _Session:
                 logger.warning('a message came while we only send: 没有回答；要回答，让机器人一直运行')
             if kicked:
                 raise _Kicked
-        elif command not in self._unknown and len(self._unknown) < 100:
-            self._unknown.add(command)
+        elif str(command) not in self._unknown and len(self._unknown) < 100:
+            self._unknown.add(str(command))
             logger.info('unknown command %s', _show(command))
 
     def _lost(self, line):
@@ -5801,9 +5805,10 @@ class _BotReplies(_BotResults):
                     self._frame_failed(talk, failed, True)
                 self._send(talk, item)
             except Exception as e:          # 别人的代码、别人的网络；别的还要接着送
-                if getattr(e, 'errcode', 0) == 503:         # 没有发：连上了再发
+                if isinstance(e, _Offline):
                     time.sleep(0.05)
                     continue
+                talk.bubble = talk.bubble if item else None         # 写不完的气泡，不再写
                 logger.error('not delivered to %s, the answer to message %s: %s', _show(talk.chat), _show(talk.id),
                              _show(e, 400))
             with self.lock:
@@ -5923,7 +5928,7 @@ class _BotReplies(_BotResults):
             talk.clashes = max(talk.clashes, 4 * finish)
             self._bot._sleep(self._bot.busy_pause if finish else 2 * self._bot.frame_every)
         else:
-            if code != 503 and (isinstance(error, NetworkError) or not talk.frames):
+            if not isinstance(error, _Offline) and (isinstance(error, NetworkError) or not talk.frames):
                 talk.bubble = None              # 也许写完了；或者就没有它
             raise error
 

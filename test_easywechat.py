@@ -5873,6 +5873,104 @@ class GuestTests(unittest.TestCase):
         self.assertNotIn(self.wecom.bot.settings['bot_secret'], ''.join(os.listdir(os.path.dirname(path))))
 
 
+class BotFaultTests(unittest.TestCase):
+    """一帧错了、文件没有了、线死了：不停地试是不行的。"""
+
+    def setUp(self):
+        self.wecom = simulator.WeCom()
+        self.wecom.start()
+        self.addCleanup(self.wecom.stop)
+        self.bot = self.wecom.bot
+        self.server = WeChatServer('test', **self.wecom.bot_settings)
+        vars(self.server.bot).update(ack_within=0.1, pause=0.05, frame_every=0.05)
+        self.addCleanup(self.server.stop)
+
+    def start(self, answer):
+        self.server.register_callback('*', answer)
+        self.server.start()
+        self.bot.wait(lambda bot: bot.connected)
+
+    def settled(self):
+        """→ 机器人发来过几帧回复；都送完了。"""
+        end = time.monotonic() + 5
+        while self.server._chats.left() and time.monotonic() < end:
+            time.sleep(0.01)
+        self.assertEqual(self.server._chats.left(), [])
+        return sum(f['frame'].get('cmd') in ('aibot_respond_msg', 'aibot_send_msg') for f in self.bot.frames)
+
+    def test_a_refused_final_frame_is_not_sent_for_ever(self):
+        self.start(lambda msg: '答')
+        self.bot.fault('error', 40058, times=10 ** 6, cmd='aibot_respond_msg')
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.bot.say('zhangsan', '问')
+            self.bot.wait(lambda bot: any(f['sender'] == 'bot' and f['frame']['cmd'] == 'aibot_respond_msg'
+                                          for f in bot.frames))
+            self.assertLess(self.settled(), 3)
+        self.assertEqual(len(logs.output), 1)
+
+    def test_a_bubble_that_cannot_be_closed_is_given_up(self):
+        go = threading.Event()
+        self.server.bot.slow_after, self.server.answer_within = 0.05, 0.3
+        self.start(lambda msg: go.wait(5) and '答')
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.bot.say('zhangsan', '问')
+            self.bot.wait(lambda bot: bot.bubbles)
+            self.bot.fault('error', 40058, times=10 ** 6, cmd='aibot_respond_msg')
+            go.set()
+            self.bot.wait(lambda bot: len(logs.output) > 1)
+            self.assertEqual(self.settled(), 3)
+        self.assertEqual(len(logs.output), 2)
+
+    def test_an_answer_without_acknowledgement_is_followed_by_nothing(self):
+        self.start(lambda msg: '答')
+        for times in 1, 10 ** 6:
+            self.bot.fault('no_ack', times=times, cmd='aibot_respond_msg')
+            before = len(self.bot.bubbles)
+            with self.assertLogs('easywechat', 'ERROR') as logs:
+                self.bot.say('zhangsan', '问')
+                self.bot.wait(lambda bot, before=before: len(bot.bubbles) > before)
+                self.settled()
+            self.assertIn('可能已经到了', logs.output[0])
+            self.assertEqual([b['text'] for b in self.bot.bubbles[before:]], ['答'])
+
+    def test_a_file_that_cannot_be_fetched_is_tried_once(self):
+        self.start(lambda msg: msg)
+        with self.assertLogs('easywechat', 'ERROR') as logs:
+            self.bot._deliver('message', {'msgtype': 'image', 'image': {
+                'url': 'http://127.0.0.1:1/x', 'aeskey': 'a' * 43}}, 'zhangsan', 'zhangsan', [])
+            end = time.monotonic() + 5
+            while not logs.output and time.monotonic() < end:
+                time.sleep(0.01)
+            self.settled()
+        self.assertEqual(len(logs.output), 1)
+
+    def test_a_strange_cmd_is_ignored(self):
+        self.start(lambda msg: '答')
+        for cmd in {'a': 1}, [[]], 7, True:
+            self.bot._send(self.bot.connected, {'cmd': cmd, 'headers': {'req_id': 'r'}, 'body': {}})
+        self.bot.say('zhangsan', '问')
+        self.bot.wait(lambda bot: [b['text'] for b in bot.bubbles] == ['答'])
+        self.assertEqual(sum(f['frame'].get('cmd') == 'aibot_subscribe' for f in self.bot.frames), 1)
+
+    def test_stopping_on_a_dead_line_takes_no_second_for_each_bubble(self):
+        going = threading.Event()
+        self.addCleanup(going.set)
+
+        def pieces():
+            yield '一'
+            going.wait(10)
+            yield '二'
+        self.server.stop_within = 0.2
+        self.start(lambda msg: Stream(pieces()))
+        for user in 'zhangsan', 'lisi', 'wangwu':
+            self.bot.say(user, '流')
+        self.bot.wait(lambda bot: len(bot.bubbles) == 3)
+        self.bot.fault('half_open')
+        begin = time.monotonic()
+        self.server.stop()
+        self.assertLess(time.monotonic() - begin, 2.7)
+
+
 class HastyBot(WeChatServer):
     """JSON 回调的智能机器人，时限缩成三十分之一。"""
     answer_within, hold_within, lease, stop_within = 0.15, 0.2, 0.3, 0.5
