@@ -1328,7 +1328,7 @@ class MonkeyTests(ExampleCase):
     def test_it_answers_as_an_intelligent_robot_too(self):
         server = WeChatServer('demo', touser='zhangsan', **self.wecom.bot_settings)
         monkey_monitor.register(server)
-        server.start()
+        server.start('127.0.0.1', 0)
         self.addCleanup(server.stop)
         bot = self.wecom.bot
         self.assertTrue(self.until(lambda: bot.connected))
