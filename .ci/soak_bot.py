@@ -114,7 +114,7 @@ class Members:
 
     def lost(self):
         """What never reached the callback."""
-        return [text for text in self.frames if text.split()[1] not in self.runs]
+        return [text for text in list(self.frames) if text.split()[1] not in self.runs]
 
 
 def break_line(bot, how):
