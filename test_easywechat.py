@@ -2825,6 +2825,14 @@ class ReplyTests(ClientCase):
         self.assertEqual('\n\n'.join(self.sent()), '一\n\n二\n\n三\n\n' + '四' * 650 + '\n\n五')
         self.assertEqual((self.sent()[0], len(self.sent()) < 5), ('一', True))
 
+    def test_what_is_joined_still_fits_one_message(self):
+        parcel = easywechat._Parcel.__new__(easywechat._Parcel)
+        parcel.items = ['on its way']
+        parcel.push([easywechat._message_of(easywechat._Paragraph(text), 'text') for text in (
+            '二', '三', '四' * 679, '五')] + [easywechat._message_of('不是一段的', 'text')])
+        self.assertEqual([m['text']['content'] for m in parcel.items[1:]],
+                         ['二\n\n三\n\n' + '四' * 679, '五', '不是一段的'])
+
     def test_a_stream_where_nothing_can_be_pushed_is_one_reply(self):
         server = self.server(lambda msg: Stream(['一\n', '\n二']), secret='', agentid='')
         self.assertEqual(self.ask(server)['Content'], '一\n\n二')
@@ -5044,6 +5052,22 @@ class BotTests(BotCase):
         with self.assertRaises(NetworkError):
             server.download(image, folder)
         self.assertEqual(len(os.listdir(folder)), 3)
+
+    def test_a_file_that_was_cut_or_has_another_key_is_refused(self):
+        aes, key = easywechat._aes(), bytes(range(32))
+        for size in 0, 5, 31, 32, 100, 70000:
+            data = os.urandom(size)
+            padding = 32 - size % 32
+            sealed = aes.new(key, aes.MODE_CBC, key[:16]).encrypt(data + bytes([padding]) * padding)
+            for step in 1, 7, 1 << 16:
+                blocks = [sealed[n:n + step] for n in range(0, len(sealed), step)]
+                self.assertEqual(b''.join(easywechat._aes_blocks(blocks[:200] + [b''.join(blocks[200:])], key)), data)
+            for wrong in sealed[:-1], sealed[:16], b'', sealed + b'x' * 7:
+                self.assertRaises(CryptoError, list, easywechat._aes_blocks([wrong], key))
+        with self.assertRaises(CryptoError):
+            for _ in range(20):                 # 碰巧像填充的，二百五十六次里一次
+                list(easywechat._aes_blocks([sealed], bytes(32)))
+                sealed = sealed[:-32] + os.urandom(32)
 
     def test_mention_is_taken_off(self):
         for text, name, content in (
