@@ -1233,7 +1233,8 @@ def _within(threads, seconds, job):
     """在 ``threads`` 的一条线程上 ``job()`` → 它的结果，或抛它抛的；``seconds`` 秒没有结果抛 `socket.timeout`。"""
     deadline = time.monotonic() + seconds
     promise = _Promise(threads, job, seconds)       # 也许等了一会儿才轮到
-    return promise.result(max(deadline - time.monotonic(), min(seconds, 0.5)))
+    left = deadline - time.monotonic()
+    return promise.result(left if left > -0.1 else min(seconds, 0.5))       # 进程刚停过：再给它一点时间
 
 
 class _Loop:
@@ -4822,8 +4823,10 @@ class _Door:
             with contextlib.ExitStack() as stack:
                 if file:                    # 先收完：读到一半说不行，对方还在写
                     import tempfile
-                    f = stack.enter_context(tempfile.TemporaryFile())
-                    wire.get_file(f, int(file['size']), self._bot.media_within)
+                    size, f = int(file['size']), stack.enter_context(tempfile.TemporaryFile())
+                    if size > self._bot.max_download:
+                        raise ValueError('a file of %d bytes' % size)
+                    wire.get_file(f, size, self._bot.media_within)
                 if not session.wait(self._bot.offline_within):
                     raise _offline('', session.failure)
                 if file:
@@ -4869,10 +4872,10 @@ class _Guest:
             raise APIError(errcode, errmsg, path, hint)
         return answer
 
-    def push(self, body, tell=None):
+    def push(self, body):
         return self._ask(self._bot.hand_over_within + self._bot.offline_within, send=body)['ack']
 
-    def upload(self, file, kind, tell=None):
+    def upload(self, file, kind):
         kind = _media_kind(file, kind)
         about = {'name': _decoded(file.name), 'size': file.size, 'kind': kind}
         return self._ask(self._bot.upload_within, file, upload=about)['media_id']
@@ -5265,7 +5268,7 @@ class _Session:
         pause = first if served >= steady else self._pauses.get(stage, first)
         self._pauses[stage] = min(2 * pause, most)
         if fast:
-            pause *= 1 + 0.2 * os.urandom(1)[0] / 255
+            pause *= 1 + (0.2 if pause < most else -0.2) * os.urandom(1)[0] / 255       # 不一起来
         text = str(error)
         say = logger.info if text == self._said and not since else logger.warning if fast else logger.error
         say('long connection %s：%s；%.3g 秒后再连', 'lost' if since else 'failed', text, pause)
@@ -5345,7 +5348,7 @@ class _Session:
                 if self._bot._clock() >= end or not self.wait(end - self._bot._clock()):
                     raise
 
-    def upload(self, file, kind, tell=None):
+    def upload(self, file, kind):
         """`_File` → media_id。一块一块地传；断了再连，接着传。"""
         bot = self._bot
         kind, end = _media_kind(file, kind), bot._clock() + bot.upload_within
