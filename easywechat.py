@@ -116,7 +116,7 @@ __version__ = '0.1.0'
 
 __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'WeChatBot', 'get_sender', 'Dispatcher', 'WXBizMsgCrypt',
            'MemoryStore', 'FileStore', 'Stream', 'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config',
-           'get_section', 'state_folder', 'plain_text', 'fetch', 'ierror', 'WeChatError', 'CryptoError',
+           'get_section', 'state_folder', 'plain_text', 'fetch', 'command', 'ierror', 'WeChatError', 'CryptoError',
            'FormatException', 'ConfigError', 'APIError', 'NetworkError']
 
 # 注解写成字符串，只给类型检查器和编辑器：运行的时候不导入 typing。没有注解的是这个文件自己的。
@@ -126,7 +126,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import (
         AbstractSet, Any, AsyncIterable, AsyncIterator, Awaitable, BinaryIO, Callable, Deque, Dict, Iterable, Iterator,
-        List, Mapping, Optional, Sequence, Set, Tuple, TypeVar, Union, overload)
+        List, Mapping, NoReturn, Optional, Sequence, Set, Tuple, TypeVar, Union, overload)
     from typing_extensions import ParamSpec
     from pathlib import Path
     Message = Dict[str, Any]            # 收到的消息，企业微信的回答
@@ -878,9 +878,18 @@ class _Settings(dict):
     """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来；``unknown``：不认得的键。"""
     sources: 'Dict[str, str]'
     unknown: 'List[str]'
+    appname: str = 'demo'
 
     def __repr__(self):
         return '<settings: %s>' % ', '.join(sorted(key for key in self if self[key]))
+
+
+def _require(settings, *keys):
+    """这几个键不能空着；空着的抛 `ConfigError`。"""
+    for key in keys:
+        if not settings[key]:
+            raise ConfigError('没有写 %s：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_%s' % (
+                key, settings.appname, key.upper()))
 
 
 def _only_ours(path):
@@ -1066,23 +1075,27 @@ def _complete(values):
         values['bot_placeholder'] = _THINKING
 
 
-def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' = None,
+def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' = None, needs: 'Who' = (),
                **settings: 'Union[None, str, int]') -> 'Dict[str, str]':
-    """应用 ``appname`` 的设置,一个 dict;没写的键是 ``''``,``agentid`` 与 ``appid`` 相同。
+    """应用 ``appname`` 的设置，一个 dict；没写的键是 ``''``，``agentid`` 与 ``appid`` 相同。
 
     依次找 ``ini_name``，否则环境变量 ``EASYWECHAT_CONFIG``，否则脚本的目录、当前目录（只有自己或 root 能改的才算）、
     本文件的目录里的 config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的,None 是没给。
-    找不到、读不懂、没有这一节,抛 `ConfigError`,其中有试过的每个路径。``appname`` 是上一次的结果,就照用。
+    找不到、读不懂、没有这一节，抛 `ConfigError`，其中有试过的每个路径。``appname`` 是上一次的结果，就照用。
+
+    ``needs`` 是不能空着的键，例如 ``('secret', 'agentid', 'touser')``，空着的抛 `ConfigError`；发消息要的 corpid、
+    secret、agentid，智能机器人（有 bot_secret）的不用写。
     """
     if isinstance(appname, _Settings):
         return appname
-    wrong = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)
+    needed = [key for key in _joined(needs).split('|') if key]
+    wrong = set(settings).union(needed) - set(_APP_KEYS + _SYSTEM_KEYS)
     if wrong:
         raise TypeError('no such setting: %s' % ', '.join(sorted(wrong)))
     path, here, paths = _find_config(ini_name)
     given = {k: _clean(str(v)) for k, v in settings.items() if v is not None}
     values = _Settings(dict.fromkeys(_APP_KEYS + _SYSTEM_KEYS, ''))
-    values.sources, values.unknown = {}, []
+    values.sources, values.unknown, values.appname = {}, [], str(appname)
     for source, found in _sources(appname, path, settings, values.unknown) + [('keyword', given)]:
         for key, value in found.items():
             if source == 'keyword' or not values[key]:
@@ -1097,6 +1110,7 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
                               % (path, key, key.upper()))
     _complete(values)
     values['touser'] = _joined(values['touser'])
+    _require(values, *(key for key in needed if not values['bot_secret'] or key not in ('corpid', 'secret', 'agentid')))
     _remember(*(values[k] for k in _SECRETS))
     return values
 
@@ -2647,9 +2661,7 @@ class _Caller:
 
     def __init__(self, appname, ini_name, needed, settings):
         self.settings = get_config(appname, ini_name, **settings)
-        for key in needed:
-            if not self.settings[key]:
-                raise ConfigError('没有写 %s：写进 config.ini，或环境变量 EASYWECHAT_%s' % (key, key.upper()))
+        _require(self.settings, *needed)
         self.api_base = _normal_base(self.settings['api_base'] or _API_BASE)
         self._pace = _Pace(lambda seconds: self._sleep(seconds))
         # urllib 的 opener，各个线程共用；第一次用到才建
@@ -2875,7 +2887,8 @@ class WeChatClient(_Caller):
             raise APIError(82001, 'no receiver', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
         if not _AGENT.fullmatch(agentid):
-            raise ConfigError('agentid 没有写，或不是数字：写进 config.ini，或环境变量 EASYWECHAT_AGENTID')
+            _require(self.settings, 'agentid')
+            raise ConfigError('agentid 应该是一个数字：「应用管理 → 自建 → 应用」最上面的')
         return who, dict(message, agentid=int(agentid))
 
     @_code_and_message
@@ -3089,15 +3102,15 @@ _THREE = 29 / 9  #: 企业微信一共投递三次：第三次该答的时候，
 
 class _Run:
     """一条消息的一次运行，和在等它的各次投递。"""
-    __slots__ = ('key', 'message', 'sender', 'replies', 'begin', 'newest', 'stage', 'reply', 'count', 'parcel',
-                 'leased', 'due', 'record', 'deliveries', '_lock')
+    __slots__ = ('key', 'message', 'sender', 'replies', 'begin', 'newest', 'stage', 'reply', 'count', 'given',
+                 'parcel', 'leased', 'due', 'record', 'deliveries', '_lock')
 
     def __init__(self, key, message, answer, replies):
         self.key, self.message, self.sender = key, message, str(message.get('FromUserName', ''))
         self.replies = replies          # 它的东西走哪条路
         self.begin = self.newest = time.monotonic()     # 第一次、最近一次投递
         self.stage, self.reply = _WAITING, None     # 答复：bytes，b'' 是没有；None 是还没有定
-        self.count, self.parcel = 1, None           # 来过几次投递；replies 放它的东西的地方
+        self.count, self.given, self.parcel = 1, 0, None    # 来过几次投递；给出了几条；replies 放它的东西的地方
         self.leased = self.due = None   # 认领到了：上次续的时刻；没有轮到跑：什么时候再看
         self.record = threading.Lock()  # 写它在存储里的记录时拿着：存储可能很慢
         self.deliveries = [(self.begin, answer)]    # 在等的，先来的在前
@@ -3454,11 +3467,16 @@ class _Results:
     def make(self, run: _Run) -> None:
         """跑回调，它给的一条一条收下。出错记日志；企业微信得到空的 200，否则它会再投递。"""
         parcel = run.parcel
-        func, args = self._owner._callbacks.find(run.message)
+        func, args = self._owner._callback_for(run.message)
+        where = (_name_of(func),) + tuple(map(_Shown, (parcel.kind, parcel.id, parcel.user)))
+        if func:
+            logger.debug('callback %s begins on %s %s from %s', *where)
         try:
             self._take(parcel, func, func(run.message, *args) if func else None)
         except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
             self._failed(parcel, func, e)
+        if func:
+            logger.debug('callback %s ended on %s %s from %s: %d results', *where, run.given)
         run.stage = _PUSHING
         self._over(parcel)
 
@@ -3484,10 +3502,12 @@ class _Results:
             if hasattr(item, '__aiter__'):
                 item = _LOOP.each(item, self._under_way)
             if isinstance(item, Stream):
+                parcel.run.given += 1
                 return self._stream(parcel, func, item)
             if item is None or _is_several(item):
                 return all(self._take(parcel, func, one) for one in item or ())
             for message in self._messages(parcel, item):
+                parcel.run.given += 1
                 if not self._add(parcel, message):
                     return False
         except Exception as e:          # 回调给的是什么都有可能；别的还要接着送
@@ -3703,7 +3723,9 @@ def _answer(status, kind, body=b'', *more):
 class Dispatcher:
     """一个应用的回调：登记函数，把 HTTP 请求变成回答。
 
-    ``appname``、``ini_name`` 和设置同 `get_config`；缺少 corpid、token 或 encoding_aes_key，抛 `ConfigError`。
+    ``appname``、``ini_name``、``needs`` 和设置同 `get_config`；缺少 corpid、token 或 encoding_aes_key，抛
+    `ConfigError`。``only_touser`` 为真，就只听 touser 里的人（``@all`` 是所有人），回调看不到别人的消息，他们得到一句
+    ``refusal``。
     本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
 
     时限和上限，在子类里改，或在开始服务以前给实例；单位是秒和字节::
@@ -3725,6 +3747,9 @@ class Dispatcher:
     max_callbacks: int = 32
     store_within: float = WeChatClient.store_within
 
+    #: ``only_touser`` 时别人得到的一句话，空的就不答；``%s`` 是他的账号，可以没有。
+    refusal: str = '这台机器只听它主人的话。要用就请主人把你的账号 %s 写进 touser。'
+
     settings: 'Dict[str, str]'
     debug: bool
     store: 'Any'
@@ -3734,9 +3759,10 @@ class Dispatcher:
     _now = staticmethod(time.time)
 
     def __init__(self, appname: str = 'demo', ini_name: 'Optional[str]' = None, store: 'Any' = None,
-                 **settings: 'Union[None, str, int]') -> None:
+                 needs: 'Who' = (), only_touser: bool = False, **settings: 'Union[None, str, int]') -> None:
         self.appname = appname
-        self.settings = get_config(appname, ini_name, **settings)
+        self.settings = get_config(appname, ini_name, needs, **settings)
+        self._only = set(self.settings['touser'].lower().split('|')) - {''} if only_touser else {'@all'}
         # receiveid → 加解密
         self._crypts = {receive_id: WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], receive_id)
                         for receive_id in self._receive_ids()}
@@ -3761,10 +3787,7 @@ class Dispatcher:
 
     def _receive_ids(self):
         """听哪些 receiveid 的回调；缺了什么抛 `ConfigError`。"""
-        for key in 'corpid', 'token', 'encoding_aes_key':
-            if not self.settings[key]:
-                raise ConfigError('没有写 %s：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_%s'
-                                  % (key, self.appname, key.upper()))
+        _require(self.settings, 'corpid', 'token', 'encoding_aes_key')
         return [self.settings['corpid']]
 
     def __repr__(self):
@@ -3808,6 +3831,17 @@ class Dispatcher:
                 return room + ' 21°C'
         """
         return self._callbacks.add(msg_type, func, pattern)
+
+    def _callback_for(self, msg):
+        """→ (函数，没有是 None；附加的参数)。"""
+        if self._only & {str(msg.get('FromUserName')).lower(), '@all'}:
+            return self._callbacks.find(msg)
+        return None if msg.get('MsgType') == 'event' or not self.refusal else self._refuse, ()
+
+    def _refuse(self, msg):
+        user = msg['FromUserName']
+        logger.warning('refused %s: not in touser', _show(user))
+        return self.refusal.replace('%s', user)
 
     def finish(self, deadline: float) -> None:
         """等在跑的回调、在发的，至多到 ``deadline`` (monotonic 秒)：``async def`` 的最后取消；没有送到的写日志。"""
@@ -4100,6 +4134,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.request.shutdown(socket.SHUT_WR)
             while left > 0:
                 left -= len(self._more(deadline))
+
+
+def _cannot_listen(error, host, port):
+    """→ 同样的 `OSError`，说的是怎么办。"""
+    number = getattr(error, 'errno', None) or errno.EINVAL
+    what, then = {
+        errno.EADDRINUSE: ('已经有程序在用', '停掉它，或换一个端口'),
+        errno.EACCES: ('没有权限', '1024 以下的要 root，换一个大的'),
+        errno.EADDRNOTAVAIL: ('这台机器没有这个地址', '写 0.0.0.0'),
+    }.get(number, (getattr(error, 'strerror', None) or str(error), '端口是 0 到 65535，地址写 0.0.0.0'))
+    return OSError(number, '不能监听 %s 的 %s 端口，%s：%s' % (host, port, what, then))
 
 
 class _HTTPServer(http.server.HTTPServer):
@@ -4672,8 +4717,8 @@ class _Offline(NetworkError):
     """长连接断着，没有发：连上了再发。"""
 
 
-def _offline(command, failure):
-    return _Offline(503, 'the long connection is down', command, '长连接断着，没有发%s' % (
+def _offline(cmd, failure):
+    return _Offline(503, 'the long connection is down', cmd, '长连接断着，没有发%s' % (
         failure and '：%s' % failure.hint or ''))
 
 
@@ -5018,8 +5063,8 @@ _LOOPBACK = re.compile(r'localhost|::1|127(\.[0-9]{1,3}){3}')
 _JSON_TEXT = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _frame_text(command, req_id, body=None):
-    frame = {'cmd': command, 'headers': {'req_id': req_id}}
+def _frame_text(cmd, req_id, body=None):
+    frame = {'cmd': cmd, 'headers': {'req_id': req_id}}
     if body is not None:
         frame['body'] = body
     return _JSON_TEXT(frame)
@@ -5036,9 +5081,9 @@ def _read_frame(text):
     return frame
 
 
-def _refused(ack, command):
+def _refused(ack, cmd):
     code = ack.get('errcode')
-    return APIError(code if isinstance(code, int) else -1, _show(ack.get('errmsg') or 'no errmsg', 400), command)
+    return APIError(code if isinstance(code, int) else -1, _show(ack.get('errmsg') or 'no errmsg', 400), cmd)
 
 
 _HARMLESS = frozenset(['aibot_upload_media_init', 'aibot_upload_media_chunk', 'aibot_upload_media_finish'])
@@ -5046,14 +5091,14 @@ _BUSY = frozenset([45009, 45033, 846607])
 _STALE = frozenset([6000, 846605, 846608, 600039])      #: 这条消息回复不了了：主动发送。
 
 
-def _wrong(ack, command):
+def _wrong(ack, cmd):
     """回执 (dict，没有是 None) → 错误；好的是 None。"""
     if ack is None:
-        return NetworkError(504, 'no acknowledgement', command, '企业微信没有回执：消息可能已经到了，先看一眼再重发',
-                            command not in _HARMLESS)
+        return NetworkError(504, 'no acknowledgement', cmd, '企业微信没有回执：消息可能已经到了，先看一眼再重发',
+                            cmd not in _HARMLESS)
     if ack.get('errcode') == 846609:        # 没有订阅：没有发
-        return _offline(command, None)
-    return _refused(ack, command) if ack.get('errcode') else None
+        return _offline(cmd, None)
+    return _refused(ack, cmd) if ack.get('errcode') else None
 
 
 class _Kicked(Exception):
@@ -5225,16 +5270,16 @@ class _Session:
 
     def _take(self, line, frame):
         """收到的一帧。"""
-        command, headers, body = frame.get('cmd'), frame.get('headers'), frame.get('body')
+        cmd, headers, body = frame.get('cmd'), frame.get('headers'), frame.get('body')
         req_id = headers.get('req_id') if isinstance(headers, dict) else None
-        if not command:
+        if not cmd:
             with self._lock:
                 then = self._asked.pop(req_id, None) if isinstance(req_id, str) else None
             if then:
                 then(frame)
             if frame.get('errcode') == 846609:
                 raise _Closed(1006, 'not subscribed any more (846609)')
-        elif command in ('aibot_msg_callback', 'aibot_event_callback') and isinstance(body, dict):
+        elif cmd in ('aibot_msg_callback', 'aibot_event_callback') and isinstance(body, dict):
             event = body.get('event')
             kicked = isinstance(event, dict) and event.get('eventtype') == 'disconnected_event'
             if self.heard:
@@ -5243,9 +5288,9 @@ class _Session:
                 logger.warning('a message came while we only send: 没有回答；要回答，让机器人一直运行')
             if kicked:
                 raise _Kicked
-        elif str(command) not in self._unknown and len(self._unknown) < 100:
-            self._unknown.add(str(command))
-            logger.info('unknown command %s', _show(command))
+        elif str(cmd) not in self._unknown and len(self._unknown) < 100:
+            self._unknown.add(str(cmd))
+            logger.info('unknown command %s', _show(cmd))
 
     def _lost(self, line):
         """连接完了：等回执的，不必等了。"""
@@ -5282,19 +5327,19 @@ class _Session:
 
     # 任何线程
 
-    def tell(self, command, body, req_id, then):
+    def tell(self, cmd, body, req_id, then):
         """发一帧，不等：回执来了 ``then(回执)``，断了 ``then(None)``，在收的那条线程上。没有发出去抛 503。"""
         line = self.line
         if not line:
-            raise _offline(command, self.failure)
+            raise _offline(cmd, self.failure)
         with self._lock:
             self._asked[req_id] = then
         try:
-            line.send(_frame_text(command, req_id, body))
+            line.send(_frame_text(cmd, req_id, body))
         except OSError as e:
             with self._lock:
                 self._asked.pop(req_id, None)
-            raise _offline(command, self._bot._failed(e)) from None
+            raise _offline(cmd, self._bot._failed(e)) from None
 
     def give_up(self, req_id):
         """不等它的回执了。"""
@@ -5303,18 +5348,18 @@ class _Session:
         if then:
             then(None)
 
-    def ask(self, command, body, req_id=None, within=None):
+    def ask(self, cmd, body, req_id=None, within=None):
         """发一帧，等它的回执 → dict。没有发出去抛 `NetworkError` 503，没有等到回执 504，拒绝了 `APIError`。"""
-        gate, req_id, acks = threading.Lock(), req_id or _new_id(command), []
+        gate, req_id, acks = threading.Lock(), req_id or _new_id(cmd), []
         gate.acquire()
 
         def then(ack):
             acks.append(ack)
             gate.release()
-        self.tell(command, body, req_id, then)
+        self.tell(cmd, body, req_id, then)
         if not gate.acquire(timeout=within or self._bot.ack_within):
             self.give_up(req_id)
-        error = _wrong(acks[0] if acks else None, command)
+        error = _wrong(acks[0] if acks else None, cmd)
         if error:
             raise error
         return acks[0]
@@ -5338,11 +5383,11 @@ class _Session:
             tell and tell(bot.busy_pause)
             bot._sleep(bot.busy_pause)
 
-    def _step(self, end, command, body):
+    def _step(self, end, cmd, body):
         """上传的一步 → 回执的 body；断了，连上以后接着来：每一步再来一次也没关系。"""
         while True:
             try:
-                ack = self.ask(command, body, within=self._bot.chunk_within)
+                ack = self.ask(cmd, body, within=self._bot.chunk_within)
                 return ack['body'] if isinstance(ack.get('body'), dict) else ack
             except NetworkError:
                 if self._bot._clock() >= end or not self.wait(end - self._bot._clock()):
@@ -5466,8 +5511,8 @@ class WeChatBot(_Caller):
     def __init__(self, appname: 'Union[str, Dict[str, str]]' = 'demo', ini_name: 'Optional[str]' = None,
                  **settings: 'Union[None, str, int]') -> None:
         super().__init__(appname, ini_name, ('bot_id',), settings)
-        if not self.settings['bot_secret'] and not (self.settings['token'] and self.settings['encoding_aes_key']):
-            raise ConfigError('没有写 bot_secret：写进 config.ini，或环境变量 EASYWECHAT_BOT_SECRET')
+        if not (self.settings['token'] and self.settings['encoding_aes_key']):
+            _require(self.settings, 'bot_secret')
         self.url = self.settings['bot_url'] or _BOT_URL
         parts = urllib.parse.urlsplit(self.url)
         if not re.fullmatch(r'wss://[!-~]+', self.url) and not (
@@ -5674,7 +5719,7 @@ class _BotReplies(_BotResults):
         msg = _bot_message(body, owner.settings['bot_name'])
         msg.line, msg.req_id = line, req_id
         owner._met(msg)
-        wanted = owner._callbacks.find(msg)[0] if msg.get('Event') != 'disconnected_event' else \
+        wanted = owner._callback_for(msg)[0] if msg.get('Event') != 'disconnected_event' else \
             owner._callbacks.knows('event:disconnected_event')      # 没有人，没有会话：说了要的才给
         if wanted:
             deliver = functools.partial(owner._once.deliver, owner._keys.of(msg), msg, id, owner._once.spawn, self)
@@ -5854,10 +5899,10 @@ class _BotReplies(_BotResults):
         return not talk.stale and self._replied(talk, 'aibot_respond_msg', body) or self._session.push(
             dict(body, chatid=talk.chat))
 
-    def _replied(self, talk, command, body):
+    def _replied(self, talk, cmd, body):
         """用 req_id 回复 → 送到了没有：已经不能回复了，太频繁（停一停），就主动发送。"""
         try:
-            return bool(self._session.ask(command, body, talk.req_id))
+            return bool(self._session.ask(cmd, body, talk.req_id))
         except APIError as e:
             if e.errcode not in _STALE | _BUSY:
                 raise
@@ -6251,8 +6296,8 @@ class WeChatServer(Dispatcher):
     _telling = False
 
     def __init__(self, appname: str = 'demo', ini_name: 'Optional[str]' = None, store: 'Any' = None,
-                 **settings: 'Union[None, str, int]') -> None:
-        super().__init__(appname, ini_name, store, **settings)
+                 needs: 'Who' = (), only_touser: bool = False, **settings: 'Union[None, str, int]') -> None:
+        super().__init__(appname, ini_name, store, needs, only_touser, **settings)
         self._bot = WeChatBot(self.settings) if self.settings['bot_id'] else None
         self._chats = _BotReplies(self, self._bot) if self.settings['bot_id'] and self.settings['bot_secret'] else None
         self._polls = _PollReplies(self, self._bot) if '' in self._crypts else None
@@ -6265,9 +6310,8 @@ class WeChatServer(Dispatcher):
         bot, callback = settings['bot_id'], settings['token'] and settings['encoding_aes_key']
         if not bot or not callback and settings['corpid'] and not settings['bot_secret']:
             return super()._receive_ids()
-        if not callback and not settings['bot_secret']:
-            raise ConfigError('没有写 bot_secret：写进 config.ini 的 [%s]，或环境变量 EASYWECHAT_BOT_SECRET'
-                              % self.appname)
+        if not callback:
+            _require(settings, 'bot_secret')
         return ([settings['corpid']] * bool(settings['corpid']) + [''] * (not settings['bot_secret'])) * bool(callback)
 
     @property
@@ -6355,8 +6399,10 @@ class WeChatServer(Dispatcher):
             self._connect()
         try:
             self._http = _HTTPServer(self, host, port) if self._crypts else None
-        except BaseException:
+        except BaseException as e:
             self.stop()
+            if isinstance(e, (OSError, OverflowError)):
+                raise _cannot_listen(e, host, port) from None
             raise
         return self._http and self._http.server_address[:2]
 
@@ -6378,11 +6424,18 @@ class WeChatServer(Dispatcher):
     def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
         """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
 
-        ``debug`` 见 `debug` 属性;``threaded`` 只为旧程序保留,总是多线程。
+        ``debug`` 见 `debug` 属性；``threaded`` 只为旧程序保留，总是多线程。端口用不了，在主线程里说一句，退出码 2，
+        在别的线程里抛 `OSError`。
         """
         self.debug, self._telling = bool(debug), True
         _one_heap()
-        address = self.start(host, port)
+        try:
+            address = self.start(host, port)
+        except OSError as e:
+            if threading.current_thread() is not threading.main_thread():
+                raise
+            print('EasyWeChat %s' % e.strerror, file=sys.stderr)
+            sys.exit(2)
         if address:
             host, port = address
             print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
@@ -6434,6 +6487,17 @@ _DEMO = {'corpid': 'wwEasyWeChatDemo00', 'token': 'EasyWeChatDemo', 'agentid': '
 
 class _CommandError(Exception):
     """命令行的一次失败:``args`` 是 (退出码, 一句话)。"""
+
+
+#: 命令行的出错，是一句话，不是 traceback。
+_FAULTS = WeChatError, ImportError, OSError
+
+
+def _sentence(error):
+    """一个错误 → 给人看的 (str)。"""
+    if isinstance(error, OSError):
+        return '%s: %s' % (error.filename, error.strerror) if error.filename else error.strerror or str(error)
+    return str(error) if isinstance(error, APIError) else getattr(error, 'errmsg', str(error))
 
 
 def _echo(msg):
@@ -6511,11 +6575,7 @@ def _run_echo(args):
     server.register_callback('*', _echo)
     server.debug, server._telling = args.debug, True
     _one_heap()
-    try:
-        address = server.start(host, args.port)
-    except OSError as e:
-        raise _CommandError(
-            3, 'cannot listen on %s port %d: %s; --port takes another' % (host, args.port, e.strerror)) from None
+    address = server.start(host, args.port)
     if server._chats:
         print('智能机器人%s。按 Ctrl-C 停止。' % ('连上了，跟它说一句话试试' if server.bot._session.wait(10) else
                                        '还没有连上，一直在试'), flush=True)
@@ -6646,7 +6706,7 @@ def _read_mail(line_of, folder):
     return [_mail_text(top, texts, notes)] + files
 
 
-def _run_mail(args):
+def _send_mail(args):
     import tempfile
     stdin, dots = sys.stdin.buffer, args.dots
 
@@ -6659,6 +6719,16 @@ def _run_mail(args):
             return
         items = _read_mail(iter(itertools.chain([first], iter(line_of, None))).__next__, folder)
         _sender(args).send(items, args.to)
+
+
+def _run_mail(args):
+    """退出码是 sysexits.h 的：69 被拒绝，75 过一会儿再来，78 配置。"""
+    try:
+        _send_mail(args)
+    except _FAULTS as e:
+        busy = isinstance(e, NetworkError) or getattr(e, 'errcode', 0) in (-1, 45009, 45033)
+        code = 75 if busy else 69 if isinstance(e, (APIError, CryptoError)) else 78
+        raise _CommandError(code, _sentence(e)) from None
 
 
 
@@ -6870,45 +6940,50 @@ def _sendmail(words):
     return ['--mail'] + ['--dots'] * (not {'-i', '-oi'} & set(words))
 
 
-def _exit_code(error, mail):
-    """退出码；发信的是 sysexits.h 的：64 用法，69 被拒绝，75 过一会儿再来，78 配置。"""
-    if isinstance(error, APIError):
-        busy = isinstance(error, NetworkError) or mail and error.errcode in (-1, 45009, 45033)
-        return (75 if mail else 3) if busy else 69 if mail else 1
-    code = 1 if isinstance(error, CryptoError) else 2
-    return {1: 69, 2: 78}[code] if mail else code
+def _spoken(job, name, faults):
+    """跑 ``job()`` → 退出码；出了错，在 stderr 上说一句。"""
+    try:
+        return job() or 0
+    except _CommandError as e:
+        code, text = e.args
+    except faults as e:
+        code = 3 if isinstance(e, NetworkError) else 1 if isinstance(e, (APIError, CryptoError)) else 2
+        text = _sentence(e)
+    except KeyboardInterrupt:
+        code, text = 130, 'interrupted'
+    print('%s: %s' % (name, '\n'.join(_escape(line) for line in _redact(text).splitlines())), file=sys.stderr)
+    return code
+
+
+def command(run: 'Callable[[], Optional[int]]') -> 'NoReturn':
+    """一个程序的最后一行：跑 ``run()``，以它返回的退出码结束；None 是 0。
+
+        if __name__ == '__main__':
+            easywechat.command(main)
+
+    本文件的错误、缺一个包、读写不了文件，在 stderr 上说一句，不是 traceback；退出码同命令行：1 企业微信拒绝了，2 用法或
+    配置不对，3 网络不通，130 被打断。显示不了中文的终端，stdout 上是转义。别的异常照样抛出去。
+    """
+    with contextlib.suppress(AttributeError, OSError):      # reconfigure 要 Python 3.7
+        sys.stdout = open(sys.stdout.fileno(), 'w', 1, sys.stdout.encoding, 'backslashreplace', closefd=False)
+    sys.exit(_spoken(run, os.path.splitext(os.path.basename(sys.argv[0]))[0], _FAULTS))
 
 
 def main(argv: 'Optional[Sequence[str]]' = None) -> int:
-    """命令行;返回退出码 (int)。"""
-    mail = False
-    try:
+    """命令行；返回退出码 (int)。"""
+    def job():
         words = list(sys.argv[1:] if argv is None else argv)
         if argv is None and os.path.basename(sys.argv[0]) == 'sendmail':
-            mail = True
             words = _sendmail(words)
         args = _arguments(words)
-        mail = args.run is _run_mail
-        (args.run or (_run_explain if args.explain else _run_send if args.probe is None else _run_probe))(args)
-        return 0
-    except _CommandError as e:
-        code, text = e.args
-    except BrokenPipeError:             # | head：没有人看了
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (WeChatError, ImportError, TypeError, ValueError, OSError) as e:
-        code, text = _exit_code(e, mail), e if isinstance(e, APIError) else getattr(e, 'errmsg', e)
-        if isinstance(e, OSError):
-            text = '%s: %s' % (e.filename, e.strerror) if e.filename else str(e)
-    except KeyboardInterrupt:
-        code, text = 130, 'interrupted'
-    print('easywechat: %s' % '\n'.join(_escape(line) for line in _redact(str(text)).splitlines()), file=sys.stderr)
-    return code
+        try:
+            (args.run or (_run_explain if args.explain else _run_send if args.probe is None else _run_probe))(args)
+        except BrokenPipeError:             # | head：没有人看了
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _spoken(job, 'easywechat', _FAULTS + (TypeError, ValueError))
 
 
 if __name__ == '__main__':
     sys.modules.setdefault('easywechat', sys.modules[__name__])
-    if sys.stdout:      # reconfigure 要 Python 3.7
-        sys.stdout = open(sys.stdout.fileno(), 'w', 1, sys.stdout.encoding, 'backslashreplace', closefd=False)
-    sys.exit(main())
+    command(main)

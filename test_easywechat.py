@@ -6875,7 +6875,7 @@ class CommandTests(unittest.TestCase):
             self.assertEqual(run_cli('--probe', 'x', '--url', url)[0], 2, url)
         self.assertEqual(run_cli('--version')[:2], (0, easywechat.__version__ + '\n'))
         with self.echo() as (process, port, output):
-            self.assertEqual(run_cli('--echo', '--port', port)[0], 3)
+            self.assertEqual(run_cli('--echo', '--port', port)[0], 2)
             code, out, err = run_cli('--echo', EASYWECHAT_CORPID='ww1', EASYWECHAT_TOKEN='t',
                                      EASYWECHAT_ENCODING_AES_KEY='k' * 42 + '_')
             self.assertEqual((code, out), (2, ''))
