@@ -753,6 +753,21 @@ class ConfigTests(unittest.TestCase):
                 self.assertEqual(easywechat.get_section('nas'), {})
 
 
+    def test_what_a_program_needs_is_named(self):
+        self.write('[监控]\ncorpid = ww1\nsecret = s\nbot_id = aib1\n')
+        self.assertEqual(get_config('监控', self.path, needs=('corpid', 'secret'))['secret'], 's')
+        for needs, missing in (('touser', 'touser'), (('secret', 'agentid'), 'agentid'), ('corpid token', 'token')):
+            with self.assertRaises(ConfigError) as caught:
+                get_config('监控', self.path, needs)
+            self.assertEqual(caught.exception.errmsg, '没有写 %s：写进 config.ini 的 [监控]，或环境变量 '
+                             'EASYWECHAT_%s' % (missing, missing.upper()))
+        got = get_config('监控', self.path, ['secret', 'agentid', 'touser'], bot_secret='b', touser='z')
+        self.assertEqual((got['agentid'], got['touser']), ('', 'z'))        # 智能机器人
+        self.assertRaises(TypeError, get_config, '监控', self.path, ['secrets'])
+        with self.assertRaises(ConfigError):
+            make_server(needs=['touser'])
+
+
 class NeighbourTests(unittest.TestCase):
     """同一台机器上别的用户的 config.ini，在我们恰好在的目录里。"""
 
@@ -2169,6 +2184,45 @@ class CallbackTests(unittest.TestCase):
             server.handle(*delivery(message(Content=text)))
         self.assertEqual(seen, [(text, 'a b' if text[0] == '查' else None) for text in texts] + [
             '状态x', 'x状态', '状 态', ' ', ''])
+
+    def test_only_the_people_in_touser_are_heard(self):
+        users = 'zhangsan', 'lisi', 'w'
+        with self.assertLogs('easywechat', 'DEBUG') as log:
+            for touser, heard in ('ZhangSan|lisi', users[:2]), ('@all', users), ('', ()):
+                seen = []
+                server = make_server(seen.append, touser=touser, only_touser=True)
+                for user in users:
+                    reply = opened(server.handle(*delivery(message(FromUserName=user, Content='x')))[2]) or {}
+                    self.assertEqual(reply.get('Content'),
+                                     None if user in heard else server.refusal.replace('%s', user))
+                    event = message(FromUserName=user, MsgType='event', Event='enter_agent')
+                    self.assertEqual(server.handle(*delivery(event))[2], b'')
+                self.assertEqual([msg['FromUserName'] for msg in seen], [user for user in heard for _ in range(2)])
+        self.assertEqual([r.getMessage() for r in log.records if r.levelname == 'WARNING'], [
+            'refused %s: not in touser' % user for user in ('w', 'zhangsan', 'lisi', 'w')])
+        server.refusal = ''
+        self.assertEqual(server.handle(*delivery(message(Content='x')))[2], b'')
+        seen = []
+        make_server(seen.append, touser='zhangsan').handle(*delivery(message(FromUserName='w')))
+        self.assertEqual(len(seen), 1)
+
+    def test_begin_and_end_of_a_callback_are_in_the_log(self):
+        def callback(msg):
+            if msg['Content'] == 'raise':
+                raise KeyError(msg['Content'])
+            return {'none': None, 'two': ['a', 'b'], 'gen': iter(['a'])}.get(msg['Content'])
+        server = make_server()
+        server.register_callback('text', callback)
+        for text, count in ('none', 0), ('two', 2), ('gen', 1), ('raise', 0):
+            with self.assertLogs('easywechat', 'DEBUG') as log:
+                msg = message(Content=text)
+                server.handle(*delivery(msg))
+            lines = [r.getMessage() for r in log.records if r.msg.startswith('callback %s ')]
+            self.assertRegex(lines[0], 'callback .*callback begins on text [0-9]+ from li.lei$')
+            self.assertRegex(lines[-1], 'callback .*callback ended on text [0-9]+ from li.lei: %d results$' % count)
+        with self.assertLogs('easywechat', 'DEBUG') as log:
+            server.handle(*delivery(message(MsgType='image', MediaId='M')))
+        self.assertEqual([r.getMessage() for r in log.records if 'callback' in r.msg], ['no callback for image'])
 
     def test_the_server_is_its_own_wsgi_callable(self):
         server = make_server()
@@ -6884,6 +6938,45 @@ class CommandTests(unittest.TestCase):
                                      EASYWECHAT_TOKEN='t', EASYWECHAT_ENCODING_AES_KEY='k' * 43)
             self.assertEqual((code, out), (1, ''))
             self.assertIn('403', err)
+
+    def test_a_program_ends_with_one_sentence(self):
+        def fails(error):
+            raise error
+        with socket.socket() as taken:
+            taken.bind(('127.0.0.1', 0))
+            taken.listen(1)
+            port = taken.getsockname()[1]
+            table = [
+                (lambda: None, 0, ''), (lambda: 7, 7, ''),
+                (lambda: fails(KeyboardInterrupt()), 130, 'bot: interrupted'),
+                (lambda: get_config('x', 'nosuch.ini'), 2, 'bot: 没有找到配置'),
+                (lambda: open('/nosuch/x'), 2, 'bot: /nosuch/x: '),
+                (lambda: fails(ImportError('没有 x')), 2, 'bot: 没有 x'),
+                (lambda: fails(NetworkError(503, 'x')), 3, 'bot: '),
+                (lambda: fails(APIError(60020, 'x', 'agent/get')), 1, 'bot: '), (lambda: fails(SystemExit(5)), 5, ''),
+                (lambda: make_server().start('127.0.0.1', port), 2,
+                 'bot: 不能监听 127.0.0.1 的 %d 端口，已经有程序在用：停掉它，或换一个端口' % port),
+                (lambda: make_server().run('127.0.0.1', port), 2, 'EasyWeChat 不能监听 127.0.0.1 的 %d 端口' % port),
+                (lambda: make_server().start('127.0.0.1', 99999), 2, 'bot: 不能监听 127.0.0.1 的 99999 端口'),
+                (lambda: make_server().start('192.0.2.1', 0), 2,
+                 'bot: 不能监听 192.0.2.1 的 0 端口，这台机器没有这个地址')]
+            for run, code, words in table:
+                with contextlib.redirect_stderr(io.StringIO()) as err, swapped(sys, 'argv', ['/opt/bot.py', 'x']), \
+                        contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as ended:
+                    easywechat.command(run)
+                self.assertEqual((ended.exception.code, err.getvalue()[:len(words)], err.getvalue().count('\n')),
+                                 (code, words, bool(words)), err.getvalue())
+            with self.assertRaises(OSError) as caught:
+                make_server().start('127.0.0.1', port)
+            self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
+        with self.assertRaises(ZeroDivisionError):      # 程序自己的错要看得到在哪里
+            easywechat.command(lambda: 1 / 0)
+
+    def test_a_terminal_without_chinese_gets_escapes(self):
+        program = "import easywechat; easywechat.command(lambda: print('你好') or 3)"
+        done = subprocess.run([sys.executable, '-c', program.encode()], cwd=HERE, stdout=subprocess.PIPE,
+                              env=dict(os.environ, PYTHONIOENCODING='ascii', LC_ALL='C.UTF-8'))
+        self.assertEqual((done.returncode, done.stdout.strip()), (3, b'\\u4f60\\u597d'))
 
     def test_the_program_of_the_readme_runs_as_it_stands(self):
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
