@@ -1244,11 +1244,13 @@ class _Promise:
 
 
 def _within(threads, seconds, job):
-    """在 ``threads`` 的一条线程上 ``job()`` → 它的结果，或抛它抛的；``seconds`` 秒没有结果抛 `socket.timeout`。"""
+    """在 ``threads`` 的一条线程上 ``job()`` → 它的结果，或抛它抛的；``seconds`` 秒没有结果抛 `socket.timeout`。
+
+    等到最后才轮到的，再给它半秒：刚开始就说它没有答，等于没有问。
+    """
     deadline = time.monotonic() + seconds
-    promise = _Promise(threads, job, seconds)       # 也许等了一会儿才轮到
-    left = deadline - time.monotonic()
-    return promise.result(left if left > -0.1 else min(seconds, 0.5))       # 进程刚停过：再给它一点时间
+    promise = _Promise(threads, job, seconds)
+    return promise.result(max(deadline - time.monotonic(), min(seconds, 0.5)))
 
 
 class _Loop:

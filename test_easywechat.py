@@ -1010,6 +1010,21 @@ class StoreTests(unittest.TestCase):
         self.assertEqual((server.store.get('b'), server.store.get('a')), (b'2', b'1'))
 
 
+class CallTests(unittest.TestCase):
+    """别的线程上的一次调用。"""
+
+    def test_whoever_got_a_thread_late_gets_time_to_answer(self):
+        threads, go = easywechat._Threads(1), threading.Event()
+        threads.submit(0, go.wait)
+        threading.Timer(0.18, go.set).start()
+        self.assertEqual(easywechat._within(threads, 0.2, lambda: time.sleep(0.1) or 'x'), 'x')
+        begin = time.monotonic()
+        with self.assertRaises(socket.timeout):
+            easywechat._within(threads, 0.2, lambda: go.clear() or go.wait(3))
+        go.set()
+        self.assertLess(time.monotonic() - begin, 1)
+
+
 class FileStoreTests(unittest.TestCase):
 
     def setUp(self):
