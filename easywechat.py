@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """EasyWeChat：一个 Python 文件，把机器人接到企业微信 (WeCom)。
 
-（与同名的 PHP SDK 无关。）把这个文件复制到自己的项目里，写一个函数，就有了会自动回复的机器人::
+（与同名的 PHP SDK 无关。）把这个文件复制到自己的项目里，写一个函数，就有了会自动回复的机器人：
 
     import easywechat
 
@@ -21,13 +21,13 @@
 只用标准库；听回调 URL、下载智能机器人收到的文件，另需 pycryptodome 里的 AES。没有账号也能先看一眼：
 ``python easywechat.py --echo``。
 
-从上往下读，每一节只用上面讲过的东西::
+从上往下读，每一节只用上面讲过的东西：
 
     错误 → 错误码 → 日志 → XML → 加解密 → 配置 → 线程 → 存储 → 消息 → 请求 → 主动模式
          → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 信 → 长连接 → 本机 → 智能机器人 → 气泡 → 总成 → 命令行
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
-    gunicorn ──WSGI──▶ server(environ,…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数(dict)
+    gunicorn ──WSGI──▶ server(environ，…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数 (dict)
     Flask 视图、测试 ───────────────────┘ 信封进、信封出└─▲──┬─────┘   └──────┘        │
     企业微信 ◀─WebSocket─▶ 智能机器人 ──────────────────┘  ▼                         ▼
                                    答复：被动回复 · 主动发送 · 气泡 ◀─ str | dict | Path | list | 生成器 | Stream
@@ -78,18 +78,18 @@ try:
     _handler.setLevel(logging.WARNING)
     _handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S'))
     logger.addHandler(_handler)
-except ImportError:             # OpenWrt 没装 python3-logging:警告以上写到 stderr
-    class _Stderr:              # 与 logging.Logger 同名的几个方法,只此而已
+except ImportError:             # OpenWrt 没装 python3-logging：警告以上写到 stderr
+    class _Stderr:              # 与 logging.Logger 同名的几个方法，只此而已
         debug = info = staticmethod(lambda msg, *args: None)
         warning = error = exception = staticmethod(lambda msg, *args: print(
             'easywechat: ' + (msg % args if args else msg), file=sys.stderr))
     logger, logging = _Stderr, None     # type: ignore[assignment]
 
-# OpenWrt 没装 python3-codecs 时没有 idna,连 IP 地址都查不了;这个排在标准的后面,有它就轮不到。
+# OpenWrt 没装 python3-codecs 时没有 idna，连 IP 地址都查不了；这个排在标准的后面，有它就轮不到。
 codecs.register(lambda name: None if name != 'idna' else codecs.CodecInfo(
     codecs.ascii_encode, codecs.ascii_decode, name='idna'))
 
-#: 对象 → {属性: 怎样造}：锁、计数、名单，每个进程一份。fork 出来的进程里没有别的线程，它们拿着的锁再也放不开。
+#: 对象 → {属性：怎样造}：锁、计数、名单，每个进程一份。fork 出来的进程里没有别的线程，它们拿着的锁再也放不开。
 _per_process: 'weakref.WeakKeyDictionary[Any, Any]' = weakref.WeakKeyDictionary()
 _process = [os.getpid()]
 
@@ -143,11 +143,11 @@ if TYPE_CHECKING:
 
 
 # ---- 错误 Errors ------------------------------------------------------------------------------
-# 会出什么错,全在这里。里面的代码一律抛异常;异常知道 HTTP 该答什么,外壳照抄。
-# 对外,验签以后的失败看上去都一样 (403,没有正文);是哪一种、该改哪里,只写在日志里。
+# 会出什么错，全在这里。里面的代码一律抛异常；异常知道 HTTP 该答什么，外壳照抄。
+# 对外，验签以后的失败看上去都一样（403，没有正文）；是哪一种、该改哪里，只写在日志里。
 
 class ierror:
-    """官方 WXBizMsgCrypt 的返回码(开发者文档 path/90968「加解密方案说明」)。"""
+    """官方 WXBizMsgCrypt 的返回码（开发者文档 path/90968「加解密方案说明」）。"""
     WXBizMsgCrypt_OK = 0
     WXBizMsgCrypt_ValidateSignature_Error = -40001
     WXBizMsgCrypt_ParseXml_Error = -40002
@@ -160,37 +160,38 @@ class ierror:
     WXBizMsgCrypt_GenReturnXml_Error = -40011
 
 
-#: errcode → (HTTP 状态, 一句话:违反了哪条规则,该改哪里)。正数就是 HTTP 状态本身。
+#: errcode →（HTTP 状态，一句话：违反了哪条规则，该改哪里）。正数就是 HTTP 状态本身。
 _ERRORS = {
-    -40001: (403, 'signature differs: Token must be the same here and in the console'),
-    -40002: (400, 'no envelope: neither <xml> with one <Encrypt> nor {"encrypt": "..."}'),
-    -40003: (500, 'cannot sign: nonce takes 1 to 63 printable ASCII characters, timestamp 10 digits'),
-    -40004: (500, 'EncodingAESKey must be 43 characters of A-Z a-z 0-9'),
-    -40005: (403, 'receive id differs: is corpid here the one of the sender?'),
-    -40006: (500, 'cannot encrypt: not a text'),
-    -40007: (403, 'bad padding: EncodingAESKey must be the same here and in the console'),
-    -40008: (403, 'decrypted, but no message: its length field is wrong'),
-    -40009: (500, 'cannot encode base64'),
-    -40010: (403, 'not base64: a proxy cut the query or the body, or turned + into something else'),
-    -40011: (500, 'cannot write XML'),
-    400: (400, 'not HTTP as RFC 9112 writes it'), 404: (404, 'wrong path'),
-    405: (405, 'only GET, HEAD and POST are served'), 411: (411, 'POST needs a Content-Length'),
-    413: (413, 'body too large'), 414: (414, 'request line too long'),
-    431: (431, 'too many or too long header fields'), 500: (500, 'internal error'), 503: (503, 'no answer in time'),
+    -40001: (403, 'signature differs：Token 与后台的不一致，两边改成一样'),
+    -40002: (400, 'no envelope：正文不是企业微信的信封（<xml> 里一个 <Encrypt>，或 {"encrypt": "…"}）'),
+    -40003: (500, 'cannot sign：nonce 是 1 到 63 个可见的 ASCII 字符，timestamp 是 10 位数字'),
+    -40004: (500, 'EncodingAESKey 应该恰好是 43 个字母和数字，到后台重新复制'),
+    -40005: (403, 'receive id differs：corpid 与发来的企业不一致，到「我的企业 → 企业信息」核对'),
+    -40006: (500, 'cannot encrypt：不是文字'),
+    -40007: (403, 'bad padding：EncodingAESKey 与后台的不一致，两边改成一样'),
+    -40008: (403, 'no message：解密了，里面不是一条消息，长度不对'),
+    -40009: (500, 'cannot encode：不能写成 base64'),
+    -40010: (403, 'not base64：反向代理截断了查询参数或正文，或改了里面的 +'),
+    -40011: (500, 'cannot write XML：这些内容写不成 XML'),
+    400: (400, 'not HTTP：不合 RFC 9112'), 404: (404, 'wrong path：路径不对'),
+    405: (405, 'wrong method：只有 GET、HEAD、POST'), 411: (411, 'no Content-Length：POST 要写正文的长度'),
+    413: (413, 'body too large：正文太大'), 414: (414, 'request line too long：请求行太长'),
+    431: (431, 'too many header fields：头部太多或太长'), 500: (500, 'internal error：这个文件自己的错'),
+    503: (503, 'no answer in time：没有及时答复'),
 }
 
 
 class WeChatError(Exception):
     """本模块所有错误的祖先。
 
-    ``errcode`` (int) 是官方返回码或 HTTP 状态,``errmsg`` (str) 是一句英文;``status`` 是 HTTP 状态。
+    ``errcode`` (int) 是官方返回码或 HTTP 状态，``errmsg`` (str) 是一句话，``status`` 是 HTTP 状态。
     """
 
     errcode: int
     errmsg: str
 
     def __init__(self, errcode: int, errmsg: 'Optional[str]' = None) -> None:
-        super().__init__(errcode, errmsg or _ERRORS.get(errcode, (500, 'no errmsg'))[1])
+        super().__init__(errcode, errmsg or _ERRORS.get(errcode, (500, '没有说原因'))[1])
         self.errcode, self.errmsg = self.args
 
     def __str__(self) -> str:
@@ -203,15 +204,15 @@ class WeChatError(Exception):
 
 
 class CryptoError(WeChatError):
-    """验签、加密或解密失败;``errcode`` 是 `ierror` 里的一个。"""
+    """验签、加密或解密失败；``errcode`` 是 `ierror` 里的一个。"""
 
 
 class FormatException(WeChatError):
-    """读不懂的 XML / JSON(-40002),写不成 XML 的内容(-40011),不像样的 EncodingAESKey(-40004)。"""
+    """读不懂的 XML、JSON (-40002)，写不成 XML 的内容 (-40011)，不像样的 EncodingAESKey (-40004)。"""
 
 
 class ConfigError(WeChatError):
-    """配置缺了什么或写错了;``errcode`` 是命令行的退出码 2。"""
+    """配置缺了什么或写错了；``errcode`` 是命令行的退出码 2。"""
     def __init__(self, errmsg: str) -> None:
         super().__init__(2, errmsg)
 
@@ -222,66 +223,67 @@ class ConfigError(WeChatError):
 # ---- 错误码 Codes -----------------------------------------------------------------------------
 # 企业微信说了什么（path/90313），该怎么办。
 
-#: (错误码, 原因, 怎么办),管理后台的说法。README「出错了?」的表由它生成。
+#：（错误码，原因，怎么办），管理后台的说法。README「出错了？」的表由它生成。
 _CATALOGUE = (
-    ((-1,), '企业微信系统繁忙', '已经试过几次;过一会儿再发'),
+    ((-1,), '企业微信系统繁忙', '已经试过几次；过一会儿再发'),
     ((40001,), 'Secret 不对，或 access_token 作废了',
-     '到「应用管理 → 自建 → 应用」重新查看 Secret;要和 corpid 是同一个企业,应用没有停用'),
+     '到「应用管理 → 自建 → 应用」重新查看 Secret；要和 corpid 是同一个企业，应用没有停用'),
     ((40003, 46004, 60111), 'UserID 不对，没有这个成员', '用「通讯录 → 成员」里的「账号」，不是姓名'),
-    ((40004, 40005), '媒体类型或文件类型不对', '图片 JPG、PNG,语音 AMR,视频 MP4,别的当作 file 发'),
-    ((40006, 40009, 40011, 45001), '文件大小不对', '大于 5 字节;图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
-    ((40007,), 'media_id 不对或过期', '三天有效,只在上传它的企业里能用:再上传一次'),
-    ((40008,), 'msgtype 不对', '类型见 README 的「主动模式」;markdown_v2 只有群机器人能发'),
-    ((40013,), '企业ID 不对', '「我的企业 → 企业信息」最下面,ww 开头,18 个字符'),
-    ((40014, 42001), 'access_token 不对或过期', '已经换过一次新的;看 secret 和 agentid 是不是同一个应用的'),
-    (range(40016, 40028), '菜单不对', '一级 1–3 个,二级 1–5 个;名字 16 / 40 字节,key 128 字节,url 1024 字节以内'),
-    ((40029, 42003, 42022), '授权码用过或过期了', '一个 code 只能用一次,五分钟有效:重新授权'),
-    ((40031, 40032), '成员名单不对或太长', '用 | 隔开,一次最多 1000 个'),
-    ((40033,), '含有不允许的字符', '正文要是 UTF-8,不要 \\uXXXX 的转义'),
-    ((40035, 40058, 40063), '参数不对', 'errmsg 里有字段的名字;照 path/90236 改'),
-    ((40039, 40094, 45034), '网址太长,或没有 http://', '1024 字节以内,写全 http:// 或 https://'),
+    ((40004, 40005), '媒体类型或文件类型不对', '图片 JPG、PNG，语音 AMR，视频 MP4，别的当作 file 发'),
+    ((40006, 40009, 40011, 45001), '文件大小不对', '大于 5 字节；图片 10 MB、语音 2 MB、视频 10 MB、文件 20 MB 以内'),
+    ((40007,), 'media_id 不对或过期', '三天有效，只在上传它的企业里能用：再上传一次'),
+    ((40008,), 'msgtype 不对', '类型见 README 的「主动模式」；markdown_v2 只有群机器人能发'),
+    ((40013,), '企业ID 不对', '「我的企业 → 企业信息」最下面，ww 开头，18 个字符'),
+    ((40014, 42001), 'access_token 不对或过期', '已经换过一次新的；看 secret 和 agentid 是不是同一个应用的'),
+    (range(40016, 40028), '菜单不对', '一级 1–3 个，二级 1–5 个；名字 16 / 40 字节，key 128 字节，url 1024 字节以内'),
+    ((40029, 42003, 42022), '授权码用过或过期了', '一个 code 只能用一次，五分钟有效：重新授权'),
+    ((40031, 40032), '成员名单不对或太长', '用 | 隔开，一次最多 1000 个'),
+    ((40033,), '含有不允许的字符', '正文要是 UTF-8，不要 \\uXXXX 的转义'),
+    ((40035, 40058, 40063), '参数不对', 'errmsg 里有字段的名字；照 path/90236 改'),
+    ((40039, 40094, 45034), '网址太长，或没有 http://', '1024 字节以内，写全 http:// 或 https://'),
     ((40050, 86001, 86003, 86008), '群不对', 'chatid 要由这个应用用 appchat/create 建'),
-    ((40054, 40055), '菜单的网址不对', '要有 http://,域名在应用的可信域名里'),
+    ((40054, 40055), '菜单的网址不对', '要有 http://，域名在应用的可信域名里'),
     ((40056,), 'AgentId 不对', '「应用管理 → 自建 → 应用」最上面的数字'),
-    ((40057,), '回调 URL 不通', '先让程序跑起来再按「保存」;python easywechat.py --probe 能从外面试'),
-    ((40066, 40068, 40070, 60003, 60123), '部门或标签不对', '用「通讯录」里的部门 ID、标签 ID(数字)'),
-    ((40074,), '图文不能保密', '去掉 safe,或用 mpnews'),
+    ((40057,), '回调 URL 不通', '先让程序跑起来再按「保存」；python easywechat.py --probe 能从外面试'),
+    ((40066, 40068, 40070, 60003, 60123), '部门或标签不对', '用「通讯录」里的部门 ID、标签 ID（数字）'),
+    ((40074,), '图文不能保密', '去掉 safe，或用 mpnews'),
     ((40091,), 'Secret 是别的企业的', 'corpid 和 secret 要从同一个企业的后台抄'),
     ((40123,), '图片坏了', '重新生成 JPG 或 PNG'),
     ((40201, 82004), '内容被拦下了', '换一种写法'),
-    ((41001,), '没有 access_token', '中转 (api_base) 丢了查询串:让它原样转发'),
-    ((41002, 41004), '没有 corpid 或 secret', '写进 config.ini;若已写了,是中转 (api_base) 丢了查询串'),
-    ((41006, 41009, 41011, 41016, 41033), '少了字段', 'errmsg 里有名字;agentid 在 config.ini 里写'),
-    ((*range(42014, 42022), *range(42023, 42052)), '模板卡片不对', '照 path/90236 改;errmsg 说是哪个字段'),
+    ((41001,), '没有 access_token', '中转 (api_base) 丢了查询参数：让它原样转发'),
+    ((41002, 41004), '没有 corpid 或 secret', '写进 config.ini；若已写了，是中转 (api_base) 丢了查询参数'),
+    ((41006, 41009, 41011, 41016, 41033), '少了字段', 'errmsg 里有名字；agentid 在 config.ini 里写'),
+    ((*range(42014, 42022), *range(42023, 42052)), '模板卡片不对', '照 path/90236 改；errmsg 说是哪个字段'),
     ((43004,), '成员没有绑定微信插件', '「我的企业 → 微信插件」扫码'),
     ((43009,), '企业没有认证', '「我的企业 → 企业信息」里认证'),
     ((43012,), '应用没有回调 URL', '按钮、投票的卡片要先「设置API接收」'),
-    ((44001, 44004), '文件或正文是空的', '文件要大于 5 个字节,正文至少一个字'),
-    ((45002,), '正文太长', 'text 和 markdown 2048 字节以内(群机器人的 markdown 4096)'),
-    ((45007, 45008, 45032), '语音、图文或作者超长', '语音 60 秒,图文 8 条,作者 64 字节以内'),
-    ((45009, 45033), '发得太多、太快', '按分钟的限制等 60 秒,按小时的等一小时,按天的等到次日零点;群机器人每分钟 20 条'),
-    ((45024, 45029), '超过账号数,或回答太大', '缩小范围,分几次'),
+    ((44001, 44004), '文件或正文是空的', '文件要大于 5 个字节，正文至少一个字'),
+    ((45002,), '正文太长', 'text 和 markdown 2048 字节以内（群机器人的 markdown 4096）'),
+    ((45007, 45008, 45032), '语音、图文或作者超长', '语音 60 秒，图文 8 条，作者 64 字节以内'),
+    ((45009, 45033), '发得太多、太快',
+     '按分钟的限制等 60 秒，按小时的等一小时，按天的等到次日零点；群机器人每分钟 20 条'),
+    ((45024, 45029), '超过账号数，或回答太大', '缩小范围，分几次'),
     ((45031,), 'Secret 不够安全', '「应用管理 → 自建 → 应用」里重置 Secret'),
     ((46003,), '还没有菜单', '先用 menu/create 建'),
-    ((48001, 48002, 48004, 48005), '没有权限用这个 API', '看这个 API 的「权限说明」:应用的类型、可见范围'),
-    ((48006,), '应用太久没用,权限收回了', '管理员到「应用管理 → 自建 → 应用」重新启用'),
+    ((48001, 48002, 48004, 48005), '没有权限用这个 API', '看这个 API 的「权限说明」：应用的类型、可见范围'),
+    ((48006,), '应用太久没用，权限收回了', '管理员到「应用管理 → 自建 → 应用」重新启用'),
     ((48009,), '通讯录同步不让新 IP 读', '改用自建应用的 Secret'),
     ((49008,), '群解散了', '另建一个群'),
-    ((50001, 80001, 85004, 85005, 85008, 85111), '可信域名不对', '「应用 → 网页授权及JS-SDK」里一字不差,已备案'),
+    ((50001, 80001, 85004, 85005, 85008, 85111), '可信域名不对', '「应用 → 网页授权及JS-SDK」里一字不差，已备案'),
     ((50002, 60011, 60021), '不在可见范围里', '「应用管理 → 自建 → 应用 → 可见范围」里加上'),
     ((50003,), '应用停用了', '「应用管理 → 自建 → 应用」里启用'),
     ((60020,), '出口 IP 不可信',
-     '把 {ip} 加到「应用管理 → 自建 → 应用 → 企业可信IP」,约一分钟生效;没有固定 IP 就用中转 (api_base) 或群机器人'),
-    ((60140,), 'response_code 用过或过期了', '一个只能用一次:等下一次点击'),
-    ((81012, 82001), '没有写收件人', '给 to、party 或 tag,或在 config.ini 里写 touser'),
-    ((81013,), '收件人都不对,或都不在可见范围里', '「账号」写对;「应用管理 → 自建 → 应用 → 可见范围」里加上他'),
+     '把 {ip} 加到「应用管理 → 自建 → 应用 → 企业可信IP」，约一分钟生效；没有固定 IP 就用中转 (api_base) 或群机器人'),
+    ((60140,), 'response_code 用过或过期了', '一个只能用一次：等下一次点击'),
+    ((81012, 82001), '没有写收件人', '给 to、party 或 tag，或在 config.ini 里写 touser'),
+    ((81013,), '收件人都不对，或都不在可见范围里', '「账号」写对；「应用管理 → 自建 → 应用 → 可见范围」里加上他'),
     ((82002, 82003), '部门或标签太多', '一次最多 100 个'),
-    ((86004, 86005, 86006, 86007, 86215, 86220), '建群的参数不对', '2 到 2000 个成员,群主在内,chatid 没有用过'),
-    (range(90200, 90209), '小程序通知不对', '小程序要绑定到应用;字段的长度见 path/90236'),
-    ((93000,), '群机器人的 key 不对,或机器人已移除', '在群里重新添加,抄新的 Webhook 地址'),
-    ((93004, 93005, 93008), '群机器人停用了,或不在群里', '在群里重新启用、添加'),
+    ((86004, 86005, 86006, 86007, 86215, 86220), '建群的参数不对', '2 到 2000 个成员，群主在内，chatid 没有用过'),
+    (range(90200, 90209), '小程序通知不对', '小程序要绑定到应用；字段的长度见 path/90236'),
+    ((93000,), '群机器人的 key 不对，或机器人已移除', '在群里重新添加，抄新的 Webhook 地址'),
+    ((93004, 93005, 93008), '群机器人停用了，或不在群里', '在群里重新启用、添加'),
     ((301002,), 'agentid 和 secret 不是同一个应用的', '「应用管理 → 自建 → 应用」里两样一起抄'),
-    ((301019,), '图片的 md5 不对', '让 WeChatRobot 来算:send(Path(...))'),
+    ((301019,), '图片的 md5 不对', '让 WeChatRobot 来算：send(Path(...))'),
     ((6000,), '同一条消息的两帧撞上了', '已经重试过；过一会儿再试'),
     ((93001, 93006), '会话不对，或还没有跟机器人说过话',
      '先跟机器人说一句话，群里 @ 它；to 写 userid 或群的 chatid，运行着的机器人收到第一条消息时会打印'),
@@ -307,7 +309,7 @@ def _advice(errcode, errmsg):
 class APIError(WeChatError):
     """企业微信拒绝了一次调用。
 
-    ``errcode`` 和 ``errmsg`` 是它的原话(path/90313),``path`` (str) 是 API,例如 'message/send',
+    ``errcode`` 和 ``errmsg`` 是它的原话（path/90313），``path`` (str) 是 API，例如 'message/send',
     ``hint`` (str) 是出了什么事、该怎么办。``str()`` 先说它，再在括号里说原话和错误码。
     """
 
@@ -325,9 +327,9 @@ class APIError(WeChatError):
 
 
 class NetworkError(APIError):
-    """没有得到企业微信的回答。``errcode``:503 没有连上,504 没有完整的回答,502 回答的不是企业微信。
+    """没有得到企业微信的回答。``errcode``：503 没有连上，504 没有完整的回答，502 回答的不是企业微信。
 
-    ``maybe_sent`` 为真时请求可能已经到了,重发可能成了两条。
+    ``maybe_sent`` 为真时请求可能已经到了，重发可能成了两条。
     """
 
     def __init__(self, errcode: int, errmsg: str, path: str = '', hint: str = '', maybe_sent: bool = False) -> None:
@@ -385,20 +387,20 @@ class _Shown:
 
 
 def _decoded(text):
-    """命令行参数或文件名;LANG=C 时没有按 UTF-8 解码的,在这里解码。"""
+    """命令行参数或文件名；LANG=C 时没有按 UTF-8 解码的，在这里解码。"""
     if re.search('[\udc80-\udcff]', text):
         text = os.fsencode(text).decode('utf-8', 'replace')
     return text
 
 
 def _traceback():
-    """当前异常的 traceback,每行缩进、转义:里面可能有用户发来的字。"""
+    """当前异常的 traceback，每行缩进、转义：里面可能有用户发来的字。"""
     import traceback
     return ''.join('\n    ' + _escape(line) for line in _redact(traceback.format_exc()).splitlines())
 
 
 def _mask(text):
-    """认得出、但不完整的标识,例如 'ww58...c7'。"""
+    """认得出、但不完整的标识，例如 'ww58...c7'。"""
     return text[:4] + '...' + text[-2:] if len(text) > 8 else '...'
 
 
@@ -426,42 +428,42 @@ class _RefusalLog:
             self._written += shown
             last = self._count[client] == self.lines or self._written == self.total
         if left:
-            logger.warning('refused %d more in a minute, from %d addresses: %s', left, len(count), ', '.join(
+            logger.warning('refused %d more：一分钟里又拒绝了这么多次，来自 %d 个地址：%s', left, len(count), ', '.join(
                 '%s (%d)' % (_show(who), n) for who, n in count.most_common(5)))
         if shown:
-            logger.warning('refused %s with %d: %s%s', _show(client) or 'a request', error.status,
-                           _show(error.errmsg, 400), ' (more are counted)' * last)
+            logger.warning('refused %s with %d: %s%s', _show(client) or '一个请求', error.status,
+                           _show(error.errmsg, 400), '（再有的只计数）' * last)
 
 
 # ---- XML --------------------------------------------------------------------------------------
-# 企业微信的消息:<xml><MsgType><![CDATA[text]]></MsgType><Content>…</Content>…</xml>(path/90239)。
-# 读:根去掉;没有子元素的是 str(从不转换,007 还是 007),有的是 dict,同名的兄弟是 list。
-# 写:反过来。文字进 CDATA,list 写成同名的兄弟。XML 1.0 不许的字符,两个方向都去掉。
+# 企业微信的消息：<xml><MsgType><![CDATA[text]]></MsgType><Content>…</Content>…</xml>(path/90239)。
+# 读：根去掉；没有子元素的是 str（从不转换，007 还是 007），有的是 dict，同名的兄弟是 list。
+# 写：反过来。文字进 CDATA，list 写成同名的兄弟。XML 1.0 不许的字符，两个方向都去掉。
 
 _XML_SIZE, _XML_DEPTH, _XML_ELEMENTS = 1 << 20, 16, 20000  #: 一个文档最多多少字符、多少层、多少个元素。
 
 _NOT_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')
-# DTD 只可能出现在根元素以前,所以只要以根元素开头(至多先有一个声明),就没有实体可展开。
+# DTD 只可能出现在根元素以前，所以只要以根元素开头（至多先有一个声明），就没有实体可展开。
 _BEGINS_WITH_ROOT = re.compile(r'(?:<\?xml\s[^<>]*\?>\s*)?<[^!?]')
 _NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]{0,127}')
 
 
 def _xml_chars(text):
-    """去掉 XML 1.0 不许的字符。它们都不可打印,所以多数文字看一眼就过了,不用正则。"""
+    """去掉 XML 1.0 不许的字符。它们都不可打印，所以多数文字看一眼就过了，不用正则。"""
     return text if text.isprintable() else _NOT_XML.sub('', text)
 
 
 class _DictBuilder:
-    """`ET.XMLParser` 的 target:一边解析一边生成 dict,超过限制就停。"""
+    """`ET.XMLParser` 的 target：一边解析一边生成 dict，超过限制就停。"""
     def __init__(self):
         self._open = [{}]       # 整个文档、外层到内层的元素，各是它的 dict；没有子元素的是空的
         self._text, self._count = [], 0
-        self.data = self._text.append       # data(text),expat 每读到一段文字
+        self.data = self._text.append       # data(text)，expat 每读到一段文字
 
     def start(self, tag, attributes):
         self._count += 1
         if self._count > _XML_ELEMENTS or len(self._open) > _XML_DEPTH:
-            raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'XML has more than %d elements or %d levels'
+            raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'cannot read XML：多于 %d 个元素，或 %d 层'
                                   % (_XML_ELEMENTS, _XML_DEPTH))
         self._open.append({})
         self._text.clear()                  # 子元素之间的空白只是排版
@@ -483,44 +485,44 @@ class _DictBuilder:
 
 
 def _parse_xml(text):
-    """解析一次;不以根元素开头的抛 `ValueError`。"""
+    """解析一次；不以根元素开头的抛 `ValueError`。"""
     text = text.lstrip('\ufeff \t\r\n')
     if not _BEGINS_WITH_ROOT.match(text):
-        raise ValueError('does not begin with its root element')
+        raise ValueError('不以根元素开头')
     parser = ET.XMLParser(target=_DictBuilder(), encoding='utf-8')
     parser.feed(text.encode('utf-8'))
     return parser.close()
 
 
 def xml_to_dict(text: 'Union[str, bytes]') -> 'Message':
-    """把一个 XML 文档(str,或 UTF-8 的 bytes)读成 dict。
+    """把一个 XML 文档（str，或 UTF-8 的 bytes）读成 dict。
 
     >>> xml_to_dict('<xml><Content><![CDATA[007]]></Content><Item>a</Item><Item>b</Item></xml>')
     {'Content': '007', 'Item': ['a', 'b']}
 
-    最多 1 MiB、16 层、20000 个元素,不许有 DTD;读不懂的抛 `FormatException` (-40002)。
+    最多 1 MiB、16 层、20000 个元素，不许有 DTD；读不懂的抛 `FormatException` (-40002)。
     """
     try:
         if isinstance(text, bytes):
             text = text.decode('utf-8')
         if len(text) > _XML_SIZE:
-            raise ValueError('longer than %d' % _XML_SIZE)
+            raise ValueError('多于 %d 个字符' % _XML_SIZE)
         try:
             return _parse_xml(text)
-        except (ET.ParseError, ValueError):     # 也许只是有 XML 1.0 不许的字符:expat 遇到就停
+        except (ET.ParseError, ValueError):     # 也许只是有 XML 1.0 不许的字符：expat 遇到就停
             cleaned = _NOT_XML.sub('', text)
             if cleaned == text:
                 raise
             return _parse_xml(cleaned)
     except (ET.ParseError, ValueError, LookupError, RecursionError, MemoryError) as e:
-        raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'cannot read XML: %s' % _show(e)) from None
+        raise FormatException(ierror.WXBizMsgCrypt_ParseXml_Error, 'cannot read XML：%s' % _show(e)) from None
 
 
 @functools.lru_cache(maxsize=500)       # 来来去去就那几个名字
 def _check_name(name):
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error,
-                              'not a name for an XML element: %s' % _show(repr(name)))
+                              'cannot write XML：%s 不能做元素的名字' % _show(repr(name)))
 
 
 def _write_element(name, value, depth):
@@ -533,26 +535,27 @@ def _write_element(name, value, depth):
         return '<%s>%s</%s>' % (name, ''.join([_write_element(k, v, depth + 1) for k, v in value.items()]), name)
     if isinstance(value, (list, tuple)) and depth <= _XML_DEPTH:
         return ''.join([_write_element(name, item, depth + 1) for item in value])
-    raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, '%s must be str, int, bool, dict or list, at most '
-                          '%d levels deep, got %s' % (name, _XML_DEPTH, type(value).__name__))
+    raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, 'cannot write XML：%s 应该是 str、int、bool、'
+                          'dict 或 list，至多 %d 层，得到的是 %s' % (name, _XML_DEPTH, type(value).__name__))
 
 
 def dict_to_xml(data: 'Message') -> str:
-    """`xml_to_dict` 的反函数:dict → 以 ``<xml>`` 为根的文档 (str)。
+    """`xml_to_dict` 的反函数：dict → 以 ``<xml>`` 为根的文档 (str)。
 
     >>> dict_to_xml({'Content': '<b>', 'CreateTime': 1700000000})
     '<xml><Content><![CDATA[<b>]]></Content><CreateTime>1700000000</CreateTime></xml>'
 
-    值可以是 str、int、bool、dict、list;别的,或不能做元素名的键,抛 `FormatException` (-40011)。
+    值可以是 str、int、bool、dict、list；别的，或不能做元素名的键，抛 `FormatException` (-40011)。
     """
     if not isinstance(data, dict):
-        raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, 'expected a dict, got %s' % type(data).__name__)
+        raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, 'cannot write XML：应该是 dict，得到的是 %s'
+                              % type(data).__name__)
     return _write_element('xml', data, 1)
 
 
 def _number(text):
     if len(text) > 40:
-        raise ValueError('a number of %d digits' % len(text))
+        raise ValueError('数字有 %d 位' % len(text))
     return float(text) if text.strip('-0123456789') else int(text)
 
 
@@ -571,18 +574,18 @@ def json_to_dict(data: bytes) -> 'Message':
             rb'[][{}]', b''.join(re.sub(rb'(?s)\\.', b'', data).split(b'"')[::2])):
         depth += 1 if bracket in b'[{' else -1
         if depth > 64:
-            raise ValueError('more than 64 levels')
+            raise ValueError('多于 64 层')
     value = _JSON.decode(data.decode('utf-8'))
     if not isinstance(value, dict):
-        raise ValueError('no object')
+        raise ValueError('不是一个对象')
     return value
 
 
 # ---- 加解密 Crypto ----------------------------------------------------------------------------
-# 官方文档 path/90968。密文 = base64(AES-256-CBC(pad32(random(16) + 长度(4,大端) + msg + receiveid))),
-# 密钥 = base64decode(EncodingAESKey + '='),IV = 密钥的前 16 字节,PKCS#7 以 32 字节为块。
-# 签名 = sha1(排序后拼接的 token、timestamp、nonce、密文)。它不绑定各段的边界,所以每段的格式都要严。
-# 信封 = <xml>…<Encrypt>密文</Encrypt>…</xml> 或 {"encrypt": "密文"};未验签的字节不进任何 XML 解析器。
+# 官方文档 path/90968。密文 = base64(AES-256-CBC(pad32(random(16) + 长度（4，大端）+ msg + receiveid))),
+# 密钥 = base64decode(EncodingAESKey + '=')，IV = 密钥的前 16 字节，PKCS#7 以 32 字节为块。
+# 签名 = sha1（排序后拼接的 token、timestamp、nonce、密文）。它不绑定各段的边界，所以每段的格式都要严。
+# 信封 = <xml>…<Encrypt>密文</Encrypt>…</xml> 或 {"encrypt": "密文"}；未验签的字节不进任何 XML 解析器。
 
 _AES_INSTALL = """AES is missing. Install it with the line for this system:
     pip:            python3 -m pip install pycryptodome
@@ -600,7 +603,7 @@ _BASE64 = b'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 
 @functools.lru_cache(maxsize=None)
 def _aes():
-    """AES 模块:pip 的包叫 Crypto,Debian 的叫 Cryptodome;古老的 PyCrypto 也叫 Crypto,不要它。"""
+    """AES 模块：pip 的包叫 Crypto，Debian 的叫 Cryptodome；古老的 PyCrypto 也叫 Crypto，不要它。"""
     for package in 'Crypto', 'Cryptodome':
         with contextlib.suppress(ImportError, AttributeError, OSError):     # OSError：别的机器上编译的
             if importlib.import_module(package).version_info >= (3, 4):
@@ -609,17 +612,17 @@ def _aes():
 
 
 def _cut_encrypt(body):
-    """从信封 (bytes) 里切出密文 (bytes):恰好一对 ``<Encrypt>``,有没有 CDATA 都行;或 ``{"encrypt": "…"}``。"""
+    """从信封 (bytes) 里切出密文 (bytes)：恰好一对 ``<Encrypt>``，有没有 CDATA 都行；或 ``{"encrypt": "…"}``。"""
     begin, end = body.find(b'<Encrypt>'), body.find(b'</Encrypt>')
     try:
         if body.lstrip()[:1] == b'{':
-            # 括号和逗号先数过，数字不转换 (NaN、Infinity 不收)：多大的垃圾都花不了多少时间
+            # 括号和逗号先数过，数字不转换（NaN、Infinity 不收）：多大的垃圾都花不了多少时间
             if body.count(b'{') + body.count(b'[') + body.count(b',') > 64:
-                raise ValueError('too many parts')
+                raise ValueError('部分太多')
             data = json.loads(body.decode('utf-8'), parse_int=len, parse_float=len, parse_constant=int)
             return (data.get('encrypt') or data.get('Encrypt')).encode('ascii')
         if not 0 <= begin < end or body.count(b'Encrypt>') != 2:
-            raise ValueError('not exactly one Encrypt')
+            raise ValueError('不是恰好一个 Encrypt')
         value = body[begin + 9:end].strip()
         return value[9:-3] if value[:9] == b'<![CDATA[' and value[-3:] == b']]>' else value
     except (ValueError, AttributeError, RecursionError):
@@ -627,27 +630,28 @@ def _cut_encrypt(body):
 
 
 def _echostr(value):
-    """查询串里的 echostr → 密文 (bytes);有的代理把 ``+`` 变成了空格。"""
+    """查询参数里的 echostr → 密文 (bytes)；有的代理把 ``+`` 变成了空格。"""
     return str(value or '').replace(' ', '+').encode('ascii', 'replace')
 
 
 def _echo_text(text):
     """校验要答出去的明文，检查过了。签名不说是投递还是校验：录下的消息当作 echostr 发来，不能替他解密。"""
     if not _ECHO.fullmatch(text):
-        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no echostr inside: a recorded message?')
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer,
+                          'no echostr inside：里面不是 echostr，多半是录下来重放的消息，不用管')
     return text
 
 
 def _parse_query(query):
-    """查询串 → 四个参数里有的那些。每个最多一次,百分号解码一次,严格 UTF-8;别的不看。"""
+    """查询参数 → 四个参数里有的那些。每个最多一次，百分号解码一次，严格 UTF-8；别的不看。"""
     found = {}
     try:
         if query.count('&') >= 16:
-            raise ValueError('more than 16 parameters in the query')
+            raise ValueError('查询参数多于 16 个')
         for part in query.split('&'):
             name, _, value = part.partition('=')
             if name in found:
-                raise ValueError('%s stands twice in the query' % name)
+                raise ValueError('查询参数里有两个 %s' % name)
             if name in ('msg_signature', 'timestamp', 'nonce', 'echostr'):      # 字母和数字没有要解码的，多半就是
                 found[name] = value if value.isalnum() else urllib.parse.unquote_plus(value, errors='strict')
     except ValueError as e:
@@ -667,32 +671,33 @@ class _Freshness:
         if now < _RELEASED:
             if not self.warned:
                 self.warned = True
-                logger.warning('the clock says %s, before this release: not set? check NTP',
+                logger.warning('the clock says %s：比这个版本还早，时钟没有校过，请校时 (NTP)',
                                time.strftime('%Y-%m-%d', time.gmtime(now)))
         elif ahead and not -back <= moment - now <= ahead:
-            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, '%s %d, clock here %d: more than %d s '
-                              'apart, check NTP' % (what, moment, now, back if moment < now else ahead))
+            raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, '%s %d, clock here %d, more than %d s '
+                              'apart：时间差得太多，请校时 (NTP)；时钟准的话是重放的旧消息' % (
+                                  what, moment, now, back if moment < now else ahead))
 
 
 def _code_and_value(method: 'Callable[P, str]') -> 'Callable[P, Tuple[int, Optional[str]]]':
-    """官方方法的约定:返回 ``(返回码, 值)``,不抛异常。"""
+    """官方方法的约定：返回 ``(返回码, 值)``，不抛异常。"""
     @functools.wraps(method)
     def answer(*args, **kwargs):
         try:
             return ierror.WXBizMsgCrypt_OK, method(*args, **kwargs)
         except WeChatError as e:
             return e.errcode, None
-        except (TypeError, AttributeError):     # None、int:不是它要的 str
+        except (TypeError, AttributeError):     # None、int：不是它要的 str
             return ierror.WXBizMsgCrypt_ComputeSignature_Error, None
     return answer
 
 
 class WXBizMsgCrypt:
-    """一个应用的验签和加解密,与官方示例同名同参。
+    """一个应用的验签和加解密，与官方示例同名同参。
 
-    ``sToken`` 和 ``sEncodingAESKey``(恰好 43 个字符)在「应用管理 → 应用 → 接收消息 → 设置API接收」;
-    ``sCorpId`` 是企业ID,第三方套件用 SuiteID,智能机器人用空字符串。
-    密钥不对抛 `FormatException` (-40004),没有 AES 抛 `ImportError`,其中写着怎么装。
+    ``sToken`` 和 ``sEncodingAESKey``（恰好 43 个字符）在「应用管理 → 应用 → 接收消息 → 设置API接收」；
+    ``sCorpId`` 是企业ID，第三方套件用 SuiteID，智能机器人用空字符串。
+    密钥不对抛 `FormatException` (-40004)，没有 AES 抛 `ImportError`，其中写着怎么装。
     """
     _lock: 'threading.Lock'
 
@@ -700,12 +705,13 @@ class WXBizMsgCrypt:
         if not re.fullmatch('[A-Za-z0-9+/]{43}', sEncodingAESKey):
             others = len(re.findall('[^A-Za-z0-9+/]', sEncodingAESKey))
             raise FormatException(
-                ierror.WXBizMsgCrypt_IllegalAesKey, 'EncodingAESKey must be 43 characters of A-Z a-z 0-9, got %d%s'
-                % (len(sEncodingAESKey) - others, ' and %d others' % others * bool(others)))
+                ierror.WXBizMsgCrypt_IllegalAesKey,
+                'EncodingAESKey 应该恰好是 43 个字母和数字，现在是 %d 个%s，到后台重新复制' % (
+                    len(sEncodingAESKey) - others, '，还有 %d 个别的字符' % others * bool(others)))
         key, aes = binascii.a2b_base64(sEncodingAESKey + '='), _aes()
         self._token, self._receive_id = sToken.encode('utf-8'), sCorpId.encode('utf-8')
-        # CBC 的 IV 只影响第一块,而第一块正是没有人看的 random(16):所以每个方向一个对象,一条接一条用下去。
-        # 新建一个要 6 µs,一来一回两个,是整个编解码的四分之一。
+        # CBC 的 IV 只影响第一块，而第一块正是没有人看的 random(16)：所以每个方向一个对象，一条接一条用下去。
+        # 新建一个要 6 µs，一来一回两个，是整个编解码的四分之一。
         self._encryptor = aes.new(key, aes.MODE_CBC, key[:16])
         self._decryptor = aes.new(key, aes.MODE_CBC, key[:16])
         _fresh(self, _lock=threading.Lock)  # 用这两个对象时拿着
@@ -714,18 +720,19 @@ class WXBizMsgCrypt:
         return hashlib.sha1(b''.join(sorted([self._token, timestamp.encode(), nonce.encode(), encrypt]))).hexdigest()
 
     def sign(self, timestamp: str, nonce: str, encrypt: bytes) -> str:
-        """密文 (bytes) 的签名,40 个小写十六进制字符 (str)。"""
+        """密文 (bytes) 的签名，40 个小写十六进制字符 (str)。"""
         if not _TIMESTAMP.fullmatch(timestamp) or not _NONCE.fullmatch(nonce):
             raise CryptoError(ierror.WXBizMsgCrypt_ComputeSignature_Error)
         return self._signature(timestamp, nonce, encrypt)
 
     def verify(self, msg_signature: str, timestamp: str, nonce: str, encrypt: bytes) -> None:
-        """签名或某一段的格式不对就抛 `CryptoError`;密文 (bytes) 在这以前不必可信。"""
+        """签名或某一段的格式不对就抛 `CryptoError`；密文 (bytes) 在这以前不必可信。"""
         for name, value, form in (('msg_signature', msg_signature, _SIGNATURE),
                                   ('timestamp', timestamp, _TIMESTAMP), ('nonce', nonce, _NONCE)):
             if not value or not form.fullmatch(str(value)):
                 raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error, '%s is %s' % (
-                    name, 'malformed: ' + _show(value) if value else 'missing in the query'))
+                    name, 'malformed：格式不对：' + _show(value) if value else
+                    'missing in the query：查询参数里没有它，不是企业微信来的，或代理丢了'))
         data = encrypt.rstrip(b'=')
         padding = len(encrypt) - len(data)
         if not data or data.translate(None, _BASE64) or padding > 2 or len(encrypt) % 4:
@@ -735,18 +742,18 @@ class WXBizMsgCrypt:
             raise CryptoError(ierror.WXBizMsgCrypt_ValidateSignature_Error)
 
     def open(self, encrypt: bytes) -> str:
-        """密文 (base64, bytes) → 明文 (str)。先 `verify`,再 `open`。"""
+        """密文 (base64, bytes) → 明文 (str)。先 `verify`，再 `open`。"""
         return self._opened(encrypt, {self._receive_id: ''})[0]
 
     def _opened(self, encrypt, receive_ids):
-        """→ (明文, receiveid)，都是 str；``receive_ids`` 是收的，{bytes: str}。"""
+        """→（明文，receiveid），都是 str；``receive_ids`` 是收的，{bytes: str}。"""
         try:
             data = binascii.a2b_base64(encrypt)
         except ValueError:
             raise CryptoError(ierror.WXBizMsgCrypt_DecodeBase64_Error) from None
         if len(data) < 32 or len(data) % 16:
             raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error,
-                              'ciphertext has %d bytes, no multiple of 16: did a proxy cut it?' % len(data))
+                              'no multiple of 16：密文有 %d 个字节，多半是反向代理截断了' % len(data))
         with self._lock:
             data = self._decryptor.decrypt(data)[16:]
         padding = data[-1]
@@ -765,7 +772,7 @@ class WXBizMsgCrypt:
         try:
             return data[4:end].decode('utf-8'), receive_id
         except UnicodeDecodeError:
-            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'not UTF-8') from None
+            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'not UTF-8：解密出来的不是文字') from None
 
     def seal(self, message: 'Union[str, bytes]') -> bytes:
         """明文 (str 或 UTF-8 的 bytes) → 密文 (base64, bytes)。"""
@@ -786,17 +793,17 @@ class WXBizMsgCrypt:
         return _echo_text(self.open(encrypt))
 
     def decrypt_message(self, body: 'Union[str, bytes]', msg_signature: str, timestamp: str, nonce: str) -> str:
-        """收到的信封 (str 或 bytes,XML 或 JSON) → 明文 (str)。"""
+        """收到的信封 (str 或 bytes，XML 或 JSON) → 明文 (str)。"""
         encrypt = _cut_encrypt(body.encode('utf-8', 'replace') if isinstance(body, str) else body)
         self.verify(msg_signature, timestamp, nonce, encrypt)
         return self.open(encrypt)
 
     def encrypt_message(self, message: 'Union[str, bytes]', nonce: str,
                         timestamp: 'Union[None, str, int]' = None) -> str:
-        """要回的明文 (str 或 bytes) → 信封 (str)。``timestamp`` 是 Unix 秒,默认现在。"""
+        """要回的明文 (str 或 bytes) → 信封 (str)。``timestamp`` 是 Unix 秒，默认现在。"""
         timestamp = str(timestamp or int(time.time()))
         encrypt = self.seal(message)
-        # 密文是 base64,签名是十六进制,timestamp 由 sign 验过是十位数字:不用转义
+        # 密文是 base64，签名是十六进制，timestamp 由 sign 验过是十位数字：不用转义
         return ('<xml><Encrypt><![CDATA[%s]]></Encrypt><MsgSignature><![CDATA[%s]]></MsgSignature><TimeStamp>%s'
                 '</TimeStamp>%s</xml>' % (encrypt.decode(), self.sign(timestamp, nonce, encrypt), timestamp,
                                           _write_element('Nonce', nonce, 1)))
@@ -811,24 +818,24 @@ class WXBizMsgCrypt:
 
     @_code_and_value
     def VerifyURL(self, sMsgSignature: str, sTimeStamp: str, sNonce: str, sEchoStr: str) -> str:
-        """`verify_url` 的官方形式:``(0, 明文)`` 或 ``(返回码, None)``。"""
+        """`verify_url` 的官方形式：``(0, 明文)`` 或 ``(返回码, None)``。"""
         return self.verify_url(sMsgSignature, sTimeStamp, sNonce, sEchoStr)
 
     @_code_and_value
     def DecryptMsg(self, sPostData: 'Union[str, bytes]', sMsgSignature: str, sTimeStamp: str, sNonce: str) -> str:
-        """`decrypt_message` 的官方形式:``(0, 明文)`` 或 ``(返回码, None)``。"""
+        """`decrypt_message` 的官方形式：``(0, 明文)`` 或 ``(返回码, None)``。"""
         return self.decrypt_message(sPostData, sMsgSignature, sTimeStamp, sNonce)
 
     @_code_and_value
     def EncryptMsg(self, sReplyMsg: 'Union[str, bytes]', sNonce: str,
                    timestamp: 'Union[None, str, int]' = None) -> str:
-        """`encrypt_message` 的官方形式:``(0, 信封)`` 或 ``(返回码, None)``。"""
+        """`encrypt_message` 的官方形式：``(0, 信封)`` 或 ``(返回码, None)``。"""
         return self.encrypt_message(sReplyMsg, sNonce, timestamp)
 
 
 # ---- 配置 Configuration -----------------------------------------------------------------------
 # config.ini：每个应用一节，[system] 放其余的；文件里没写的由环境变量 EASYWECHAT_<大写的键> 补上，关键字参数优先于两者。
-# 一行是 [节]、键 = 值（也可以是 :）、# 注释，或空的；缩进、首尾的空白和引号去掉，键不分大小写和下划线。
+# 一行是 [节]、键 = 值（也可以是 ：）、# 注释，或空的；缩进、首尾的空白和引号去掉，键不分大小写和下划线。
 
 _APP_KEYS = tuple('corpid secret appid agentid token encoding_aes_key touser robot api_base ca_file '
                   'bot_id bot_secret bot_url bot_name bot_placeholder'.split())
@@ -837,45 +844,45 @@ _THINKING = '<think></think>'   #: bot_placeholder 的默认值：企业微信�
 _SYSTEM_KEYS = 'route_name', 'log_path', 'log_name'
 _BLANKS = ' \t\r\n\u00a0\u200b\u3000\ufeff'
 
-#: --init 写出的文件;config.ini.example 就是它,空着两个密钥。
+#: --init 写出的文件；config.ini.example 就是它，空着两个密钥。
 _CONFIG_TEMPLATE = """\
-# EasyWeChat 的配置。一节是一个应用,节名就是 WeChatServer('demo') 里的名字。
-# 管理后台:https://work.weixin.qq.com/wework_admin/
-# 这个文件里有密钥:chmod 600 config.ini
+# EasyWeChat 的配置。一节是一个应用，节名就是 WeChatServer('demo') 里的名字。
+# 管理后台：https://work.weixin.qq.com/wework_admin/
+# 这个文件里有密钥：chmod 600 config.ini
 
 [demo]
-# 企业ID:「我的企业 → 企业信息」最下面,ww 开头,18 个字符
+# 企业ID：「我的企业 → 企业信息」最下面，ww 开头，18 个字符
 corpid = {corpid}
-# AgentId 和 Secret,主动发送才要:「应用管理 → 自建 → 你的应用」最上面
+# AgentId 和 Secret，主动发送才要：「应用管理 → 自建 → 你的应用」最上面
 agentid =
 secret =
-# 不写收件人时发给谁:「通讯录 → 成员」里的「账号」,几个用 | 隔开,@all 是可见范围里的所有人
+# 不写收件人时发给谁：「通讯录 → 成员」里的「账号」，几个用 | 隔开，@all 是可见范围里的所有人
 touser =
 # 智能机器人，不要公网地址、可信 IP：「智能机器人 → 创建 → API 模式 → 长连接」里的 BotID 和 Secret，只要这两样就能收发。
 # 跟它说一句话，它会打印 touser 该写什么；bot_name 是它的名字，群里的 @名字 会去掉
 bot_id =
 bot_secret =
 bot_name =
-# 群机器人 Webhook 地址里 key= 后面的,--robot 才要:「群 → 消息推送 → 添加」
+# 群机器人 Webhook 地址里 key= 后面的，--robot 才要：「群 → 消息推送 → 添加」
 robot =
-# 家里没有固定 IP 时的中转,例如 https://vps.example.com;不写就直连
+# 家里没有固定 IP 时的中转，例如 https://vps.example.com；不写就直连
 api_base =
-# Token 和 EncodingAESKey:「应用管理 → 自建 → 你的应用 → 接收消息 → 设置API接收」。
-# 两边要一样:把这里的抄到后台,或把后台随机生成的抄到这里(EncodingAESKey 恰好 43 个字符)
+# Token 和 EncodingAESKey：「应用管理 → 自建 → 你的应用 → 接收消息 → 设置API接收」。
+# 两边要一样：把这里的抄到后台，或把后台随机生成的抄到这里（EncodingAESKey 恰好 43 个字符）
 token = {token}
 encoding_aes_key = {encoding_aes_key}
 
 [system]
-# 回调 URL 的路径:http://你的地址:端口/weixin
+# 回调 URL 的路径：http://你的地址:端口/weixin
 route_name = weixin
-# 日志文件的目录和文件名;不写目录就只输出到 stderr
+# 日志文件的目录和文件名；不写目录就只输出到 stderr
 log_path =
 log_name = easywechat.log
 """
 
 
 class _Settings(dict):
-    """一个应用的设置;``repr`` 只有键名,不会把密钥带进日志。``sources``:键 → 从哪里来；``unknown``：不认得的键。"""
+    """一个应用的设置；``repr`` 只有键名，不会把密钥带进日志。``sources``：键 → 从哪里来；``unknown``：不认得的键。"""
     sources: 'Dict[str, str]'
     unknown: 'List[str]'
     appname: str = 'demo'
@@ -892,6 +899,17 @@ def _require(settings, *keys):
                 key, settings.appname, key.upper()))
 
 
+def _command(*args):
+    """这个文件的一条命令，在这里能照着打的 (str)。"""
+    import shutil
+    python, path = sys.executable or 'python3', os.path.abspath(__file__)
+    if shutil.which(os.path.basename(python)) == python:
+        python = os.path.basename(python)
+    here = os.path.join(os.getcwd(), '')
+    words = (python, path[len(here):] if path.startswith(here) else path) + args
+    return ' '.join(word if re.fullmatch(r'[\w@%+=:,./\\-]+', word) else '"%s"' % word for word in words)
+
+
 def _only_ours(path):
     """文件和它的目录都是自己的或 root 的，别人改不了。"""
     if os.name != 'posix':
@@ -902,7 +920,7 @@ def _only_ours(path):
 
 
 def _find_config(ini_name):
-    """→ (要读的 config.ini 的路径，没有是 None；它只是因为在当前目录里才找到的；试过的路径)。"""
+    """→（要读的 config.ini 的路径，没有是 None；它只是因为在当前目录里才找到的；试过的路径）。"""
     if ini_name or os.environ.get('EASYWECHAT_CONFIG'):
         paths, ours = [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])], None
     else:
@@ -918,8 +936,8 @@ def _find_config(ini_name):
         if os.path.isfile(path):
             if not here or _only_ours(path):
                 return path, here, paths
-            logger.warning('%s is not read: others can change it or its folder, and we only happen to be in it; '
-                           'chmod go-w both, or name it in EASYWECHAT_CONFIG', path)
+            logger.warning('%s is not read：当前目录里的这个文件别人也能改，所以不读；请执行 chmod go-w %s %s，'
+                           '或用环境变量 EASYWECHAT_CONFIG 指定它', path, path, os.path.dirname(path))
     return None, False, paths
 
 
@@ -962,7 +980,7 @@ _INI_WRONG = [(re.compile(form), advice) for form, advice in (
 
 
 def _parse_ini(text, path):
-    """ini 文件的文字 → {节: {键: 值}}，键是小写的；读不懂的抛 `ConfigError`，说第几行，不说内容：它可能是密钥。"""
+    """ini 文件的文字 → {节：{键：值}}，键是小写的；读不懂的抛 `ConfigError`，说第几行，不说内容：它可能是密钥。"""
     sections, lines, section, key = {}, {}, None, None
     for n, raw in enumerate(re.split('\r\n|\r|\n', text), 1):
         line, wrong = raw.strip(_BLANKS), ''
@@ -991,16 +1009,16 @@ def _parse_ini(text, path):
 
 
 def _read_ini(path):
-    """→ {节: {键: 值}}。里面有密钥：别人能改就不读，能读就提醒。"""
+    """→ {节：{键：值}}。里面有密钥：别人能改就不读，能读就提醒。"""
     try:
         mode = os.stat(path).st_mode if os.name == 'posix' else 0
         if mode & 0o006 and not _keeps_modes(os.path.dirname(path)):
-            logger.warning('%s is on a file system that keeps no modes, everybody can read it: keep the secrets '
-                           'elsewhere, e.g. in EASYWECHAT_SECRET, EASYWECHAT_TOKEN, EASYWECHAT_ENCODING_AES_KEY', path)
+            logger.warning('%s 所在的文件系统不记权限，谁都能读：密钥请写进环境变量 EASYWECHAT_SECRET、'
+                           'EASYWECHAT_TOKEN、EASYWECHAT_ENCODING_AES_KEY，或把文件放到别处', path)
         elif mode & 0o002:
             raise ConfigError('谁都能改 %s，所以不读：请执行 chmod 600 %s，看看里面有没有被改过' % (path, path))
         elif mode & 0o004:
-            logger.warning('%s can be read by anybody: chmod 600 it', path)
+            logger.warning('谁都能读 %s，里面有密钥：请执行 chmod 600 %s', path, path)
         with open(path, 'rb') as f:
             data = f.read((1 << 20) + 1)
     except OSError as e:
@@ -1026,7 +1044,7 @@ def _plain(key):
 
 
 def _known(found, keys, where, unknown):
-    """一节里认得的 → {键: 值}；不认得的说一次，记在 ``unknown`` 里。"""
+    """一节里认得的 → {键：值}；不认得的说一次，记在 ``unknown`` 里。"""
     values, names = {}, {_plain(key): key for key in keys}
     for key, value in found.items():
         name = names.get(_plain(key))
@@ -1041,12 +1059,12 @@ def _known(found, keys, where, unknown):
         close = difflib.get_close_matches(_plain(key), names, 1, 0.5)
         shown = key if re.fullmatch('[a-z_-]{1,24}', key) else '一个'       # 可能是写错了地方的密钥
         unknown.append('%s：没有 %s 这个键%s' % (where, shown, '，是不是 %s？' % names[close[0]] if close else ''))
-        logger.warning('unknown key, %s', unknown[-1])
+        logger.warning('unknown key：%s', unknown[-1])
     return values
 
 
 def _sources(appname, path, settings, unknown):
-    """→ [(从哪里来, {键: 值})],前面的优先:文件的两节、环境变量。"""
+    """→ [（从哪里来，{键：值}）]，前面的优先：文件的两节、环境变量。"""
     keys = _APP_KEYS + _SYSTEM_KEYS
     variables = ((key, os.environ.get('EASYWECHAT_' + key.upper())) for key in keys)
     sources = [('environment', {key: _clean(_decoded(value)) for key, value in variables if value})]
@@ -1055,7 +1073,7 @@ def _sources(appname, path, settings, unknown):
         if appname not in ini and not settings:
             names = ['[%s]' % name for name in ini if re.fullmatch(r'[\w .-]{1,32}', name)]
             raise ConfigError('%s 里没有 [%s] 这一节，%s' % (path, appname, '有的是：' + '、'.join(names) if ini else
-                              '一节也没有：python easywechat.py --init --config 文件 会写一个新的'))
+                              '一节也没有；新建一个：%s' % _command('--init', '--config', path + '.new')))
         for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
             where = '%s [%s]' % (path, section)
             if section in ini:
@@ -1080,7 +1098,7 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
     """应用 ``appname`` 的设置，一个 dict；没写的键是 ``''``，``agentid`` 与 ``appid`` 相同。
 
     依次找 ``ini_name``，否则环境变量 ``EASYWECHAT_CONFIG``，否则脚本的目录、当前目录（只有自己或 root 能改的才算）、
-    本文件的目录里的 config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的;关键字参数盖过其余的,None 是没给。
+    本文件的目录里的 config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的；关键字参数盖过其余的，None 是没给。
     找不到、读不懂、没有这一节，抛 `ConfigError`，其中有试过的每个路径。``appname`` 是上一次的结果，就照用。
 
     ``needs`` 是不能空着的键，例如 ``('secret', 'agentid', 'touser')``，空着的抛 `ConfigError`；发消息要的 corpid、
@@ -1091,7 +1109,7 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
     needed = [key for key in _joined(needs).split('|') if key]
     wrong = set(settings).union(needed) - set(_APP_KEYS + _SYSTEM_KEYS)
     if wrong:
-        raise TypeError('no such setting: %s' % ', '.join(sorted(wrong)))
+        raise TypeError('没有这个设置：%s' % ', '.join(sorted(wrong)))
     path, here, paths = _find_config(ini_name)
     given = {k: _clean(str(v)) for k, v in settings.items() if v is not None}
     values = _Settings(dict.fromkeys(_APP_KEYS + _SYSTEM_KEYS, ''))
@@ -1101,8 +1119,8 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
             if source == 'keyword' or not values[key]:
                 values[key], values.sources[key] = value, source
     if not path and (ini_name or not any(values[k] for k in _APP_KEYS)):
-        raise ConfigError('没有找到配置，找过：%s；python easywechat.py --init 会写一个'
-                          % '、'.join(paths))
+        raise ConfigError('没有找到配置，找过：%s。新建一个：%s；没有账号，先用 examples/simulator.py 在本机试'
+                          % ('、'.join(paths), _command('--init')))
     for key in ('api_base', 'ca_file', 'bot_url') * here:   # 别人写的 config.ini 的 api_base，不能得到环境变量里的密钥
         if values[key] and values.sources[key].startswith(path) and any(
                 values[k] and not values.sources[k].startswith(path) for k in ('secret', 'robot', 'bot_secret')):
@@ -1116,7 +1134,7 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
 
 
 def get_section(name: str, ini_name: 'Optional[str]' = None) -> 'Dict[str, str]':
-    """同一个 config.ini 里别的一节,例如自己的程序的阈值 → dict,键是小写的，值是 str;没有文件、没有这一节是 ``{}``。"""
+    """同一个 config.ini 里别的一节，例如自己的程序的阈值 → dict，键是小写的，值是 str；没有文件、这一节是 ``{}``。"""
     path = _find_config(ini_name)[0]
     return _read_ini(path).get(name, {}) if path else {}
 
@@ -1129,7 +1147,7 @@ class _Seats:
     idle = 2  #: 空闲这么多秒的线程结束。
 
     def __init__(self):
-        # _free：座位 [叫醒它的锁, 它的活]，后进先出；_starting：threading.stack_size 是整个进程的
+        # _free：座位 [叫醒它的锁，它的活]，后进先出；_starting：threading.stack_size 是整个进程的
         _fresh(self, _lock=threading.Lock, _free=list, _starting=threading.Lock)
 
     def start(self, target, *args):
@@ -1161,7 +1179,7 @@ class _Seats:
             try:
                 job(*args)
             except BaseException:       # 本文件的错；线程还要接着用
-                logger.error('internal error in a thread%s', _traceback())
+                logger.error('internal error：一条线程里，这个文件自己的错%s', _traceback())
             work = job = args = seat[1] = None
             with self._lock:
                 self._free.append(seat)
@@ -1204,7 +1222,7 @@ class _Threads:
             self._changed.notify_all()
 
     def wait(self, deadline):
-        """等手里的做完，至多到 ``deadline`` (monotonic 秒)；都做完了返回 True。"""
+        """等手里的做完，至多到 ``deadline``（monotonic 秒）；都做完了返回 True。"""
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy, max(0, deadline - time.monotonic()))
 
@@ -1236,7 +1254,7 @@ class _Promise:
             late = time.monotonic() - end
             if late < 0.1 or within <= 0:
                 raise socket.timeout('no answer within %.3g s' % within)
-            end = time.monotonic() + min(within, 1)         # 进程停过 (SIGSTOP、休眠)：那条线程也没有跑，再给它一点时间
+            end = time.monotonic() + min(within, 1)         # 进程停过（SIGSTOP、休眠）：那条线程也没有跑，再等一会儿
         self._gate.release()                # 还有别人在等
         if self._error:
             raise copy.copy(self._error) if isinstance(self._error, APIError) else self._error
@@ -1267,7 +1285,7 @@ class _Loop:
                 try:
                     import asyncio
                 except ImportError:
-                    raise ImportError('async def needs asyncio: opkg install python3-asyncio') from None
+                    raise ImportError('async def 的回调要 asyncio，没有装：opkg install python3-asyncio') from None
                 loop = asyncio.new_event_loop()
                 _SEATS.start(self._run, asyncio, loop)
                 self._loops[os.getpid()] = loop
@@ -1298,7 +1316,7 @@ class _Loop:
             return future.result()
 
     def each(self, items, under_way):
-        """异步的生成器 → 普通的。从头到尾是一个 task (asyncio.timeout 要这样)；要了一个，它才往下走。"""
+        """异步的生成器 → 普通的。从头到尾是一个 task（asyncio.timeout 要这样）；要了一个，它才往下走。"""
         import queue
         given, loop = queue.Queue(), self.start()
 
@@ -1328,7 +1346,7 @@ _LOOP = _Loop()
 # 文件，进程停住、算得再久也不松开，死了立刻松开；别的存储靠租期 (lease)，活着的进程一直续 (hold)。
 
 class _Pages(collections.deque):
-    """十六页 {名字: …}，旧的在前，满了丢掉最旧的一页。一个大 dict 隔一阵就要搬一次家，malloc 的碎片会有十几 MB。"""
+    """十六页 {名字：…}，旧的在前，满了丢掉最旧的一页。一个大 dict 隔一阵就要搬一次家，malloc 的碎片会有十几 MB。"""
     def __init__(self):
         super().__init__([{}], 16)
         self._size = 0                  # 最新一页的字节
@@ -1351,7 +1369,7 @@ class _Pages(collections.deque):
 class MemoryStore:
     """进程内的存储，按条数和字节数封顶，最旧的先出去。任何线程都可以用。
 
-    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了 ``b''``；所以跑过的消息总是记得。上限::
+    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了 ``b''``；所以跑过的消息总是记得。上限：
 
         max_entries = 10000         # 条
         max_bytes = 4 << 20         # 字节：名字和小的值、大的值，各这么多
@@ -1363,12 +1381,12 @@ class MemoryStore:
     _clock = staticmethod(time.monotonic)
 
     def __init__(self) -> None:
-        # 名字 → (到期的时刻, 值，None 是在 _large 里)；名字 → 大的值
+        # 名字 →（到期的时刻，值，None 是在 _large 里）；名字 → 大的值
         self._pages, self._large = _Pages(), _Pages()
         _fresh(self, _lock=threading.Lock)
 
     def _take(self, name):
-        """取出 ``name`` → (到期的时刻, 值)；没有或到期了是 None。"""
+        """取出 ``name`` →（到期的时刻，值）；没有或到期了是 None。"""
         found = self._pages.page_of(name).pop(name, None)
         if found and found[1] is None:
             found = found[0], self._large.page_of(name).pop(name, b'')
@@ -1428,9 +1446,9 @@ def _private(folders):
             found = os.lstat(folder)
             if os.name == 'posix' and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
                                        or found.st_uid != os.geteuid()):
-                raise OSError(errno.EPERM, 'not a folder that only we can write', folder)
+                raise OSError(errno.EPERM, '别人也能写这个目录，所以不用它', folder)
             if not os.access(folder, os.W_OK):
-                raise OSError(errno.EACCES, 'not writable', folder)
+                raise OSError(errno.EACCES, '这个目录写不了', folder)
             return os.path.realpath(folder)
         except OSError as e:
             failure = e
@@ -1478,7 +1496,7 @@ class FileStore:
     文件名是名字的散列。不是自己的、别人能读的文件当作没有；写不了磁盘抛 `OSError`；目录没了就重新建。
     """
 
-    # 一个文件：一行「写的时刻 到期的时刻 写的时刻（开机以来） 长度」（毫秒），然后是值。时钟会跳：墙上的、开机以来的，
+    # 一个文件：一行「写的时刻 到期的时刻 写的时刻（开机以来）长度」（毫秒），然后是值。时钟会跳：墙上的、开机以来的，
     # 有一只说没到期，就没有到期（重启以后只看第一只）。认领的第一格是主人文件的名字：主人锁着它，就算数，与时钟无关。
     # 锁用 lockf：fork 出来的子进程不会把它带走，进程一死就松开。它不分线程，关掉这个文件的任何一个描述符都会松开它：
     # 本进程的线程先拿 `_locks` 里的锁，自己的主人文件从不再打开。
@@ -1524,7 +1542,7 @@ class FileStore:
             except FileNotFoundError:
                 raise
             except (ImportError, OSError) as e:     # ENOLCK
-                logger.info('no locks in %s: %s', folder, e)
+                logger.info('no locks in %s：这里锁不了文件，靠租期：%s', folder, e)
             name = name if fd is not None else None
             self._owners[folder] = fd, name
             return name
@@ -1540,18 +1558,18 @@ class FileStore:
         return False
 
     def _read(self, path):
-        """文件里的值 (bytes);没有、过期、不可信是 None。"""
+        """文件里的值 (bytes)；没有、过期、不可信是 None。"""
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0))
         except OSError as e:
-            if e.errno in (errno.ENOENT, errno.ELOOP):      # ELOOP:别人放的符号链接
+            if e.errno in (errno.ENOENT, errno.ELOOP):      # ELOOP：别人放的符号链接
                 return None
             raise
         with open(fd, 'rb') as f:
             found = os.fstat(fd)
             if os.name == 'posix' and (found.st_uid != os.geteuid() or found.st_mode & 0o077
                                        or not stat.S_ISREG(found.st_mode)):
-                logger.warning('%s ignored: not a file that only we can read', path)
+                logger.warning('%s ignored：别人也能读写它，所以不用', path)
                 return None
             head, _, value = f.read().partition(b'\n')     # 是自己的文件：多大的都是自己写的，读不全就丢了
         match = re.fullmatch(rb'(?:(\d{1,15})|(owner-\d+-[0-9a-f]+)) (\d{1,15}) (\d{1,15}) (\d{1,9})', head)
@@ -1662,7 +1680,7 @@ class FileStore:
             self._again(self._set, name, b'-', lease, False, True)
 
 
-_fresh(FileStore, _locks=dict, _owners=dict)    # 锁文件、目录 → 本进程的锁；目录 → 主人文件的 (描述符, 名字)
+_fresh(FileStore, _locks=dict, _owners=dict)    # 锁文件、目录 → 本进程的锁；目录 → 主人文件的（描述符，名字）
 
 
 class _Steady:
@@ -1681,7 +1699,7 @@ class _Steady:
         _fresh(self, _lock=threading.Lock)
 
     def _try(self, job):
-        """→ (成没成, ``job(存储)`` 的结果)。坏了以后，到时候只有一个人去试。"""
+        """→（成没成，``job(存储)`` 的结果）。坏了以后，到时候只有一个人去试。"""
         with self._lock:
             probe = self._until
             if probe > time.monotonic():
@@ -1693,11 +1711,11 @@ class _Steady:
             with self._lock:
                 first, self._until = not self._until, time.monotonic() + self.retry_after
             if first:
-                logger.error('the store failed, going on in memory: %s: %s', type(e).__name__, _show(e))
+                logger.error('the store failed：存储坏了，先用内存：%s: %s', type(e).__name__, _show(e))
             return False, None
         if probe:                       # 坏以前就去问了的，不算
             self._until = 0
-            logger.warning('the store works again')
+            logger.warning('the store works again：存储好了')
         return True, result
 
     def get(self, name):
@@ -1738,7 +1756,7 @@ def _steady(store, limits):
 # JSON（path/90236、94888），还要上传的文件是 media_id 的位置上的一个 Path。被动回复的 XML（path/90241）
 # 最后才从它写出来 (_passive)。
 
-#: 被动回复的类型 → (它的字段, 官方 JSON 里的名字)。
+#: 被动回复的类型 →（它的字段，官方 JSON 里的名字）。
 _REPLIES = {
     'text': ('Content', 'text'), 'image': ('Image', 'image'), 'voice': ('Voice', 'voice'),
     'video': ('Video', 'video'), 'news': ('Articles', 'news'), 'update_button': ('Button', 'button'),
@@ -1746,11 +1764,11 @@ _REPLIES = {
 }
 #: 官方 JSON 里，被动回复也有的字段；还有别的，就只能主动发送。
 _PASSIVE_NAMES = {'content', 'media_id', 'title', 'description', 'articles'}
-#: 这些类型的正文最多多少字节;更长的分成几条。群机器人的 markdown 可以长一倍。
+#: 这些类型的正文最多多少字节；更长的分成几条。群机器人的 markdown 可以长一倍。
 _TEXT_LIMITS = {'text': 2048, 'markdown': 2048}
 _ROBOT_LIMITS = {'text': 2048, 'markdown': 4096, 'markdown_v2': 4096}
 
-#: 类型 → (最多多少字节, 后缀)。
+#: 类型 →（最多多少字节，后缀）。
 _MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
           'video': (10 << 20, ('.mp4',)), 'file': (20 << 20, ())}
 
@@ -1773,7 +1791,7 @@ _ROW = re.compile(r'[^\n|]*\|[^\n]*(?:\n|\Z)')
 
 
 def _markup(text, limit):
-    """→ 两个 deque，按先后：[(从, 到)：不断在里面], [(从, 到, 后一段的开头, 前一段的结尾)：断在里面就补上]。"""
+    """→ 两个 deque，按先后：[（从，到）：不断在里面], [（从，到，后一段的开头，前一段的结尾）：断在里面就补上]。"""
     whole, lines, again = [m.span() for m in _WHOLE.finditer(text)], [], []
     fence = font = None
     table = 0                       # 最近的表格到哪里为止
@@ -1821,7 +1839,7 @@ def _where(text, begin, end, whole, again):
 
 
 def _cuts(text, limit):
-    """`_split_text`，每段是 (它, 后一段从哪里开始, 后一段的开头)。"""
+    """`_split_text`，每段是（它，后一段从哪里开始，后一段的开头）。"""
     begin, head = 0, ''
     if text and len(text.encode('utf-8')) <= limit:
         yield text, len(text), ''
@@ -1845,7 +1863,7 @@ def _cuts(text, limit):
 
 
 def _split_text(text, limit=2048):
-    """长文本 → 一段一段的 (生成器)，每段至多 ``limit`` 字节，段首尾的空行去掉。
+    """长文本 → 一段一段的（生成器），每段至多 ``limit`` 字节，段首尾的空行去掉。
 
     依次在段落、行、句子、分句之后分，找不到才在字与字之间；太靠前的断点不用，免得分得太碎。网址、标签、一个表情不断开；
     断在代码、表格、<font> 里的，前一段补上结尾，后一段补上开头。
@@ -1866,7 +1884,7 @@ class _Message(dict):
         return self.get(_REPLIES[kind][1] if kind in _REPLIES else kind)
 
     def file(self):
-        """还没有上传的文件 (路径，或文件对象)；没有是 None。"""
+        """还没有上传的文件（路径，或文件对象）；没有是 None。"""
         body = self.body()
         file = body.get('media_id') if isinstance(body, dict) else None
         return file if _is_file(file) else None
@@ -1890,7 +1908,7 @@ class _Paragraph(str):
 
 
 class Stream:
-    """回调返回的，一段会长的文字，例如大模型的回答::
+    """回调返回的，一段会长的文字，例如大模型的回答：
 
         @server.register_callback('text')
         def chat(msg):
@@ -1901,11 +1919,11 @@ class Stream:
     """
     def __init__(self, pieces: 'Union[Iterable[str], AsyncIterable[str]]') -> None:
         if not hasattr(pieces, '__iter__') and not hasattr(pieces, '__aiter__'):
-            raise TypeError('Stream takes an iterable of str, not %s' % type(pieces).__name__)
+            raise TypeError('Stream 里要放一块一块的 str（列表、生成器），得到的是 %s' % type(pieces).__name__)
         self._pieces = [pieces] if isinstance(pieces, str) else pieces
 
     def pieces(self, under_way: 'Optional[Set[Any]]' = None) -> 'Iterator[str]':
-        """一块一块的 (生成器，str)；不是 str 的抛 `TypeError`。"""
+        """一块一块的（生成器，str）；不是 str 的抛 `TypeError`。"""
         pieces = self._pieces
         if hasattr(pieces, '__aiter__'):
             pieces = _LOOP.each(pieces, set() if under_way is None else under_way)
@@ -1914,7 +1932,7 @@ class Stream:
             yield _xml_chars(piece)
 
     def paragraphs(self, under_way: 'Optional[Set[Any]]' = None) -> 'Iterator[str]':
-        """一段一段的 (生成器，str)，写完一段给一段；代码 (```) 里的空行不分段。"""
+        """一段一段的（生成器，str），写完一段给一段；代码 (```) 里的空行不分段。"""
         line: 'List[str]' = []
         lines: 'List[str]' = []
         fence = ''
@@ -1945,12 +1963,12 @@ def plain_text(text: str) -> str:
 
 
 def _is_several(result):
-    """是几条 (list、tuple、生成器)，不是一条。"""
+    """是几条（list、tuple、生成器），不是一条。"""
     return isinstance(result, (list, tuple)) or hasattr(result, '__next__') and not _is_file(result)
 
 
 def _flat(result):
-    """send() 的参数 → 一条一条 (生成器)，去掉 None。"""
+    """send() 的参数 → 一条一条（生成器），去掉 None。"""
     if isinstance(result, Stream):
         result = result.paragraphs()
     if _is_several(result):
@@ -1988,7 +2006,7 @@ def _reply_body(kind, item):
     if kind == 'text':
         if isinstance(value, (str, int, float)):
             return {'content': str(value)}
-        raise TypeError('a reply of type text needs Content, a str')
+        raise TypeError('text 的回复要有 Content，一个 str')
     if value is None and 'MediaId' in item and kind in _MEDIA:
         value = item
     if kind == 'news':
@@ -2014,7 +2032,7 @@ def _from_reply(item, default):
         return _Message(msgtype='file', file={'media_id': item['MediaId']})
     kind = item.get('MsgType') or next((k for k, (name, _) in _REPLIES.items() if name in item), default)
     if not isinstance(kind, str) or kind not in _REPLIES:
-        raise TypeError('%s is no type of passive reply; these are: %s' % (_show(repr(kind)), ', '.join(_REPLIES)))
+        raise TypeError('被动回复没有 %s 这种类型，有的是：%s' % (_show(repr(kind)), ', '.join(_REPLIES)))
     return _Message({'msgtype': kind, _REPLIES[kind][1]: _reply_body(kind, item)})
 
 
@@ -2042,8 +2060,8 @@ def _message_of(item, default):
     if isinstance(item, _Message):
         return item
     if not isinstance(item, dict):
-        raise TypeError("bytes have no name: client.upload(data, name='photo.jpg') takes them" if isinstance(
-            item, (bytes, bytearray)) else 'expected str, dict, Path or a list of these, got %s' % type(item).__name__)
+        raise TypeError("bytes 没有文件名：用 client.upload(data, name='photo.jpg')" if isinstance(
+            item, (bytes, bytearray)) else '要 str、dict、Path，或它们的 list，得到的是 %s' % type(item).__name__)
     own = 'msgtype' in item and 'MsgType' not in item       # 智能机器人的消息，原样返回的，两样都有
     message = _Message(item) if own else _from_reply(item, default)
     if own:
@@ -2068,9 +2086,9 @@ def _official(item, default='text', limits=_TEXT_LIMITS):
         return [message]
     content = body.get('content') if isinstance(body, dict) else None
     if not isinstance(content, str):
-        raise TypeError('a %s needs content, a str' % kind)
+        raise TypeError('%s 要有 content，一个 str' % kind)
     if not content.strip(_BLANKS):
-        raise APIError(44004, 'a blank text; to say nothing, return None', 'message/send')
+        raise APIError(44004, '文本是空白的；什么也不想说就返回 None', 'message/send')
     if 4 * len(content) <= limits[kind] and content.isprintable():     # 多半：不必分，也没有要去掉的
         return [message]
     return [message.with_body(content=part) for part in _split_text(content, limits[kind])]
@@ -2088,10 +2106,11 @@ def _check_direction(msg, receive_id):
     if 'msgtype' in msg and not sender + receiver:      # 智能机器人的 JSON（path/100719）：我们的回复没有这些
         missing = [k for k in ('msgid', 'aibotid', 'from') if not msg.get(k)]
         if missing:
-            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no message: without ' + ', '.join(missing))
+            raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no message：解密出来的没有 %s' % '、'.join(missing))
     elif receive_id.lower() in ('', sender) or receiver not in ('', receive_id.lower()):
-        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'no message to %s, but from %s to %s: our own answer, '
-                          'sent back?' % (_mask(receive_id), _show(_mask(sender)), _show(_mask(receiver))))
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, 'our own answer, sent back：不是给 %s 的，从 %s 到 %s，'
+                          '多半是有人把我们的回复发了回来，不用管' % (
+                              _mask(receive_id), _show(_mask(sender)), _show(_mask(receiver))))
 
 
 def _read_message(text, receive_id):
@@ -2100,14 +2119,14 @@ def _read_message(text, receive_id):
         msg = _JsonMessage(json_to_dict(text.encode('utf-8'))) if text.lstrip()[:1] == '{' else xml_to_dict(text)
     except (FormatException, ValueError, RecursionError) as e:
         raise CryptoError(ierror.WXBizMsgCrypt_IllegalBuffer, getattr(e, 'errmsg', None) or
-                          'cannot read JSON: %s' % _show(e)) from None
+                          'cannot read JSON：%s' % _show(e)) from None
     logger.debug('message %s', _Shown(msg))
     _check_direction(msg, receive_id)
     return msg
 
 
 def _created(msg):
-    """消息自己的时刻 (Unix 秒)；没有是 None。"""
+    """消息自己的时刻（Unix 秒）；没有是 None。"""
     text = str(msg.get('CreateTime') or msg.get('create_time') or '')
     return int(text) if _TIMESTAMP.fullmatch(text) else None
 
@@ -2116,7 +2135,7 @@ class _Keys:
     """消息在存储里的名字：同一条消息的每次投递都一样，别的消息、别的应用不一样。"""
     def __init__(self, settings):
         self._app = ''.join(settings[k] + '\0' for k in ('corpid', 'agentid', 'token'))
-        self._seconds = {}              # (谁, 何时, 什么) → 那个事件的名字
+        self._seconds = {}              #（谁，何时，什么）→ 那个事件的名字
 
     def of(self, msg):
         """有 MsgId 的看它和发送者，没有的（事件）看全部内容：企业微信再投递的，内容一样（假定；日志里看得出来）。"""
@@ -2142,15 +2161,15 @@ class _Keys:
 _API_BASE = 'https://qyapi.weixin.qq.com'
 _NETWORK_ADVICE = (
     ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl:opkg install python3-openssl'),
-    ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对:先校时 (NTP)'),
-    ('unable to get (local )?issuer|self.signed', '没有 CA 证书:opkg install ca-bundle,或 apt / apk '
-     'install ca-certificates;中转用自己的证书时,在 config.ini 里写 ca_file'),
-    ('(?i)mismatch|hostname', '证书不是这个域名的:看 api_base 写对没有'),
-    ('CERTIFICATE_VERIFY_FAILED', '证书验证不了:时钟不对 (NTP),没有 CA 证书 (ca-bundle、ca-certificates),api_base '
-     '不是这个域名,或中转用自己的证书 (ca_file)'),
-    ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到:看网络通不通,api_base 写对没有'),
+    ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对：先校时 (NTP)'),
+    ('unable to get (local )?issuer|self.signed', '没有 CA 证书：opkg install ca-bundle，或 apt / apk '
+     'install ca-certificates；中转用自己的证书时，在 config.ini 里写 ca_file'),
+    ('(?i)mismatch|hostname', '证书不是这个域名的：看 api_base 写对没有'),
+    ('CERTIFICATE_VERIFY_FAILED', '证书验证不了：时钟不对 (NTP)，没有 CA 证书 (ca-bundle、ca-certificates)，api_base '
+     '不是这个域名，或中转用自己的证书 (ca_file)'),
+    ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到：看网络通不通，api_base 写对没有'),
     ('SOCKS', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；或把 qyapi.weixin.qq.com 写进 no_proxy'),
-    ('Tunnel connection failed|proxy', '代理拒绝了:看环境变量 https_proxy'),
+    ('Tunnel connection failed|proxy', '代理拒绝了：看环境变量 https_proxy'),
     ('no WebSocket|no HTTP answer', 'bot_url 写错了，或中间的代理不让 WebSocket 过'))
 _STATUS_ADVICE = {301: '中转要的是 https，照它改 api_base', 302: '中转要的是别的地址，照它改 api_base',
                   413: '中转嫌文件大，nginx 里写 client_max_body_size 21m'}
@@ -2203,7 +2222,7 @@ def _make_opener(ca_file, proxies=None):
     class Proxy(web.ProxyHandler):
         def proxy_open(self, req, proxy, kind):
             if proxy.lower().startswith('socks') and not (req.host and web.proxy_bypass(req.host)):
-                raise OSError('SOCKS is not supported here')
+                raise OSError('SOCKS 代理不行，要 http:// 的')
             return super().proxy_open(req, proxy, kind)
 
     class Transport(web.HTTPHandler):
@@ -2224,15 +2243,15 @@ def _make_opener(ca_file, proxies=None):
 
 
 def _blocks(response, limit):
-    """正文,一块一块的;超过 ``limit`` 字节,或比 Content-Length 短,抛 `OSError`。"""
+    """正文，一块一块的；超过 ``limit`` 字节，或比 Content-Length 短，抛 `OSError`。"""
     length, got = response.headers.get('Content-Length'), 0
     for block in iter(functools.partial(response.read, 1 << 16), b''):
         got += len(block)
         if got > limit:
-            raise OSError('answer longer than %d bytes' % limit)
+            raise OSError('回答超过 %d 字节' % limit)
         yield block
     if length and re.fullmatch('[0-9]{1,15}', length) and got < int(length):
-        raise OSError('answer cut after %d of %s bytes' % (got, length))
+        raise OSError('回答断了，%d / %s 字节' % (got, length))
 
 
 def _read_json(call, response):
@@ -2251,7 +2270,7 @@ def _read_json(call, response):
 
 
 class _Local(Exception):
-    """本机的错(文件没了、磁盘满了),不是网络的:``args`` 里是那个 `OSError`。"""
+    """本机的错（文件没了、磁盘满了），不是网络的：``args`` 里是那个 `OSError`。"""
 
 
 @contextlib.contextmanager
@@ -2311,24 +2330,24 @@ class _Upload:
                 if self._progress:
                     self._progress(sent, self._file.size)
             if sent != self._file.size:
-                raise OSError(errno.EBUSY, 'changed while it was sent', self._file.name)
+                raise OSError(errno.EBUSY, '发送的时候文件变了', self._file.name)
         yield self._tail
 
 
 def _media_kind(file, kind=None):
-    """`_File` 按后缀和大小该当作什么发;``kind`` 给了就检查它。不合规定抛 `APIError`。"""
+    """`_File` 按后缀和大小该当作什么发；``kind`` 给了就检查它。不合规定抛 `APIError`。"""
     if kind not in _MEDIA and kind is not None:
-        raise APIError(40004, '%r is none of %s' % (kind, ', '.join(_MEDIA)), 'media/upload')
+        raise APIError(40004, '没有 %r 这种类型，有的是：%s' % (kind, '、'.join(_MEDIA)), 'media/upload')
     if kind is None:
         fits = (k for k, (most, suffixes) in _MEDIA.items() if file.suffix in suffixes and file.size <= most)
         kind = next(fits, 'file')
     most, suffixes = _MEDIA[kind]
     if file.size <= 5:
-        raise APIError(44001, '%s has %d bytes, at least 6 are needed' % (file.name, file.size), 'media/upload')
+        raise APIError(44001, '%s 只有 %d 字节，要大于 5 字节' % (file.name, file.size), 'media/upload')
     if file.size > most:
-        raise APIError(40006, '%s has %d bytes, %s takes %d' % (file.name, file.size, kind, most), 'media/upload')
+        raise APIError(40006, '%s 有 %d 字节，%s 最多 %d' % (file.name, file.size, kind, most), 'media/upload')
     if suffixes and file.suffix not in suffixes:
-        raise APIError(40005, '%s: %s takes %s' % (file.name, kind, ', '.join(suffixes)), 'media/upload')
+        raise APIError(40005, '%s：%s 只收 %s' % (file.name, kind, '、'.join(suffixes)), 'media/upload')
     return kind
 
 
@@ -2377,7 +2396,7 @@ def _file_name(text, kind):
 
 
 def _save(f, default, call, response):
-    """把下载的文件写进 ``f`` → ``{'name': 文件名}``;没有 Content-Disposition 的是 JSON 的错误。"""
+    """把下载的文件写进 ``f`` → ``{'name': 文件名}``；没有 Content-Disposition 的是 JSON 的错误。"""
     if response.status != 200 or not response.headers.get('Content-Disposition'):
         return _read_json(call, response)
     f.seek(0)
@@ -2397,7 +2416,7 @@ def _put(part, folder, name):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             os.replace(part, path)
             return path
-    raise FileExistsError(errno.EEXIST, 'too many files of this name', name)
+    raise FileExistsError(errno.EEXIST, '叫这个名字的文件太多了', name)
 
 
 def _saved(folder, write):
@@ -2423,11 +2442,11 @@ class _Attempt:
         self.socket = None
 
     def connected_by(self, sock):
-        """连上了;等的人已经走了,就不许再发出去。"""
+        """连上了；等的人已经走了，就不许再发出去。"""
         sock.settimeout(max(0.001, self._end - time.monotonic()))
         with self._lock:
             if self._aborted:
-                raise OSError('too late')
+                raise OSError('太晚了')
             self.socket = sock
 
     def open(self):
@@ -2444,7 +2463,7 @@ class _Attempt:
             response.close()
             where = urllib.parse.urljoin(url, where)
             if not where.startswith(('https://', url.partition('//')[0] + '//')):
-                raise OSError('redirected to a lesser scheme')
+                raise OSError('被转到了不加密的网址')
             url = where
 
     def hang_up(self):
@@ -2516,7 +2535,7 @@ def _split_url(url):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and re.fullmatch('[!-~]+', url):
             return parts
-    raise ValueError('not a URL that can be asked: %s (http://... or https://...)' % _show(url))
+    raise ValueError('这不是能问的网址：%s（要写全 http:// 或 https://）' % _show(url))
 
 
 @contextlib.contextmanager
@@ -2576,7 +2595,7 @@ class _Call:
             if not answer.get('errcode'):
                 return answer
             failure = APIError(answer['errcode'], _show(answer.get('errmsg') or 'no errmsg', 400), self.path)
-        raise failure       # 在 except 以外:不把带着网址的异常挂在后面
+        raise failure       # 在 except 以外：不把带着网址的异常挂在后面
 
     def run(self):
         """→ 回答 (dict)。只有肯定没到的 (503) 和企业微信叫再来的 (-1) 才重试。"""
@@ -2592,13 +2611,13 @@ class _Call:
             again = failure.errcode in (-1, 503) and n < caller.tries and then < begin + self._within
             if not again and (getattr(failure, 'maybe_sent', True) or then > begin + caller.retry_within):
                 raise failure
-            logger.info('%s; again in %g s', failure, pause)
+            logger.info('%s；%g 秒后再试', failure, pause)
             caller._sleep(pause)
             pause = min(2 * pause, 60)
 
 
 # ---- 主动模式 Client --------------------------------------------------------------------------
-# 消息绝不因为重试变成两条。POST /cgi-bin/message/send?access_token=…  {"touser": …, "msgtype": …}
+# 消息绝不因为重试变成两条。POST /cgi-bin/message/send?access_token=…  {"touser": …，"msgtype": …}
 # token 见 path/91039，素材见 path/90253，群机器人见 path/91770。
 
 class _Pace:
@@ -2609,7 +2628,7 @@ class _Pace:
         _fresh(self, _lock=threading.Lock)
 
     def turn(self, receivers, limits, clock):
-        """占一个格子 → (它, 还要等多少秒)；``limits`` 是 {秒: 最多几条}。同一个收件人的先来先走。"""
+        """占一个格子 →（它，还要等多少秒）；``limits`` 是 {秒：最多几条}。同一个收件人的先来先走。"""
         _check_fork()
         slot, longest = [clock()], max(limits)
         with self._lock:
@@ -2625,8 +2644,8 @@ class _Pace:
                 slot[0] = max([slot[0]] + full + [last[0] for last in slots[-1:]])
                 slots.append(slot)
         if slot[0] > now:
-            logger.warning('waiting %.0f s: WeCom takes no more than %s to one receiver', slot[0] - now, ' or '.join(
-                '%d messages in %d s' % (most, seconds) for seconds, most in limits.items()))
+            logger.warning('waiting %.0f s：企业微信给一个收件人最多%s，多的在等', slot[0] - now, '、'.join(
+                '%d 秒 %d 条' % (seconds, most) for seconds, most in limits.items()))
         return slot, slot[0] - now
 
     def wait(self, receivers, limits, clock):
@@ -2680,11 +2699,11 @@ class _Caller:
             slot[0] = max(slot[0], self._clock())
         partial = {key: answer[key] for key in _UNREACHED if answer.get(key)}
         if partial:
-            logger.warning('%s reached not everybody: %s', path, _show(partial))
+            logger.warning('%s reached not everybody：有的收件人不对：%s', path, _show(partial))
         return answer
 
     def _send_each(self, path, message, limits, prepare):
-        """一条一条地发 → 最后一条的回答。``prepare(发过几条, 一条)`` → (给谁, 它的 JSON)。"""
+        """一条一条地发 → 最后一条的回答。``prepare(发过几条, 一条)`` →（给谁，它的 JSON）。"""
         sent, answer = 0, None
         for item in _flat(message):
             for part in _made(item, limits=limits):
@@ -2695,7 +2714,7 @@ class _Caller:
                     raise
                 sent += 1
         if answer is None:
-            raise APIError(44004, 'nothing to send', path)
+            raise APIError(44004, '没有要发的', path)
         return answer
 
     def _upload(self, api, path, kind, name=None):
@@ -2703,7 +2722,7 @@ class _Caller:
         query = {'type': _media_kind(file, kind)}
         answer = self._authorized(api, query, _Upload(file, self.progress), within=self.media_within)
         if not isinstance(answer.get('media_id'), str):
-            raise NetworkError(502, 'an answer without media_id', 'media/upload')
+            raise NetworkError(502, '回答里没有 media_id', 'media/upload')
         return answer
 
 
@@ -2722,24 +2741,24 @@ def _code_and_message(method: 'Callable[P, Message]') -> 'Callable[P, Message]':
     return answer
 
 
-#: 这些 errcode 以后,不再指望主动发送:凭据、IP、应用。
+#: 这些 errcode 以后，不再指望主动发送：凭据、IP、应用。
 _CANNOT_SEND = frozenset([40001, 40013, 40056, 40091, 41002, 41004, 48006, 50003, 60020, 301002])
 _TOKENS = _Threads(16)          # 去要 token 的线程
 
 
 class WeChatClient(_Caller):
-    """以应用的身份发消息,调用企业微信的任何 API。不需要 pycryptodome。
+    """以应用的身份发消息，调用企业微信的任何 API。不需要 pycryptodome。
 
         client = WeChatClient('demo')
         client.send('磁盘 91%')                             # 发给配置里的 touser
         client.send(pathlib.Path('cam.jpg'), to='zhangsan|lisi')
         client.call('user/get', userid='zhangsan')
 
-    ``appname``、``ini_name`` 和设置同 `get_config`,要有 corpid 和 secret,发消息还要 agentid;``store``
-    放 access_token,默认是 `FileStore`。所有线程可以共用一个。
-    被拒绝抛 `APIError`,没有回答抛 `NetworkError`,它是前者的一种;缺了配置抛 `ConfigError`。
+    ``appname``、``ini_name`` 和设置同 `get_config`，要有 corpid 和 secret，发消息还要 agentid；``store``
+    放 access_token，默认是 `FileStore`。所有线程可以共用一个。
+    被拒绝抛 `APIError`，没有回答抛 `NetworkError`，它是前者的一种；缺了配置抛 `ConfigError`。
 
-    时限和上限，在子类里改，或给实例；单位是秒和字节，时限都是总数::
+    时限和上限，在子类里改，或给实例；单位是秒和字节，时限都是总数：
 
         connect_within = 5          # 连接
         call_within = 15            # 一次 JSON 调用
@@ -2771,9 +2790,9 @@ class WeChatClient(_Caller):
         identity = self.api_base, self.settings['corpid'], self.settings['secret']
         self._token_name = 'easywechat:token:' + hashlib.sha256('\0'.join(identity).encode('utf-8')).hexdigest()
         self._refused = 0, None
-        #: 最近一次调用以后,能不能发消息:None 还不知道,False 是因为凭据或 IP 被拒绝。
+        #: 最近一次调用以后，能不能发消息：None 还不知道，False 是因为凭据或 IP 被拒绝。
         self.trusted = None
-        # _flights：正在要的 token，{已经不能用的那个: `_Promise`}
+        # _flights：正在要的 token，{已经不能用的那个：`_Promise`}
         _fresh(self, _lock=threading.Lock, _flights=dict)
 
     def _cached_token(self, stale):
@@ -2827,9 +2846,9 @@ class WeChatClient(_Caller):
         return token
 
     def get_token(self, stale: 'Optional[str]' = None) -> str:
-        """access_token (str),从存储里,或向企业微信要(path/91039);一台机器上同时只有一个去要。
+        """access_token (str)，从存储里，或向企业微信要（path/91039）；一台机器上同时只有一个去要。
 
-        ``stale`` 是已经不能用的那个:存着的还是它,才要新的。最多等 ``call_within`` 秒。
+        ``stale`` 是已经不能用的那个：存着的还是它，才要新的。最多等 ``call_within`` 秒。
         """
         return self._token(stale, self.call_within)
 
@@ -2852,30 +2871,30 @@ class WeChatClient(_Caller):
     def call(self, path: str, body: 'Optional[Mapping[str, Any]]' = None, **query: object) -> 'Message':
         """企业微信的任何 API → 它的回答 (dict)。
 
-        ``path`` 是 /cgi-bin/ 后面的，例如 'user/get'；``body`` (dict) 给了就是 POST，否则 GET；其余的参数进查询串。
+        ``path`` 是 /cgi-bin/ 后面的，例如 'user/get'；``body`` (dict) 给了就是 POST，否则 GET；其余的参数进查询参数。
         """
         path = re.sub('^/?(cgi-bin/)?', '', path)
         if not re.fullmatch('[A-Za-z0-9_./-]+', path):
-            raise ValueError('not the path of an API: %s' % _show(path))
+            raise ValueError('这不是 API 的路径：%s（例如 user/get）' % _show(path))
         return self._authorized(path, query, body)
 
     def send(self, message: 'Sendable', to: 'Who' = None, party: 'Who' = None, tag: 'Who' = None,
              **fields: object) -> 'Message':
-        """发一条或几条消息,依次;返回企业微信对最后一条的回答 (dict,有 msgid)。
+        """发一条或几条消息，依次；返回企业微信对最后一条的回答 (dict，有 msgid)。
 
-        ``message``:str(超过 2048 字节就分成几条)、`pathlib.Path` 或有名字的文件对象（上传，类型看后缀）、
-        官方的 JSON ``{'msgtype': …}``(path/90236)、被动回复那样的 dict,或它们的 list、生成器。
-        ``to``、``party``、``tag``:list 或 ``'a|b'``（逗号、分号、顿号也行）;都没有就是消息里写的,再没有是
+        ``message``：str（超过 2048 字节就分成几条）、`pathlib.Path` 或有名字的文件对象（上传，类型看后缀）、
+        官方的 JSON ``{'msgtype': …}``(path/90236)、被动回复那样的 dict，或它们的 list、生成器。
+        ``to``、``party``、``tag``：list 或 ``'a|b'``（逗号、分号、顿号也行）；都没有就是消息里写的，再没有是
         配置里的 touser。
-        ``fields`` 是 JSON 最外层别的字段,例如 ``safe=1``。
-        部分收件人不对不是错误:回答里有 invaliduser 等,并写日志。
+        ``fields`` 是 JSON 最外层别的字段，例如 ``safe=1``。
+        部分收件人不对不是错误：回答里有 invaliduser 等，并写日志。
         """
         given = {key: _joined(who) for key, who in zip(_RECEIVERS, (to, party, tag)) if who is not None}
         return self._send_each('message/send', message, _TEXT_LIMITS, functools.partial(self._prepare, given, fields))
 
     def _prepare(self, given, fields, n, message):
         if message['msgtype'].startswith('update_') and not message.own:
-            raise TypeError('%s can only be a passive reply' % message['msgtype'])
+            raise TypeError('%s 只能做被动回复，不能主动发送' % message['msgtype'])
         if message.file():
             message = message.with_body(media_id=self.upload(message.file(), message['msgtype']))
         message = dict(message, **fields)
@@ -2886,7 +2905,7 @@ class WeChatClient(_Caller):
             message['touser'] = self.settings['touser']
         who = [key + i for key in _RECEIVERS for i in str(message.get(key) or '').split('|') if i]
         if not who:
-            raise APIError(82001, 'no receiver', 'message/send')
+            raise APIError(82001, '没有收件人', 'message/send')
         agentid = str(message.get('agentid') or self.settings['agentid'])
         if not _AGENT.fullmatch(agentid):
             _require(self.settings, 'agentid')
@@ -2896,14 +2915,14 @@ class WeChatClient(_Caller):
     @_code_and_message
     def send_media(self, media_type: str, media_content: 'Union[str, Mapping[str, Any]]', touser: 'Who',
                    toparty: 'Who' = '', totag: 'Who' = '') -> 'Message':
-        """旧接口:``media_content`` 是这种消息的 dict,或 str(正文、media_id)。返回 dict,不抛异常。"""
+        """旧接口：``media_content`` 是这种消息的 dict，或 str（正文、media_id）。返回 dict，不抛异常。"""
         if isinstance(media_content, str):
             media_content = {'content' if media_type in _TEXT_LIMITS else 'media_id': media_content}
         return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
 
     def upload(self, path: 'File', kind: 'Optional[str]' = None,
                name: 'Optional[str]' = None) -> str:
-        """上传临时素材(path/90253)→ media_id (str),三天有效。边读边发,不占内存。
+        """上传临时素材（path/90253）→ media_id (str)，三天有效。边读边发，不占内存。
 
         ``path`` 是路径，或二进制的文件对象、bytes：它们没有名字，就要给 ``name``，否则 `TypeError`。
         ``kind`` 是 image（10 MB，JPG、PNG）、voice（2 MB，AMR）、video（10 MB，MP4）、file（20 MB），默认按后缀；
@@ -2913,7 +2932,7 @@ class WeChatClient(_Caller):
 
     @_code_and_message
     def upload_media(self, file_type: str, file_path: 'File') -> 'Message':
-        """旧接口:上传,返回企业微信的 dict,不抛异常。"""
+        """旧接口：上传，返回企业微信的 dict，不抛异常。"""
         return self._upload('media/upload', file_path, file_type)
 
     def download(self, media_id: str, folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
@@ -2926,7 +2945,7 @@ class WeChatClient(_Caller):
             answer = self._authorized('media/get', {'media_id': media_id}, None, functools.partial(_save, f, media_id),
                                       self.media_within)
             if 'name' not in answer:
-                raise NetworkError(502, 'an answer that is no file', 'media/get')
+                raise NetworkError(502, '回答不是一个文件', 'media/get')
             return answer['name']
         return _saved(folder, write)
 
@@ -2936,11 +2955,11 @@ def _mentions(who):
 
 
 class WeChatRobot(_Caller):
-    """群机器人(path/91770):一个 key,没有 token,没有可信 IP。
+    """群机器人（path/91770）：一个 key，没有 token，没有可信 IP。
 
         WeChatRobot('693a91f6-…').send('构建失败', mention='@all')
 
-    ``key`` 是 Webhook 地址里 key= 后面的,或整个地址;不给就是配置里的 robot。
+    ``key`` 是 Webhook 地址里 key= 后面的，或整个地址；不给就是配置里的 robot。
     错误、时限和上限同 `WeChatClient`，只有 ``per_minute`` 是 20。
     """
 
@@ -2963,9 +2982,9 @@ class WeChatRobot(_Caller):
         return _Call(self, path, dict(key=self._key, **query), body, within=within).run()
 
     def send(self, message: 'Sendable', mention: 'Who' = None) -> 'Message':
-        """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条,多的等。
+        """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条，多的等。
 
-        ``message``:str、官方的 JSON、`pathlib.Path`(2 MB 以内的 JPG、PNG 是图片,AMR 是语音,别的是文件),
+        ``message``：str、官方的 JSON、`pathlib.Path`（2 MB 以内的 JPG、PNG 是图片，AMR 是语音，别的是文件），
         或它们的 list。``mention`` 用于文本和 markdown（不是 markdown_v2）：userid 或 ``'@all'``，文本也可以是手机号，
         list 或 ``'a|b'``；只在第一条里提醒。
         """
@@ -2976,7 +2995,7 @@ class WeChatRobot(_Caller):
     def _prepare(self, who, n, message):
         kind, who = message['msgtype'], who if n == 0 else []
         if who and kind not in ('text', 'markdown'):
-            raise TypeError('mention goes with text and markdown, not with ' + kind)
+            raise TypeError('mention 只用于 text 和 markdown，不能用于 ' + kind)
         if who and kind == 'markdown':
             message = message.with_body(content=_mentions(who) + message.body()['content'])
         elif who:
@@ -2997,14 +3016,14 @@ class WeChatRobot(_Caller):
         return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
 
     def upload(self, path: 'File', kind: str = 'file', name: 'Optional[str]' = None) -> str:
-        """上传文件或语音(kind 是 file、voice)→ media_id (str),三天有效,只有这个机器人能用。"""
+        """上传文件或语音（kind 是 file、voice）→ media_id (str)，三天有效，只有这个机器人能用。"""
         return self._upload('webhook/upload_media', path, kind, name)['media_id']
 
 
 # ---- 回调 Callbacks ---------------------------------------------------------------------------
-# 登记过的函数，和一条消息该归哪一个。
+# 注册过的函数，和一条消息该归哪一个。
 
-#: wecom 文档里的消息类型和事件,用来提醒写错的名字;新的类型照样可以登记。
+#: wecom 文档里的消息类型和事件，用来提醒写错的名字；新的类型照样可以注册。
 _TYPES = frozenset('text image voice video shortvideo location link file mixed event *'.split())
 _EVENTS = frozenset(
     'subscribe unsubscribe enter_agent LOCATION batch_job_result change_contact click view view_miniprogram '
@@ -3028,22 +3047,22 @@ def _name_of(func):
 
 
 class Callbacks:
-    """登记的函数；最具体的优先。"""
+    """注册的函数；最具体的优先。"""
     def __init__(self) -> None:
         self._functions: 'Dict[str, Callable[..., Result]]' = {}
         self._patterns: 'List[Tuple[re.Pattern[str], Callable[..., Result]]]' = []
 
     def add(self, msg_type: str, func: 'Any', pattern: 'Union[None, str, re.Pattern[str]]') -> 'Any':
-        """登记 ``func``，返回它；没有给 (`_MISSING`)，返回装饰器。写错了的抛 `TypeError`、`ValueError`。"""
+        """注册 ``func``，返回它；没有给 (`_MISSING`)，返回装饰器。写错了的抛 `TypeError`、`ValueError`。"""
         if not isinstance(msg_type, str) or not _TYPE_FORM.fullmatch(msg_type):
-            raise ValueError("no message type: %r; write @server.register_callback('text')" % (msg_type,))
+            raise ValueError("没有 %r 这种消息类型，要写成 @server.register_callback('text')" % (msg_type,))
         pattern = None if pattern is None else re.compile(pattern)
         if pattern and not isinstance(pattern.pattern, str):
-            raise TypeError('a pattern must be a str, the texts of users are')
+            raise TypeError('pattern 应该是 str，用户的文字也是')
         if func is _MISSING:
             return functools.partial(self.add, msg_type, pattern=pattern)
         if not callable(func):
-            raise TypeError('a callback must be callable, got %s: did you mean one of its methods?'
+            raise TypeError('回调必须是可调用对象，得到的是 %s：是不是要写它的一个方法？'
                             % type(func).__name__)
         if getattr(getattr(func, '__code__', None), 'co_flags', 0) & 0x280:     # async def
             _LOOP.start()
@@ -3052,26 +3071,26 @@ class Callbacks:
         if name not in known:
             import difflib
             close = difflib.get_close_matches(name, known)
-            logger.warning('%s is not among the types that this version knows%s', msg_type,
-                           '; close: ' + ', '.join(close) if close else '')
+            logger.warning('unknown type %s：这个版本没有听说过这种消息%s', msg_type,
+                           '，是不是 %s？' % '、'.join(close) if close else '，照样注册')
         if pattern is None:
             before = self._functions.get(msg_type, func)
             if before != func:
-                logger.warning('%s had a callback already, %s: now it is %s', msg_type, _name_of(before),
+                logger.warning('%s had a callback already：原来是 %s，现在是 %s', msg_type, _name_of(before),
                                _name_of(func))
             self._functions[msg_type] = func
         elif msg_type == 'text':
             self._patterns.append((pattern, func))
         else:
-            raise ValueError('pattern goes with text only, not with %s' % msg_type)
+            raise ValueError('pattern 只用于 text，不能用于 %s' % msg_type)
         return func
 
     def knows(self, msg_type: str) -> bool:
-        """登记过 ``msg_type``，一字不差。"""
+        """注册过 ``msg_type``，一字不差。"""
         return msg_type in self._functions
 
     def find(self, msg: 'Message') -> 'Tuple[Optional[Callable[..., Result]], Tuple[str, ...]]':
-        """→ (函数, 附加的参数)；没有登记是 (None, ())。"""
+        """→（函数，附加的参数）；没有注册是 (None, ())。"""
         kind = str(msg.get('MsgType', ''))
         if kind in ('voice', 'mixed') and 'Content' in msg and kind not in self._functions:
             kind = 'text'               # 智能机器人的：说的话、图文里的字
@@ -3091,8 +3110,8 @@ class Callbacks:
 
 # ---- 一次 Once --------------------------------------------------------------------------------
 # 一条消息只跑一次回调。企业微信等 5 秒，断开，再投递同一条，一共三次：先认领（存储里的一条记录）再跑；后来的投递
-# 等同一次运行 (_Run)，或得到存下的答复。一次投递是 answer(答复)，恰好调用一次，从不阻塞；回调给的东西怎样送，是它那条
-# 路的 ``replies`` (`_Results`) 的事：expect(run) 认领到了，make(run) 跑回调，late(run, up, last) 慢了，look() 时间
+# 等同一次运行 (_Run)，或得到存下的答复。一次投递是 ``answer(答复)``，恰好调用一次，从不阻塞；回调给的东西怎样送，是它那
+# 条路的 ``replies`` (`_Results`) 的事：expect(run) 认领到了，make(run) 跑回调，late(run, up, last) 慢了，look() 时间
 # 到了，left() 没送完的；slow 秒以后算慢，keeps 的还没有轮到跑也算；hold_within 秒还没有轮到跑、没有答，就作废，等
 # 企业微信再投递。
 # 看时间的线程只在有消息没完的时候才有；它从不等谁：写存储、跑回调，都交给别的线程。
@@ -3201,7 +3220,7 @@ class Once:
             self._give_up(run)
             if not isinstance(e, Exception):
                 raise
-            return logger.error('internal error in a delivery%s', _traceback())
+            return logger.error('internal error：投递的时候，这个文件自己的错%s', _traceback())
         if stored is not None and stored != b'-':       # 跑过了；b'' 是答复太多，存储丢掉了它的
             run.conclude(stored[1:])
             self._forget(run)
@@ -3242,7 +3261,7 @@ class Once:
             if run.reply is not None:
                 self._finish(run)
         except BaseException:           # make 自己不抛；到这里是本文件的错，仍要回答等着的
-            logger.error('internal error after the callback%s', _traceback())
+            logger.error('internal error：回调以后，这个文件自己的错%s', _traceback())
             run.conclude(b'')
             self._forget(run)
         finally:
@@ -3293,7 +3312,7 @@ class Once:
             _SEATS.run(int, self._clock, ())
         except RuntimeError as e:       # can't start new thread：企业微信自己会断开
             self._watching = False
-            logger.error('nobody watches the time of running callbacks: %s', e)
+            logger.error('no thread starts：开不出看时间的线程，慢的回调不会及时答复：%s', e)
 
     def _clock(self):
         while True:
@@ -3312,7 +3331,7 @@ class Once:
                 for road in self._roads:
                     road.look()
             except Exception:           # 本文件的错；别的消息还要有人看着
-                logger.error('internal error in the clock%s', _traceback())
+                logger.error('internal error：看时间的线程里，这个文件自己的错%s', _traceback())
             self._wake.wait(max(0.001, wake - time.monotonic()))
             self._wake.clear()
 
@@ -3345,8 +3364,9 @@ class Once:
         if run.reply is not None:           # 答过了，还要跑
             return self._enter(run, self.spawn)
         if run.newest <= before and run.leased:
-            logger.error('no callback is free for a message of %s: %d run, %d of them his, or no thread starts; WeCom '
-                         'will deliver again', _show(run.sender), sum(self._busy.values()), self._busy[run.sender])
+            logger.error('no callback is free：%s 的消息轮不到，在跑 %d 个回调，他的有 %d 个，或开不出线程；'
+                         '企业微信会再投递；慢的回调多，就调大 max_callbacks',
+                         _show(run.sender), sum(self._busy.values()), self._busy[run.sender])
         run.expire(before, True)
         if run.stage == _ENDED:
             if self._errands.submit(0, self._give_up, run):
@@ -3403,7 +3423,7 @@ class _Outbox:
     patience = 60  #: 先来的消息没有结果，后来的最多等它多少秒：有的回调再也不返回。
 
     def __init__(self, send):
-        self._send = send               # send(parcel, 一条)
+        self._send = send               # ``send(parcel, 一条)``
         self._threads = _Threads(64)
         # 改 parcel 和另外两个时拿着 lock；_queues：用户 → 他还没完的 _Parcel，先来的在前；_busy：有线程在替他发的用户
         _fresh(self, lock=threading.Lock, _queues=dict, _busy=set)
@@ -3491,7 +3511,7 @@ class _Results:
             future.cancel()
 
     def _failed(self, parcel, func, error):
-        logger.error('callback %s failed on %s from %s%s', _name_of(func), _show(parcel.kind), _show(parcel.user),
+        logger.error('callback %s failed：%s 消息，来自 %s%s', _name_of(func), _show(parcel.kind), _show(parcel.user),
                      _traceback())
         if self._owner.debug:
             self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
@@ -3576,7 +3596,7 @@ class Replies(_Results):
             self._owner.client.call('agent/get', agentid=self._owner.settings['agentid'])
         except WeChatError as e:
             again = 5 if isinstance(e, NetworkError) else 60
-            logger.info('cannot send: %s', e)
+            logger.info('cannot send：现在不能主动发送：%s', e)
         finally:
             with self._lock:
                 self._asking, self._ask_at = False, time.monotonic() + again
@@ -3609,8 +3629,8 @@ class Replies(_Results):
         return True
 
     def _lose(self, parcel, messages):
-        logger.warning('not sent to %s, %d of the answers to message %s: only one passive reply is possible without '
-                       'secret, agentid and a trusted IP', _show(parcel.user), len(messages), _show(parcel.id))
+        logger.warning('not sent to %s：消息 %s 的 %d 条答复送不到；没有 secret、agentid 和可信IP，只能有一条被动回复',
+                       _show(parcel.user), _show(parcel.id), len(messages))
         return False
 
     def _way(self, parcel, up, last):
@@ -3655,8 +3675,9 @@ class Replies(_Results):
                 del rest[n]
                 break
         if not run.conclude(reply or b'') and reply:
-            logger.warning('the answer to message %s of %s came after %.0f s, when no delivery waited for it',
-                           _show(parcel.id), _show(parcel.user), time.monotonic() - run.begin)
+            logger.warning('no delivery waited：消息 %s（%s）的答复用了 %.0f 秒，企业微信已经不等了；'
+                           '配上 secret、agentid 和可信IP，就能主动发送', _show(parcel.id), _show(parcel.user),
+                           time.monotonic() - run.begin)
         if rest and self._can_send() is False:
             self._lose(parcel, rest)
         elif rest:
@@ -3679,8 +3700,8 @@ class Replies(_Results):
                 if agent != other or e.errcode not in (40056, 48002, 60011, 301002):
                     raise
                 self._not_ours = other
-                logger.warning('the secret is not of the app %s that %s asked, answering as %s: give each app its own '
-                               'section and server', other, _show(parcel.user), ours)
+                logger.warning('another app：secret 不是应用 %s 的（%s 问的是它），以 %s 的身份回答；'
+                               '一个应用写一节，用一个 WeChatServer', other, _show(parcel.user), ours)
 
     def _push(self, parcel, message):
         """发给那个用户。还在等的投递，发到了得到空的；肯定没有发到，就还来得及做被动回复。"""
@@ -3694,8 +3715,9 @@ class Replies(_Results):
         replied = parcel.run.conclude(reply or b'', False) and reply
         self._owner._once.look()
         if error:
-            logger.error('not %s to %s, the answer to message %s: %s', 'pushed, but replied,' if replied else
-                         'delivered', _show(parcel.user), _show(parcel.id), _show(error, 400))
+            logger.error('not %s to %s：消息 %s 的答复%s：%s', 'pushed' if replied else 'delivered',
+                         _show(parcel.user), _show(parcel.id), '不能主动发送，做了被动回复' if replied else '没有送到',
+                         _show(error, 400))
 
 
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
@@ -3704,16 +3726,16 @@ class Replies(_Results):
 # 打开的顺序：限制 → 切信封 → 格式 → 签名 → 时间 → AES → 填充、长度、receiveid → 里面的 XML 或 JSON。
 
 def _body_length(fields, limit):
-    """POST 的正文长度 (int);``fields`` 是小写名字的头部。规则见 RFC 9112 §6,从严。"""
+    """POST 的正文长度 (int)；``fields`` 是小写名字的头部。规则见 RFC 9112 §6，从严。"""
     length = fields.get('content-length')
     if 'transfer-encoding' in fields or length is None:
         raise WeChatError(400 if length is not None else 411)
     if 'content-encoding' in fields:
-        raise WeChatError(400, 'Content-Encoding is not supported')
+        raise WeChatError(400, 'Content-Encoding：不收压缩的正文')
     if not re.fullmatch('[0-9]{1,9}', length):
-        raise WeChatError(400, 'malformed Content-Length')
+        raise WeChatError(400, 'malformed Content-Length：格式不对')
     if int(length) > limit:
-        raise WeChatError(413, 'body of %s bytes, max_body is %d' % (length, limit))
+        raise WeChatError(413, 'body too large：正文有 %s 字节，max_body 是 %d' % (length, limit))
     return int(length)
 
 
@@ -3723,14 +3745,14 @@ def _answer(status, kind, body=b'', *more):
 
 
 class Dispatcher:
-    """一个应用的回调：登记函数，把 HTTP 请求变成回答。
+    """一个应用的回调：注册函数，把 HTTP 请求变成回答。
 
     ``appname``、``ini_name``、``needs`` 和设置同 `get_config`；缺少 corpid、token 或 encoding_aes_key，抛
     `ConfigError`。``only_touser`` 为真，就只听 touser 里的人（``@all`` 是所有人），回调看不到别人的消息，他们得到一句
     ``refusal``。
     本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
 
-    时限和上限，在子类里改，或在开始服务以前给实例；单位是秒和字节::
+    时限和上限，在子类里改，或在开始服务以前给实例；单位是秒和字节：
 
         answer_within = 4.5         # 一次投递等回调：企业微信等 5 秒。到时还没有结果，能主动发送的回空的 200，有了再发
         hold_within = 6             # 不能主动发送的等到这时：企业微信先断开，再投递，接着等；隔着代理也一样
@@ -3774,7 +3796,7 @@ class Dispatcher:
             raise ConfigError('route_name 只能用 A-Z a-z 0-9 _ . ~ - 和 /，例如 weixin')
         #: 加解密，`WXBizMsgCrypt`；只连长连接的没有。
         self.wxcpt = next(iter(self._crypts.values()), None)    # type: ignore[assignment]
-        #: 为真时,回调出错会把 traceback 的最后一行作为文本回给用户。
+        #: 为真时，回调出错会把 traceback 的最后一行作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
         self.store = MemoryStore() if store is None else _steady(store, self)
@@ -3802,7 +3824,7 @@ class Dispatcher:
 
     @property
     def client(self) -> 'WeChatClient':
-        """同一个应用的 `WeChatClient`;没有 secret 抛 `ConfigError`。"""
+        """同一个应用的 `WeChatClient`；没有 secret 抛 `ConfigError`。"""
         return self._client or WeChatClient(self.settings)
 
     @property
@@ -3821,12 +3843,12 @@ class Dispatcher:
 
     def register_callback(self, msg_type: str, func: 'Any' = _MISSING,
                           pattern: 'Union[None, str, re.Pattern[str]]' = None) -> 'Any':
-        """登记回调;不给 ``func`` 就是装饰器。
+        """注册回调；不给 ``func`` 就是装饰器。
 
-        ``msg_type``:消息类型 ``'text'``、``'image'``…,``'event'``,某个事件 ``'event:click'``
-        (事件名与收到的 Event 一字不差),或其余的一切 ``'*'``;最具体的优先。
-        ``pattern`` (str 或编译过的正则,只用于 text) 要匹配整条文本（首尾的空白不算）,各个组接在消息后面作为参数;
-        先登记的先试,都不匹配才轮到 ``text`` 的普通回调。
+        ``msg_type``：消息类型 ``'text'``、``'image'``…，``'event'``，某个事件 ``'event:click'``
+        （事件名与收到的 Event 一字不差），或其余的一切 ``'*'``；最具体的优先。
+        ``pattern`` (str 或编译过的正则，只用于 text) 要匹配整条文本（首尾的空白不算），各个组接在消息后面作为参数；
+        先注册的先试，都不匹配才轮到 ``text`` 的普通回调。
 
             @server.register_callback('text', pattern=r'温度\\s*(\\w+)')
             def temperature(msg, room):
@@ -3835,18 +3857,18 @@ class Dispatcher:
         return self._callbacks.add(msg_type, func, pattern)
 
     def _callback_for(self, msg):
-        """→ (函数，没有是 None；附加的参数)。"""
+        """→（函数，没有是 None；附加的参数）。"""
         if self._only & {str(msg.get('FromUserName')).lower(), '@all'}:
             return self._callbacks.find(msg)
         return None if msg.get('MsgType') == 'event' or not self.refusal else self._refuse, ()
 
     def _refuse(self, msg):
         user = msg['FromUserName']
-        logger.warning('refused %s: not in touser', _show(user))
+        logger.warning('refused %s：不在 touser 里', _show(user))
         return self.refusal.replace('%s', user)
 
     def finish(self, deadline: float) -> None:
-        """等在跑的回调、在发的，至多到 ``deadline`` (monotonic 秒)：``async def`` 的最后取消；没有送到的写日志。"""
+        """等在跑的回调、在发的，至多到 ``deadline``（monotonic 秒）：``async def`` 的最后取消；没有送到的写日志。"""
         _check_fork()
         deadline = max(deadline, time.monotonic() + 0.2)
         while (self._once._runs or self._left()) and time.monotonic() < deadline:
@@ -3855,14 +3877,14 @@ class Dispatcher:
                     road.cancel()
             time.sleep(0.02)
         for parcel in self._left():
-            logger.warning('stopped before the answer to message %s of %s was delivered',
+            logger.warning('stopped before the answer：停下了，消息 %s（%s）的答复没有送到',
                            _show(parcel.id), _show(parcel.user))
 
     def _left(self):
         return [parcel for road in self._roads for parcel in road.left()]
 
     def _open(self, query, encrypt):
-        """验签、看时间、解密 → (明文, receiveid)，都是 str。"""
+        """验签、看时间、解密 →（明文，receiveid），都是 str。"""
         if not self.wxcpt:
             raise WeChatError(404, 'no Token here: 只连长连接，不收回调')
         self.wxcpt.verify(query.get('msg_signature'), query.get('timestamp'), query.get('nonce'), encrypt)
@@ -3870,16 +3892,16 @@ class Dispatcher:
         return self.wxcpt._opened(encrypt, self._accepted)
 
     def _query_of(self, method, target):
-        """路径和方法对了 → 查询串的参数;没有查询串的 GET 是 None。"""
+        """路径和方法对了 → 查询参数的参数；没有查询参数的 GET 是 None。"""
         path, _, query = target.partition('?')
         if not (path.rstrip('/') if path[-2:] != '//' else path).endswith('/' + self.route):
-            raise WeChatError(404, 'path %s, expected /%s' % (_show(path), self.route))
+            raise WeChatError(404, 'path %s, expected /%s：后台的 URL 与 route_name 不一致' % (_show(path), self.route))
         if method not in ('GET', 'HEAD', 'POST'):
             raise WeChatError(405)
         return _parse_query(query) if query or method == 'POST' else None
 
     def _echo_back(self, method, query):
-        """GET:校验的 echostr,或一句话;→ 正文 (bytes)。"""
+        """GET：校验的 echostr，或一句话；→ 正文 (bytes)。"""
         if query is None:
             text = 'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
         else:
@@ -3887,17 +3909,17 @@ class Dispatcher:
         return b'' if method == 'HEAD' else text.encode('utf-8')
 
     def _reply_to(self, query, client, receive_id, reply):
-        """被动回复 (bytes；空的是没有，None 是没有答案) → 加密的、完整的回答。"""
+        """被动回复（bytes；空的是没有，None 是没有答案）→ 加密的、完整的回答。"""
         if reply is None:
             return self.refuse(WeChatError(503), client)
         crypt = self._crypts[receive_id]
-        if reply:       # 时间照抄请求的:刚验过,而这里的时钟可能没有校过
+        if reply:       # 时间照抄请求的：刚验过，而这里的时钟可能没有校过
             write = crypt.encrypt_message if receive_id else crypt.encrypt_json
             reply = write(reply, query['nonce'], query['timestamp']).encode('utf-8')
         return _answer(200, 'xml' if receive_id else 'plain', reply)
 
     def refuse(self, error: WeChatError, client: str = '') -> 'HTTPAnswer':
-        """一个 `WeChatError` → 记下原因,返回没有正文的回答。"""
+        """一个 `WeChatError` → 记下原因，返回没有正文的回答。"""
         if error.status != 503:
             self._refusals.write(client, error)
         return _answer(error.status, 'plain', b'', *[('Allow', 'GET, HEAD, POST')] * (error.status == 405))
@@ -3926,8 +3948,8 @@ class Dispatcher:
             return msg, functools.partial(self._reply_to, query, client, receive_id)
         except WeChatError as e:
             return None, self.refuse(e, client)
-        except Exception:               # 最后一道:不许有请求让服务器停下
-            logger.error('internal error%s', _traceback())
+        except Exception:               # 最后一道：不许有请求让服务器停下
+            logger.error('internal error：这个文件自己的错%s', _traceback())
             return None, self.refuse(WeChatError(500), client)
 
     def deliver(self, msg: 'Message', answer: 'Callable[[Optional[bytes]], HTTPAnswer]',
@@ -3952,11 +3974,11 @@ class Dispatcher:
             self.deliver(msg, answer, send, spawn)
 
     def handle(self, method: str, target: str, body: bytes = b'', client: str = '') -> 'HTTPAnswer':
-        """一个请求 → ``(status, headers, body)``,不抛异常。任何线程都可以用。
+        """一个请求 → ``(status, headers, body)``，不抛异常。任何线程都可以用。
 
-        ``method`` 和 ``target``(路径和查询串,没有解码过)是 str,``body`` 是 bytes,``client`` 是对方的
-        地址,只用于日志。``status`` (int) 503 是现在没有答案:能断开连接的外壳断开,企业微信就会再投递。
-        回调在另一条留着的线程上跑,等它到 ``answer_within`` 或 ``hold_within``。
+        ``method`` 和 ``target``（路径和查询参数，没有解码过）是 str，``body`` 是 bytes，``client`` 是对方的
+        地址，只用于日志。``status`` (int) 503 是现在没有答案：能断开连接的外壳断开，企业微信就会再投递。
+        回调在另一条留着的线程上跑，等它到 ``answer_within`` 或 ``hold_within``。
         """
         _check_fork()
         answers, ready = [], threading.Lock()
@@ -3986,7 +4008,7 @@ class Dispatcher:
                 length = _body_length(fields, self.max_body)
                 body = environ['wsgi.input'].read(length)
                 if len(body) < length:
-                    raise WeChatError(400, 'body shorter than its Content-Length')
+                    raise WeChatError(400, 'body shorter than its Content-Length：正文没有收完')
             status, headers, body = self.handle(method, target, body, client)
         except WeChatError as e:
             status, headers, body = self.refuse(e, client)
@@ -3995,20 +4017,20 @@ class Dispatcher:
 
 
 # ---- 服务器 Server ----------------------------------------------------------------------------
-# http.server 的外壳:一个连接一个请求,一个严格的读法,一次 sendall,关闭。它什么也不决定,回答来自 respond。
-# 时限都是总数,走一个字节不会重新计时;连接满了,关掉读得最久的那个,正在等回调的从不关。
+# http.server 的外壳：一个连接一个请求，一个严格的读法，一次 sendall，关闭。它什么也不决定，回答来自 respond。
+# 时限都是总数，走一个字节不会重新计时；连接满了，关掉读得最久的那个，正在等回调的从不关。
 
-#: 请求行和头部 (RFC 9112 §3、§5):大写的方法,以一个 / 开头的可见 ASCII,名字是 token,没有折行。
+#: 请求行和头部 (RFC 9112 §3、§5)：大写的方法，以一个 / 开头的可见 ASCII，名字是 token，没有折行。
 _HEAD = re.compile(rb'([A-Z]{1,16}) (/(?!/)[!-~]*) HTTP/1\.[01]\r\n'
                    rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)")
-#: 半个请求行至少要像的样子;TLS、SSH、杂音在头几个字节就露馅。
+#: 半个请求行至少要像的样子；TLS、SSH、杂音在头几个字节就露馅。
 _HEAD_START = re.compile(rb'[A-Z]{1,16}(?:\Z| (?:\Z|/(?!/)))')
-#: 这些头部要看,每个至多一次;别的不看。
+#: 这些头部要看，每个至多一次；别的不看。
 _READ = frozenset(['host', 'content-length', 'transfer-encoding', 'content-encoding', 'expect'])
 
 
 def _parse_head(head):
-    """空行以前的 bytes → ``(方法, 目标, 要看的头部)``;头部是 dict,名字小写。不合规矩抛 `WeChatError`。"""
+    """空行以前的 bytes → ``(方法, 目标, 要看的头部)``；头部是 dict，名字小写。不合规矩抛 `WeChatError`。"""
     match = _HEAD.fullmatch(head)
     if not match:
         raise WeChatError(400)
@@ -4020,7 +4042,7 @@ def _parse_head(head):
         name, _, value = line.partition(':')
         name = name.lower()
         if name in fields:
-            raise WeChatError(400, '%s stands twice in the head' % name)
+            raise WeChatError(400, '%s stands twice：头部里有两个' % name)
         if name in _READ:
             fields[name] = value.strip(' \t')
     return match.group(1).decode(), match.group(2).decode(), fields
@@ -4049,7 +4071,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             app.respond(method, target, body, client, self._send)
 
     def _more(self, deadline, size=1 << 12):
-        """再读一些，至多到 ``deadline`` (monotonic 秒)；等不到、断了抛 `OSError`。``size`` 大了，malloc 的碎片就多。"""
+        """再读一些，至多到 ``deadline``（monotonic 秒）；等不到、断了抛 `OSError`。``size`` 大了，碎片就多。"""
         left = deadline - time.monotonic()
         if left <= 0:
             raise socket.timeout('out of time')
@@ -4067,7 +4089,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def _read_head(self, deadline):
-        """读到空行为止 → (空行以前的，多读的)，都是 bytes。"""
+        """读到空行为止 →（空行以前的，多读的），都是 bytes。"""
         server, data = self.server.dispatcher, b''
         while True:
             data += self._more(deadline)
@@ -4196,7 +4218,7 @@ class _HTTPServer(http.server.HTTPServer):
                 if self.closed:
                     return
                 if not isinstance(e, OSError):
-                    logger.error('internal error in the server%s', _traceback())
+                    logger.error('internal error：服务器里，这个文件自己的错%s', _traceback())
                 if getattr(e, 'errno', errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     self._evict(len(self._reading) - 8)
                 time.sleep(0.05)            # 马上再来也没有用
@@ -4204,8 +4226,8 @@ class _HTTPServer(http.server.HTTPServer):
     def _serve(self, request, client_address):
         try:
             self.finish_request(request, client_address)
-        except Exception:                   # 本文件的错;线程还要接着用
-            logger.error('internal error in the server%s', _traceback())
+        except Exception:                   # 本文件的错；线程还要接着用
+            logger.error('internal error：服务器里，这个文件自己的错%s', _traceback())
             self.hang_up(request)
 
     def hang_up(self, request):
@@ -4216,7 +4238,7 @@ class _HTTPServer(http.server.HTTPServer):
         request.close()
 
     def _evict(self, keep):
-        """还在读的最多留 ``keep`` 个,旧的先走。只关读的方向:已经到了的请求照样读完、回答。"""
+        """还在读的最多留 ``keep`` 个，旧的先走。只关读的方向：已经到了的请求照样读完、回答。"""
         with self._lock:
             while len(self._reading) > max(keep, 0):
                 oldest, _ = self._reading.popitem(last=False)
@@ -4224,7 +4246,7 @@ class _HTTPServer(http.server.HTTPServer):
                     oldest.shutdown(socket.SHUT_RD)
 
     def has_read(self, request, count):
-        """又读了 ``count`` 字节正文;所有连接加起来太多,最旧的就不再读。"""
+        """又读了 ``count`` 字节正文；所有连接加起来太多，最旧的就不再读。"""
         with self._lock:
             if request in self._reading:
                 self._reading[request] += count
@@ -4249,7 +4271,7 @@ class _HTTPServer(http.server.HTTPServer):
             host, port = self.server_address[:2]
             with contextlib.suppress(OSError):
                 socket.create_connection(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port), 1).close()
-            self._acceptor.join(2)          # 它停了才关:描述符的号会被别人再用
+            self._acceptor.join(2)          # 它停了才关：描述符的号会被别人再用
         self.server_close()
         self._evict(0)
         return self.threads.wait(deadline)
@@ -4338,7 +4360,7 @@ _MAIL_HEADER = re.compile(rb'[!-9;-~]+[ \t]*:|[ \t]+\S|From ')       #: 信头�
 
 
 def _mail_parts(line_of, folder, marks=()):
-    """读信的一个部分，到 ``marks`` 里的一条边界为止 → (头部, 写着正文的文件的路径；几个部分的总头部是 None) (生成器)。
+    """读信的一个部分，到 ``marks`` 里的一条边界为止 →（头部，写着正文的文件的路径，总头部的是 None）（生成器）。
 
     ``line_of()`` 是下一行。返回那条边界。
     """
@@ -4375,7 +4397,7 @@ def _mail_parts(line_of, folder, marks=()):
 
 
 def _mail_text(top, texts, notes):
-    """信头、正文 [(类型, 文字)] 和附件的毛病 → 一条文本。"""
+    """信头、正文 [（类型，文字）] 和附件的毛病 → 一条文本。"""
     plain = [text for kind, text in texts if kind == 'text/plain' and text.strip()]
     sender = _words(top.get('From', '')).replace('"', '')
     lines = [_words(top.get('Subject', ''))[:1000], sender[:200] and '来自 ' + sender[:200]]
@@ -4390,18 +4412,18 @@ def _mail_text(top, texts, notes):
 
 # ---- 长连接 WebSocket -------------------------------------------------------------------------
 # RFC 6455 的客户端。套接字不阻塞，TLS 在内存里 (_TLS)：一条线程收，任何线程发，谁也不拿着锁等。
-# 不发 ping (企业微信的网关会答一个有掩码的 pong)，收到就答；不提扩展。
+# 不发 ping（企业微信的网关会答一个有掩码的 pong），收到就答；不提扩展。
 
 _OPCODES = _MORE, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
 _CLOSE_CODES = frozenset([*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)])
 
 
 class _Closed(ConnectionError):
-    """连接结束了：``args`` 是 (关闭码，1006 是没有说就断了；一句话)。"""
+    """连接结束了：``args`` 是（关闭码，1006 是没有说就断了；一句话）。"""
 
 
 class _Violation(Exception):
-    """对方没有照 RFC 6455：``args`` 是 (该用的关闭码，一句话)。"""
+    """对方没有照 RFC 6455：``args`` 是（该用的关闭码，一句话）。"""
 
 
 def _masked(data, mask):
@@ -4435,7 +4457,7 @@ class _TLS:
         self._object = context.wrap_bio(self._in, self._out, server_hostname=hostname)
 
     def shake_hands(self, data):
-        """收到的 → (握好了没有, 要发的)。"""
+        """收到的 →（握好了没有，要发的）。"""
         self._in.write(data)
         try:
             self._object.do_handshake()
@@ -4476,7 +4498,7 @@ class _WebSocket:
             proxy if '://' in proxy else 'http://' + proxy)
         _remember(proxy.password or '' if proxy else '')
         if proxy and proxy.scheme != 'http':
-            raise OSError('SOCKS is not supported here' if proxy.scheme.startswith('socks') else 'a proxy must be http://')
+            raise OSError('%s 代理不行，要 http:// 的' % proxy.scheme)
         self._sending, self._tls = threading.Lock(), None
         self._buffer = bytearray()
         self._parts, self._size, self._kind = [], 0, None       # 一条消息的片段，一共多少字节，类型
@@ -4503,7 +4525,7 @@ class _WebSocket:
             try:
                 found = _ready(self._sock, write, deadline - time.monotonic(), also)
             except ValueError:              # 别的线程关了它
-                raise _Closed(1006, 'closed here') from None
+                raise _Closed(1006, '这边关了') from None
             if found is None:
                 raise socket.timeout('no answer in time')
             if found is not self._sock:
@@ -4517,7 +4539,7 @@ class _WebSocket:
     def _receive(self, deadline, also=()):
         data = self._io(functools.partial(self._sock.recv, 1 << 16), False, deadline, also)
         if not data:
-            raise _Closed(1006, 'closed without a word')
+            raise _Closed(1006, '没有说就断了')
         self.heard = time.monotonic()
         return data
 
@@ -4527,17 +4549,17 @@ class _WebSocket:
         self._buffer += self._tls.open(data) if self._tls else data
 
     def _ask(self, lines, deadline):
-        """发一个 HTTP 的头部 → (状态, 头部)。"""
+        """发一个 HTTP 的头部 →（状态，头部）。"""
         self._write('\r\n'.join(lines + ['', '']).encode('latin-1'), deadline)
         while b'\r\n\r\n' not in self._buffer:
             if len(self._buffer) > 1 << 14:
-                raise OSError('no HTTP answer')
+                raise OSError('回答的不是 HTTP')
             self._read(deadline)
         head, _, self._buffer = self._buffer.partition(b'\r\n\r\n')
         status, _, rest = bytes(head).partition(b'\r\n')
         match = re.fullmatch(rb'HTTP/1\.[01] ([0-9]{3})(?: .*)?', status)
         if not match:
-            raise OSError('no HTTP answer')
+            raise OSError('回答的不是 HTTP')
         return int(match.group(1)), http.client.parse_headers(io.BytesIO(rest + b'\r\n\r\n'))
 
     def _tunnel(self, where, proxy, deadline):
@@ -4570,7 +4592,7 @@ class _WebSocket:
                 r'(?i)(^|,)\s*upgrade\s*(,|$)', headers.get('Connection', '')) or headers.get(
                 'Sec-WebSocket-Accept', '') != binascii.b2a_base64(accept, newline=False).decode() or headers.get(
                 'Sec-WebSocket-Extensions') or headers.get('Sec-WebSocket-Protocol'):
-            raise OSError('no WebSocket here, the answer is %d' % status)
+            raise OSError('那里没有 WebSocket，回答的是 %d' % status)
 
     def _send(self, opcode, data):
         mask, size = os.urandom(4), len(data)
@@ -4578,7 +4600,7 @@ class _WebSocket:
             '>BBH', 0x80 | opcode, 0xfe, size) if size < 1 << 16 else struct.pack('>BBQ', 0x80 | opcode, 0xff, size)
         with self._sending:
             if self._closing:
-                raise _Closed(1006, 'closed')
+                raise _Closed(1006, '已经关了')
             self._closing = opcode == _CLOSE
             try:
                 self._write(head + mask + _masked(data, mask), time.monotonic() + self._within + size / self.slowest)
@@ -4617,21 +4639,21 @@ class _WebSocket:
                 return message
 
     def _frame(self):
-        """``_buffer`` 里完整的一帧 → (是不是最后的片段, 类型, 内容)，从里面去掉；还不完整是 None。"""
+        """``_buffer`` 里完整的一帧 →（是不是最后的片段，类型，内容），从里面去掉；还不完整是 None。"""
         data, at = self._buffer, 2
         if len(data) < 2:
             return None
         opcode, masked, size = data[0] & 15, data[1] >> 7, data[1] & 127
         if data[0] & 0x70 or opcode not in _OPCODES or opcode >= _CLOSE and (size > 125 or data[0] < 0x80) or (
                 masked and opcode < _CLOSE):
-            raise _Violation(1002, 'not a frame')
+            raise _Violation(1002, '不是一帧')
         if size > 125:
             at, form = (4, '>H') if size == 126 else (10, '>Q')
             if len(data) < at:
                 return None
             size, = struct.unpack_from(form, data, 2)
         if opcode < _CLOSE and self._size + size > self.most:
-            raise _Violation(1009, 'a message of more than %d bytes' % self.most)
+            raise _Violation(1009, '消息超过 %d 字节' % self.most)
         end = at + 4 * masked + size
         if len(data) < end:
             return None
@@ -4651,7 +4673,7 @@ class _WebSocket:
             self._closed_by(payload)
         elif opcode != _PONG:
             if (opcode == _MORE) != (self._kind is not None):
-                raise _Violation(1002, 'a fragment out of place')
+                raise _Violation(1002, '片段的顺序不对')
             if final and opcode == _TEXT:       # 多半
                 return self._text(payload.decode, 'utf-8')
             if opcode != _MORE:
@@ -4669,13 +4691,13 @@ class _WebSocket:
         try:
             return decode(*args)
         except UnicodeDecodeError:
-            raise _Violation(1007, 'not UTF-8') from None
+            raise _Violation(1007, '不是 UTF-8') from None
 
     def _closed_by(self, payload):
         code = struct.unpack_from('>H', payload)[0] if len(payload) > 1 else 1005
         reason = self._text(payload[2:].decode, 'utf-8')
         if len(payload) == 1 or payload and code not in _CLOSE_CODES:
-            raise _Violation(1002, 'no close code')
+            raise _Violation(1002, '关闭码不对')
         with contextlib.suppress(OSError):
             self._send(_CLOSE, payload[:2])
         raise _Closed(code, reason)
@@ -5051,11 +5073,11 @@ def _aes_blocks(blocks, key):
         yield aes.decrypt(rest[:whole])
         rest = rest[whole:]
     if size < 32 or size % 16:
-        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'a file of %d bytes, cut on its way?' % size)
+        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'cut：文件只有 %d 字节，没有收完' % size)
     rest = aes.decrypt(rest)
     padding = rest[-1]
     if not 1 <= padding <= 32 or rest[-padding:] != bytes([padding]) * padding:
-        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'a file with bad padding: another aeskey?')
+        raise CryptoError(ierror.WXBizMsgCrypt_DecryptAES_Error, 'bad padding：文件的 aeskey 不对，或没有收完')
     yield rest[:-padding]
 
 
@@ -5108,7 +5130,7 @@ class _Kicked(Exception):
 
 
 class _Session:
-    """长连接的主人。``stage``：stopped、connecting、ready、waiting (断了，等着再连)、refused (凭据不对)、kicked。
+    """长连接的主人。``stage``：stopped、connecting、ready、waiting（断了，等着再连）、refused（凭据不对）、kicked。
 
     ``heard(连接, req_id, 命令, body)`` 收到了消息、事件；``ready()`` 连上了。
     """
@@ -5209,7 +5231,7 @@ class _Session:
             except _FAILURES as e:
                 stage, error = 'waiting', bot._failed(e)
             except Exception as e:          # 本文件的错；也要再连
-                logger.error('internal error in the long connection%s', _traceback())
+                logger.error('internal error：长连接里，这个文件自己的错%s', _traceback())
                 stage, error = 'waiting', bot._failed(e)
             self._lost(line)
             if stage:
@@ -5224,7 +5246,7 @@ class _Session:
         while True:
             text = line.receive(end - time.monotonic())
             if text is None:
-                raise socket.timeout('no answer to the subscription')
+                raise socket.timeout('订阅没有回答')
             frame = _read_frame(text)
             headers = frame.get('headers')
             if not isinstance(headers, dict) or headers.get('req_id') != req_id or frame.get('cmd'):
@@ -5255,9 +5277,9 @@ class _Session:
         while self._life is life:
             now = time.monotonic()
             if now - line.heard > bot.silent_within:
-                raise _Closed(1006, 'heard nothing for %g s' % bot.silent_within)
+                raise _Closed(1006, '%g 秒没有听到一个字节' % bot.silent_within)
             if time.time() - now - skew > bot.silent_within + bot.ping_every:
-                raise _Closed(1006, 'this machine was suspended')       # monotonic 在休眠时不走
+                raise _Closed(1006, '这台机器休眠过')       # monotonic 在休眠时不走
             if now >= ping:
                 if not line.busy():
                     line.send(_frame_text('ping', _new_id('ping')))
@@ -5280,7 +5302,7 @@ class _Session:
             if then:
                 then(frame)
             if frame.get('errcode') == 846609:
-                raise _Closed(1006, 'not subscribed any more (846609)')
+                raise _Closed(1006, '订阅没有了 (846609)')
         elif cmd in ('aibot_msg_callback', 'aibot_event_callback') and isinstance(body, dict):
             event = body.get('event')
             kicked = isinstance(event, dict) and event.get('eventtype') == 'disconnected_event'
@@ -5292,7 +5314,7 @@ class _Session:
                 raise _Kicked
         elif str(cmd) not in self._unknown and len(self._unknown) < 100:
             self._unknown.add(str(cmd))
-            logger.info('unknown command %s', _show(cmd))
+            logger.info('unknown command %s：没有听说过，不理', _show(cmd))
 
     def _lost(self, line):
         """连接完了：等回执的，不必等了。"""
@@ -5381,7 +5403,7 @@ class _Session:
                     raise
             finally:
                 slot[0] = max(slot[0], bot._clock())
-            logger.warning('WeCom says too often, again in %g s', bot.busy_pause)
+            logger.warning('too often：企业微信说太频繁，%g 秒后再试', bot.busy_pause)
             tell and tell(bot.busy_pause)
             bot._sleep(bot.busy_pause)
 
@@ -5415,7 +5437,7 @@ class _Session:
                     bot.progress(min(file.size, (n + 1) * _CHUNK), file.size)
         media_id = self._step(end, 'aibot_upload_media_finish', {'upload_id': upload_id}).get('media_id')
         if not isinstance(media_id, str):
-            raise NetworkError(502, 'an answer without media_id', 'aibot_upload_media_finish')
+            raise NetworkError(502, '回答里没有 media_id', 'aibot_upload_media_finish')
         return media_id
 
 
@@ -5425,18 +5447,18 @@ def _bot_download(caller, handle, folder):
     url, _, aeskey = str(handle or '').rpartition('#')
     parts = _split_url(url)
     if parts.scheme != 'https' and not _LOOPBACK.fullmatch(parts.hostname):
-        raise ValueError('not https: %s' % _show(url))
+        raise ValueError('不是 https 的网址：%s' % _show(url))
     key, aeskey = b'', aeskey or caller.settings['encoding_aes_key']        # 回调 URL 的，用 EncodingAESKey
     with contextlib.suppress(ValueError):
         key = binascii.a2b_base64(aeskey + '=' * (-len(aeskey) % 4))
     if len(key) != 32:
-        raise CryptoError(ierror.WXBizMsgCrypt_IllegalAesKey, 'this file came without a good aeskey')
+        raise CryptoError(ierror.WXBizMsgCrypt_IllegalAesKey, 'no aeskey：这个文件没有带着能用的 aeskey')
     attempt = _Attempt(_FETCHES, caller._urllib(), url, None, {}, caller.media_within, caller.connect_within, 3)
 
     def write(f):
         answer = _Answer(attempt, parts.netloc.rpartition('@')[2], float('inf'))
         if answer.status != 200:
-            raise NetworkError(502, 'the file is gone, status %d' % answer.status, hint='文件下载不了：网址五分钟有效')
+            raise NetworkError(502, '文件没有了，状态 %d' % answer.status, hint='文件下载不了：网址五分钟有效')
 
         def save():
             for data in _aes_blocks(_blocks(answer._response, caller.max_download), key):
@@ -5462,7 +5484,7 @@ class WeChatBot(_Caller):
     断开，这时别的机器上在运行的会断开一分钟。只能发给跟机器人说过话的人和群。被拒绝抛 `APIError`，没有回答抛
     `NetworkError`。
 
-    时限和上限，在子类里改，或给实例；单位是秒::
+    时限和上限，在子类里改，或给实例；单位是秒：
 
         connect_within = 10         # 连接、握手、订阅，各这么久
         ping_every = 30             # 心跳
@@ -5642,7 +5664,7 @@ class _Text:
         return ''.join(self._parts) if self._ended or not ended else ''
 
     def look(self, end, more=1):
-        """等到写完，或过了 ``end`` 又有了新的（至多再等 ``more`` 秒）→ (全文, 写完了没有, 有没有新的)。"""
+        """等到写完，或过了 ``end`` 又有了新的（至多再等 ``more`` 秒）→（全文，写完了没有，有没有新的）。"""
         with self._changed:
             self._changed.wait_for(lambda: self._ended, max(0, end - time.monotonic()))
             self._changed.wait_for(lambda: self._ended or self._newer, max(0.001, more))
@@ -5859,7 +5881,7 @@ class _BotReplies(_BotResults):
                     time.sleep(0.05)
                     continue
                 talk.bubble = talk.bubble if item else None         # 写不完的气泡，不再写
-                logger.error('not delivered to %s, the answer to message %s: %s', _show(talk.chat), _show(talk.id),
+                logger.error('not delivered to %s：消息 %s 的答复没有送到：%s', _show(talk.chat), _show(talk.id),
                              _show(e, 400))
             with self.lock:
                 talk.items.popleft()
@@ -6216,7 +6238,7 @@ class _PollReplies(_BotResults):
             if status != 200 or answer.get('errcode'):
                 raise _refused(answer, 'response_url')
         except (ValueError, TypeError, RecursionError, WeChatError) as e:
-            logger.error('not delivered to %s, the answer to message %s: %s', _show(poll.user), _show(poll.id),
+            logger.error('not delivered to %s：消息 %s 的答复没有送到：%s', _show(poll.user), _show(poll.id),
                          _show(e, 400) if poll.url else '来不及直接答，又没有 response_url')
         finally:
             _secrets.discard(code)
@@ -6254,20 +6276,20 @@ def _log_to_file(settings):
 
 
 def _one_heap():
-    """glibc 给每条线程一个堆,各有各的碎片;有 GIL,一个就够,少占几 MB。别的 libc 没有这回事。"""
+    """glibc 给每条线程一个堆，各有各的碎片；有 GIL，一个就够，少占几 MB。别的 libc 没有这回事。"""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
         ctypes.CDLL(None).mallopt(-8, 1)        # M_ARENA_MAX
 
 
 class WeChatServer(Dispatcher):
-    """自带 HTTP 服务器的 `Dispatcher`:``run()``,或 ``start()`` 和 ``stop()``。
+    """自带 HTTP 服务器的 `Dispatcher`：``run()``，或 ``start()`` 和 ``stop()``。
 
         server = WeChatServer('demo')
         server.register_callback('text', lambda msg: msg)
         server.run(port=8000)
 
-    没有 TLS：那是反向代理的事。又有这些时限和上限，别的同 `Dispatcher`；时限都是总数，走一个字节不会重新计时::
+    没有 TLS：那是反向代理的事。又有这些时限和上限，别的同 `Dispatcher`；时限都是总数，走一个字节不会重新计时：
 
         max_connections = 64        # 同时还在读的连接（描述符上限的四分之一以内）；满了就关最旧的
         max_reading = 8 << 20       # 所有还没读完的正文，加起来
@@ -6342,7 +6364,7 @@ class WeChatServer(Dispatcher):
         """
         handle = msg.get('MediaId')
         if not handle or not isinstance(handle, str):
-            raise ValueError('no file in a message of type %s' % msg.get('MsgType'))
+            raise ValueError('%s 消息里没有文件' % msg.get('MsgType'))
         return self.bot.download(msg, folder) if '://' in handle else self.client.download(handle, folder)
 
     def _road_of(self, msg):
@@ -6354,8 +6376,9 @@ class WeChatServer(Dispatcher):
             return msg
         msg = _bot_message(msg, self.settings['bot_name'])
         if msg['ToUserName'] != self.settings['bot_id']:
-            raise CryptoError(ierror.WXBizMsgCrypt_ValidateCorpid_Error, 'aibotid is %s, bot_id here is %s' % (
-                _show(_mask(msg['ToUserName'])), _mask(self.settings['bot_id'])))
+            raise CryptoError(
+                ierror.WXBizMsgCrypt_ValidateCorpid_Error, 'receive id differs：aibotid 是 %s，这里是 %s' % (
+                    _show(_mask(msg['ToUserName'])), _mask(self.settings['bot_id'])))
         return msg
 
     def deliver(self, msg: 'Message', answer: 'Callable[[Optional[bytes]], HTTPAnswer]',
@@ -6395,7 +6418,7 @@ class WeChatServer(Dispatcher):
         """
         _check_fork()
         if self._http and self._http.process == os.getpid() or self._bot and self._bot._session.running():
-            raise RuntimeError('already started')
+            raise RuntimeError('已经在服务了')
         _log_to_file(self.settings)
         if self._chats:
             self._connect()
@@ -6409,7 +6432,7 @@ class WeChatServer(Dispatcher):
         return self._http and self._http.server_address[:2]
 
     def stop(self) -> None:
-        """停止服务:不再接受,等正在回答、正在发送的,最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
+        """停止服务：不再接受，等正在回答、正在发送的，最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
         deadline = time.monotonic() + self.stop_within
         server, self._http = self._http, None
         if server:
@@ -6424,7 +6447,7 @@ class WeChatServer(Dispatcher):
             self._bot._session.stop(max(0.4, deadline - time.monotonic()))
 
     def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
-        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止;在任何线程里都行(信号只在主线程里接)。
+        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止；在任何线程里都行（信号只在主线程里接）。
 
         ``debug`` 见 `debug` 属性；``threaded`` 只为旧程序保留，总是多线程。端口用不了，在主线程里说一句，退出码 2，
         在别的线程里抛 `OSError`。
@@ -6440,7 +6463,7 @@ class WeChatServer(Dispatcher):
             sys.exit(2)
         if address:
             host, port = address
-            print('EasyWeChat 在监听 http://%s:%d/%s ,后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
+            print('EasyWeChat 在监听 http://%s:%d/%s ，后台填 http://<公网地址>:%d/%s 。按 Ctrl-C 停止。' % (
                 '[%s]' % host if ':' in host else host, port, self.route, port, self.route),
                 file=sys.stderr, flush=True)
         if self._chats:
@@ -6449,7 +6472,7 @@ class WeChatServer(Dispatcher):
         self._wait()
 
     def _wait(self):
-        """等到停下。信号处理函数只抛 KeyboardInterrupt:在里面做别的会死锁。"""
+        """等到停下。信号处理函数只抛 KeyboardInterrupt：在里面做别的会死锁。"""
         before, fd = {}, None
         rest, alarm = socket.socketpair()   # 睡下以前一刹那到的信号叫不醒谁：所以每个信号都在 alarm 里写一个字节
         alarm.setblocking(False)
@@ -6466,7 +6489,7 @@ class WeChatServer(Dispatcher):
         except KeyboardInterrupt:
             pass
         finally:
-            for number in before:           # 再来一个也不打断:停下本来就有时限
+            for number in before:           # 再来一个也不打断：停下本来就有时限
                 signal.signal(number, signal.SIG_IGN)
             if fd is not None:
                 signal.set_wakeup_fd(fd)
@@ -6479,16 +6502,16 @@ class WeChatServer(Dispatcher):
 
 
 # ---- 命令行 Command line ----------------------------------------------------------------------
-# stdout 只有结果;出错是 stderr 上的一行 `easywechat: …`。
-# 退出码:0 成了,1 被拒绝,2 用法或配置,3 网络,130 被打断。
+# stdout 只有结果；出错是 stderr 上的一行 `easywechat: …`。
+# 退出码：0 成了，1 被拒绝，2 用法或配置，3 网络，130 被打断。
 
-#: 公开的演示凭据:没有 config.ini 时 --echo 和 --probe 用它,只在本机。
+#: 公开的演示凭据：没有 config.ini 时 --echo 和 --probe 用它，只在本机。
 _DEMO = {'corpid': 'wwEasyWeChatDemo00', 'token': 'EasyWeChatDemo', 'agentid': '1000002',
          'encoding_aes_key': 'EasyWeChatDemoKeyIsPublicDoNotUseItAnywhere'}
 
 
 class _CommandError(Exception):
-    """命令行的一次失败:``args`` 是 (退出码, 一句话)。"""
+    """命令行的一次失败：``args`` 是（退出码，一句话）。"""
 
 
 #: 命令行的出错，是一句话，不是 traceback。
@@ -6503,7 +6526,7 @@ def _sentence(error):
 
 
 def _echo(msg):
-    """--echo 的回调:能原样返回的原样返回,别的列出字段。"""
+    """--echo 的回调：能原样返回的原样返回，别的列出字段。"""
     if msg.get('MsgType') in ('text', 'image', 'voice', 'video'):
         return msg
     return '\n'.join('%s: %s' % item for item in msg.items())
@@ -6521,16 +6544,16 @@ def _visit(url, query, body=None):
         with fetch(asked, body, {'Content-Type': 'text/xml'}, _PATIENCE, proxies={}) as answer:
             status, body = answer.status, answer.read() if answer.status == 200 else b''
     except NetworkError as e:
-        raise _CommandError(3, e.errmsg + '; is the callback slow?' * (e.errcode == 504)) from None
+        raise _CommandError(3, e.errmsg + '；回调太慢了？' * (e.errcode == 504)) from None
     if status != 200:
-        raise _CommandError(1, '%s answered %d%s' % (url, status, {
-            403: ': Token, EncodingAESKey, corpid or the clock differ; its log says which',
-            404: ': the path differs, see route_name'}.get(status, '')))
+        raise _CommandError(1, '%s 返回 %d：%s' % (url, status, {
+            403: 'Token、EncodingAESKey、corpid 或时钟不一致，看机器人的日志里是哪一个',
+            404: '路径不一致，看 route_name'}.get(status, '那里是不是 EasyWeChat？')))
     return body
 
 
 def _signed(crypt, text):
-    """→ (查询参数, 密文 str):像企业微信那样加密、签名。"""
+    """→（查询参数，密文 str）：像企业微信那样加密、签名。"""
     encrypt, timestamp = crypt.seal(text), str(int(time.time()))
     nonce = str(struct.unpack('>I', os.urandom(4))[0])
     signature = crypt.sign(timestamp, nonce, encrypt)
@@ -6538,12 +6561,12 @@ def _signed(crypt, text):
 
 
 def _probe(url, settings, text):
-    """扮演企业微信:先 GET 校验,再投递一条文本 → (收到的消息 XML, 回复的 dict,没有回复是 {})。"""
+    """扮演企业微信：先 GET 校验，再投递一条文本 →（收到的消息 XML，回复的 dict，没有回复是 {}）。"""
     crypt = WXBizMsgCrypt(settings['token'], settings['encoding_aes_key'], settings['corpid'])
     echo = str(struct.unpack('>Q', os.urandom(8))[0])
     query, encrypt = _signed(crypt, echo)
     if _visit(url, dict(query, echostr=encrypt)) != echo.encode():
-        raise _CommandError(1, '%s does not answer the echostr; is it EasyWeChat?' % url)
+        raise _CommandError(1, '%s 返回的不是 echostr：那里是不是 EasyWeChat？' % url)
     message = dict_to_xml({'ToUserName': settings['corpid'], 'FromUserName': 'probe', 'CreateTime': int(time.time()),
         'MsgType': 'text', 'Content': text, 'AgentID': settings['agentid'],
         'MsgId': struct.unpack('>Q', os.urandom(8))[0] >> 1})
@@ -6557,7 +6580,7 @@ def _probe(url, settings, text):
         signed = (envelope.get(name) for name in ('MsgSignature', 'TimeStamp', 'Nonce'))
         return message, xml_to_dict(crypt.decrypt_message(answer, *signed))
     except WeChatError as e:
-        raise _CommandError(1, '%s answered what is no reply: %s' % (url, e.errmsg)) from None
+        raise _CommandError(1, '%s 返回的不是回复：%s' % (url, e.errmsg)) from None
 
 
 def _settings_or_demo(args):
@@ -6572,7 +6595,7 @@ def _run_echo(args):
     host = args.host or ('127.0.0.1' if demo else '0.0.0.0')
     if demo and not _LOOPBACK.fullmatch(host):
         raise _CommandError(
-            2, 'without config.ini only this machine can be served; python easywechat.py --init writes one')
+            2, '没有 config.ini，只能在本机服务；写一个：' + _command('--init'))
     server = WeChatServer(args.app, args.config, **demo)
     server.register_callback('*', _echo)
     server.debug, server._telling = args.debug, True
@@ -6586,13 +6609,13 @@ def _run_echo(args):
     host, port = address
     url = 'http://%s:%d/%s' % ('[%s]' % host if ':' in host else host, port, server.route)
     if demo:
-        print('没有 config.ini:用公开的演示凭据 (easywechat._DEMO),只在本机。')
-        message, reply = _probe(url, server.settings, '你好,EasyWeChat')
-        print('▶ 发去 (加密前):%s\n◀ 收到 (解密后):%s' % (message, dict_to_xml(reply)))
-        print("在另一个终端试试:python easywechat.py --probe '你好'%s" % (' --url ' + url if port != 8000 else ''))
+        print('没有 config.ini：用公开的演示凭据 (easywechat._DEMO)，只在本机。')
+        message, reply = _probe(url, server.settings, '你好，EasyWeChat')
+        print('▶ 发去（加密前）：%s\n◀ 收到（解密后）：%s' % (message, dict_to_xml(reply)))
+        print('在另一个终端试试：' + _command('--probe', '你好', *(['--url', url] if port != 8000 else [])))
     else:
         print('后台「接收消息 → 设置API接收」的 URL:http://<公网地址>:%d/%s' % (port, server.route))
-    print('在监听 %s ,按 Ctrl-C 停止。' % url, flush=True)
+    print('在监听 %s ，按 Ctrl-C 停止。' % url, flush=True)
     return server._wait()
 
 
@@ -6604,10 +6627,10 @@ def _run_probe(args):
     app = Dispatcher(settings)
     url = args.url or 'http://127.0.0.1:%d/%s' % (args.port, app.route)
     if demo and not _LOOPBACK.fullmatch(_split_url(url).hostname):
-        raise _CommandError(2, 'without config.ini only this machine can be probed')
+        raise _CommandError(2, '没有 config.ini，只能试本机的；写一个：' + _command('--init'))
     reply = _probe(url, app.settings, _decoded(args.probe))[1]
     if not reply:
-        print('easywechat: (empty reply)', file=sys.stderr)
+        print('easywechat: （没有回复）', file=sys.stderr)
     elif reply.get('MsgType') == 'text':
         print(reply.get('Content', ''))
     else:
@@ -6624,11 +6647,11 @@ def _run_init(args):
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as f:
             f.write(text.encode('utf-8'))
     except FileExistsError:
-        raise _CommandError(2, '%s exists already, left as it is' % path) from None
+        raise _CommandError(2, '%s 已经有了，没有动它；要新的就先改它的名字，或 --config 另一个文件' % path) from None
     except OSError as e:
-        raise _CommandError(2, 'cannot write %s: %s' % (path, e.strerror)) from None
+        raise _CommandError(2, '写不了 %s：%s' % (path, e.strerror)) from None
     print(path)
-    print('easywechat: 填上其中的 corpid,再把 Token 和 EncodingAESKey 抄到管理后台；智能机器人只要填 bot_id 和 '
+    print('easywechat: 填上其中的 corpid，再把 Token 和 EncodingAESKey 抄到管理后台；智能机器人只要填 bot_id 和 '
           'bot_secret。', file=sys.stderr)
 
 
@@ -6667,7 +6690,7 @@ def _run_send(args):
         message = pathlib.Path(args.send_file)
     elif args.send == '-':
         message = _read_stdin()
-        if not message:         # cron:没有输出就没有消息
+        if not message:         # cron：没有输出就没有消息
             return
     else:
         message = _decoded(args.send)
@@ -6682,7 +6705,7 @@ def _run_send(args):
 
 
 def _read_mail(line_of, folder):
-    """→ [一条文本, 附件 (Path)…]；附件写在 ``folder`` 里，太大、太小的只在文本里说。"""
+    """→ [一条文本，附件 (Path)…]；附件写在 ``folder`` 里，太大、太小的只在文本里说。"""
     import pathlib
     top, texts, files, notes = None, [], [], []
     for n, (headers, path) in enumerate(_mail_parts(line_of, folder)):
@@ -6741,9 +6764,9 @@ def _run_explain(args):
         print('%d %s' % (code, _advice(code, '')))
 
 
-#: 键 → (该是什么样,一句话,在后台的哪一页)。
+#: 键 →（该是什么样，一句话，在后台的哪一页）。
 _SHAPES = {
-    'corpid': ('w[wx][0-9A-Za-z]{16}', 'ww 开头,18 个字符', '我的企业 → 企业信息'),
+    'corpid': ('w[wx][0-9A-Za-z]{16}', 'ww 开头，18 个字符', '我的企业 → 企业信息'),
     'agentid': (_AGENT.pattern, '一个数字', '应用管理 → 自建 → 应用'),
     'secret': ('[0-9A-Za-z_-]{43}', '43 个字符', '应用管理 → 自建 → 应用'),
     'token': ('[0-9A-Za-z]{1,32}', '至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
@@ -6769,17 +6792,17 @@ def _check_files(settings):
 
 
 def _check_settings(settings):
-    """设置的每个键 → (好不好,None 是用不着就算了, 一句话) (生成器)。"""
+    """设置的每个键 →（好不好，None 是用不着就算了，一句话）（生成器）。"""
     for key, (form, rule, page) in _SHAPES.items():
         value = settings[key]
         if not value:
             wanted = key == 'corpid' and not settings['robot'] and not settings['bot_id']
-            yield False if wanted else None, '%s 没有写(「%s」)' % (key, page)
+            yield False if wanted else None, '%s 没有写（「%s」）' % (key, page)
         elif re.fullmatch(form, value):
-            yield True, '%s,来自 %s' % (key, settings.sources[key])
+            yield True, '%s，来自 %s' % (key, settings.sources[key])
         else:
-            odd = '里面有空白、全角或看不见的字符:' if re.search('[^!-~]', value) else ''
-            yield False, '%s (来自 %s) 不像:%s应该是%s,现在有 %d 个字符;照「%s」重新抄' % (
+            odd = '（含空白、全角或不可见字符）' if re.search('[^!-~]', value) else ''
+            yield False, '%s（来自 %s）格式不对%s：应该是%s，现在有 %d 个字符；到「%s」重新复制' % (
                 key, settings.sources[key], odd, rule, len(value), page)
     yield from _check_files(settings)
     for text in settings.unknown:
@@ -6814,7 +6837,7 @@ def _check_dns(host):
 
 
 def _check_bot(bot):
-    """智能机器人的长连接，一步一步 → (好不好, 一句话) (生成器)。本机有一个在运行，就只问它。"""
+    """智能机器人的长连接，一步一步 →（好不好，一句话）（生成器）。本机有一个在运行，就只问它。"""
     host = urllib.parse.urlsplit(bot.url)
     guest = _meet(bot)
     if guest:
@@ -6840,22 +6863,22 @@ def _check_bot(bot):
 
 
 def _check_network(client):
-    """从 DNS 到可信 IP,一步一步 → (好不好, 一句话) (生成器);前一步不通就停。"""
+    """从 DNS 到可信 IP，一步一步 →（好不好，一句话）（生成器）；前一步不通就停。"""
     import email.utils
     host = urllib.parse.urlsplit(client.api_base)
     if not (yield from _check_dns(host)):
         return
     try:
         date = _Call(client, 'gettoken', {}, read=lambda _, answer: {'date': answer.headers.get('Date')}).run()['date']
-        yield True, '连上了 %s%s' % (host.netloc, ',证书有效' * (host.scheme == 'https'))
+        yield True, '连上了 %s%s' % (host.netloc, '，证书有效' * (host.scheme == 'https'))
         with contextlib.suppress(TypeError, ValueError):
             ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-            yield abs(ahead) < 60, '时钟与企业微信差 %.0f 秒%s' % (ahead, '' if abs(ahead) < 60 else ':校时 (NTP)')
+            yield abs(ahead) < 60, '时钟与企业微信差 %.0f 秒%s' % (ahead, '' if abs(ahead) < 60 else '：校时 (NTP)')
         client._new_token()
         yield True, 'corpid 和 secret 正确 (gettoken)'
         if client.settings['agentid']:
             agent = client.call('agent/get', agentid=client.settings['agentid'])
-            yield True, '应用「%s」可以调用,出口 IP 可信' % _show(agent.get('name', ''))
+            yield True, '应用「%s」可以调用，出口 IP 可信' % _show(agent.get('name', ''))
     except APIError as e:
         yield False, str(e)
 
@@ -6877,32 +6900,33 @@ def _run_check(args):
 
 def _parser():
     from argparse import ArgumentParser
-    parser = ArgumentParser(prog='easywechat.py', add_help=False, description='企业微信机器人,一个 Python 文件。')
+    parser = ArgumentParser(prog='easywechat.py', add_help=False, description='企业微信机器人，一个 Python 文件。')
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--echo', action='store_const', dest='run', const=_run_echo, help='启动一个原样回话的机器人')
-    what.add_argument('--probe', metavar='TEXT', nargs='?', const='', help='扮演企业微信:校验、投递 TEXT、打印回复')
+    what.add_argument('--probe', metavar='TEXT', nargs='?', const='', help='扮演企业微信：校验、投递 TEXT、打印回复')
     what.add_argument('--send', metavar='TEXT', nargs='?', const='',
                       help="发一条文本；- 是从标准输入读，空的就不发。要换行：printf '一\\n二' | … --send -。"
                       '别人起的名字要写在 -- 后面：--send -- TEXT …')
-    what.add_argument('--send-file', metavar='PATH', nargs='?', const='', help='发一个文件(图片、语音、视频按后缀)')
+    what.add_argument('--send-file', metavar='PATH', nargs='?', const='', help='发一个文件（图片、语音、视频按后缀）')
     what.add_argument('--mail', action='store_const', dest='run', const=_run_mail,
                       help='把标准输入的一封信 (RFC 5322) 发出去；叫 sendmail 的链接也是这个')
     what.add_argument('--explain', metavar='CODE', nargs='+', type=int, help='一个错误码是什么意思，怎么办')
-    what.add_argument('--check', action='store_const', dest='run', const=_run_check, help='配置和网络哪里不对,到哪里改')
+    what.add_argument('--check', action='store_const', dest='run', const=_run_check,
+                      help='配置和网络哪里不对，到哪里改')
     what.add_argument('--init', action='store_const', dest='run', const=_run_init,
-                      help='写一个 config.ini,其中有新的 Token 和 EncodingAESKey')
+                      help='写一个 config.ini，其中有新的 Token 和 EncodingAESKey')
     what.add_argument('--version', action='version', version=__version__, help='打印版本')
     what.add_argument('-h', '--help', action='help', help='打印这段说明')
-    parser.add_argument('--host', help='监听的地址(默认 0.0.0.0;没有 config.ini 时 127.0.0.1)')
-    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
-    parser.add_argument('--app', default='demo', help='config.ini 里的节名(默认 demo)')
+    parser.add_argument('--host', help='监听的地址（默认 0.0.0.0；没有 config.ini 时 127.0.0.1）')
+    parser.add_argument('--port', type=int, default=8000, help='端口（默认 8000）')
+    parser.add_argument('--app', default='demo', help='config.ini 里的节名（默认 demo）')
     parser.add_argument('--config', metavar='FILE', help='config.ini 的路径')
-    parser.add_argument('--url', help='--probe 的目标(默认本机)')
-    parser.add_argument('--to', metavar='USER', help='发给谁,几个用 | 隔开(默认配置里的 touser);--robot 时是 @ 谁')
-    parser.add_argument('--party', help='发给哪些部门,几个用 | 隔开')
-    parser.add_argument('--tag', help='发给哪些标签,几个用 | 隔开')
+    parser.add_argument('--url', help='--probe 的目标（默认本机）')
+    parser.add_argument('--to', metavar='USER', help='发给谁，几个用 | 隔开（默认配置里的 touser）；--robot 时是 @ 谁')
+    parser.add_argument('--party', help='发给哪些部门，几个用 | 隔开')
+    parser.add_argument('--tag', help='发给哪些标签，几个用 | 隔开')
     parser.add_argument('--markdown', action='store_true', help='TEXT 是 markdown')
-    parser.add_argument('--robot', action='store_true', help='用群机器人发;key 在配置的 robot 里')
+    parser.add_argument('--robot', action='store_true', help='用群机器人发；key 在配置的 robot 里')
     parser.add_argument('--retry', metavar='SECONDS', type=float, default=0, help='连不上时一直试到这么多秒')
     parser.add_argument('--dots', action='store_true', help='--mail：只有一个点的一行是信的结尾')
     parser.add_argument('--debug', action='store_true', help='回调出错时把原因回给用户')
@@ -6952,7 +6976,7 @@ def _spoken(job, name, faults):
         code = 3 if isinstance(e, NetworkError) else 1 if isinstance(e, (APIError, CryptoError)) else 2
         text = _sentence(e)
     except KeyboardInterrupt:
-        code, text = 130, 'interrupted'
+        code, text = 130, '被打断了'
     print('%s: %s' % (name, '\n'.join(_escape(line) for line in _redact(text).splitlines())), file=sys.stderr)
     return code
 

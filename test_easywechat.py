@@ -235,7 +235,7 @@ class ErrorTests(unittest.TestCase):
     def test_an_error_knows_its_status_and_says_the_rule(self):
         error = CryptoError(ierror.WXBizMsgCrypt_IllegalAesKey)
         self.assertEqual((error.errcode, error.status), (-40004, 500))
-        self.assertIn('43 characters', str(error))
+        self.assertIn('43 个字母和数字', str(error))
         self.assertEqual(WeChatError(404).status, 404)
         self.assertEqual(ConfigError('x').errcode, 2)
 
@@ -823,7 +823,7 @@ class NeighbourTests(unittest.TestCase):
                 code, err, connected = self.send(*args, **secret)
                 self.assertFalse(connected)
                 self.assertEqual(code, 3 if args else 2, err)
-                self.assertIn('%s is not read: others can change it' % os.path.join(
+                self.assertIn('%s is not read：当前目录里的这个文件别人也能改' % os.path.join(
                     os.path.realpath(self.folder), 'config.ini'), err)
         os.unlink(self.path)
         self.assertNotIn('is not read', self.send(**secret)[1])
@@ -1752,7 +1752,7 @@ class TransportTests(ClientCase):
                 continue
             with raises(NetworkError) as caught:
                 client.download('M', self.folder)
-            self.assertIn('lesser scheme', str(caught[0]))
+            self.assertIn('不加密的网址', str(caught[0]))
             secure.next_script('media/get')
 
     def test_what_is_missing_is_named(self):
@@ -2214,7 +2214,7 @@ class CallbackTests(unittest.TestCase):
                     self.assertEqual(server.handle(*delivery(event))[2], b'')
                 self.assertEqual([msg['FromUserName'] for msg in seen], [user for user in heard for _ in range(2)])
         self.assertEqual([r.getMessage() for r in log.records if r.levelname == 'WARNING'], [
-            'refused %s: not in touser' % user for user in ('w', 'zhangsan', 'lisi', 'w')])
+            'refused %s：不在 touser 里' % user for user in ('w', 'zhangsan', 'lisi', 'w')])
         server.refusal = ''
         self.assertEqual(server.handle(*delivery(message(Content='x')))[2], b'')
         seen = []
@@ -2631,7 +2631,7 @@ class OnceTests(HastyCase):
             time.sleep(0.01)
         with self.assertLogs('easywechat', 'WARNING') as logs:
             server.stop()
-        self.assertIn('message 4711 of zhangsan', logs.output[0])
+        self.assertIn('消息 4711（zhangsan）', logs.output[0])
         go.set()
         thread.join()
 
@@ -2948,8 +2948,8 @@ class ReplyTests(ClientCase):
         self.wecom.script('message/send', *[{'errcode': 60020, 'errmsg': 'x'}] * 2)
         with self.assertLogs('easywechat', 'ERROR') as logs:        # IP 刚刚变了:第一条还来得及
             self.assertEqual(self.ask(server, MsgId='77')['Content'], 'a')
-        self.assertIn('not pushed, but replied, to lisi, the answer to message 77', logs.output[0])
-        self.assertIn('not delivered to lisi, the answer to message 77', logs.output[1])
+        self.assertIn('not pushed to lisi：消息 77 的答复', logs.output[0])
+        self.assertIn('not delivered to lisi：消息 77 的答复', logs.output[1])
         self.assertFalse(server.client.trusted)
 
     def test_a_generator_that_fails_keeps_what_it_gave(self):
@@ -2992,7 +2992,7 @@ class ReplyTests(ClientCase):
                 server.finish(time.monotonic() + 10)
                 self.assertEqual({user: [text for _, text in seen] for user, seen in self.wecom.inbox.items()},
                                  dict.fromkeys(users[:len(shapes)], ['a', 'b']))
-                failed = [re.findall(r"ERROR:easywechat:callback .* failed on text from (\d+)\n +Traceback", line)
+                failed = [re.findall("ERROR:easywechat:callback .* failed：text 消息，来自 ([0-9]+)\n +Traceback", line)
                           for line in logs.output]
                 self.assertEqual(sorted(failed), sorted([user] for user in users))
 
@@ -3120,7 +3120,7 @@ class LateTests(HastyCase):
             server.finish(time.monotonic() + 5)
         self.assertEqual(self.wecom.inbox['zhangsan'], [('text', 'working')])
         self.assertEqual(len(logs.output), 1)
-        self.assertIn('not sent to zhangsan, 1 of the answers to message 4711', logs.output[0])
+        self.assertIn('not sent to zhangsan：消息 4711 的 1 条答复', logs.output[0])
         self.assertTrue(1.3 < took < 2, took)           # 第三次投递的 answer_within
 
     def test_a_callback_that_never_returns_holds_the_next_answer_up_for_a_while_only(self):
@@ -3143,7 +3143,7 @@ class LateTests(HastyCase):
         with self.assertLogs('easywechat', 'WARNING') as logs:
             server.stop()
             self.assertEqual(len(logs.output), 1)
-            self.assertIn('message 4711 of zhangsan', logs.output[0])
+            self.assertIn('消息 4711（zhangsan）', logs.output[0])
             server.finish(time.monotonic() + 5)
             self.assertEqual(len(logs.output), 2)       # 后来说的：也许到了
 
@@ -3636,7 +3636,7 @@ class DispatcherTests(unittest.TestCase):
             server.register_callback('text', print)
             server.register_callback('text', print)
         self.assertEqual([record.getMessage() for record in logs.records], [
-            'text had a callback already, len: now it is print'])
+            'text had a callback already：原来是 len，现在是 print'])
         for kind, close in ('txt', 'text'), ('event:CLICK_', 'type'), ('event:location', 'location_'):
             with self.assertLogs('easywechat', 'WARNING') as logs:
                 server.register_callback(kind, print)
@@ -3869,7 +3869,7 @@ class DispatcherTests(unittest.TestCase):
             server.handle('GET', '/nosuch', client='198.51.100.7')
         text = '\n'.join(logs.output)
         self.assertEqual(text.count('203.0.113.9 with'), 10)
-        self.assertIn('refused 40 more in a minute, from 1 addresses: 203.0.113.9 (50)', text)
+        self.assertIn('refused 40 more：一分钟里又拒绝了这么多次，来自 1 个地址：203.0.113.9 (50)', text)
         self.assertIn('got wwte...ab, corpid here is wwot...89', text)
         self.assertNotIn('\x1b', text)
 
@@ -3884,7 +3884,7 @@ class DispatcherTests(unittest.TestCase):
             server._refusals._clock = lambda: now + 61
             server.handle('GET', '/nosuch', client='198.51.100.7')
         self.assertEqual(len(logs.output), 102)
-        self.assertIn('refused 2150 more in a minute, from 1001 addresses: other addresses (750), ', logs.output[100])
+        self.assertIn('refused 2150 more：一分钟里又拒绝了这么多次，来自 1001 个地址：other addresses (750), ', logs.output[100])
         self.assertLess(len(logs.output[100]), 300)
 
 
@@ -5434,7 +5434,7 @@ class LineTests(BotCase):
         server.start()
         self.addCleanup(server.stop)
         self.until(lambda: server.connected)
-        self.assertIn('no WebSocket here, the answer is 503', self.log())
+        self.assertIn('那里没有 WebSocket，回答的是 503', self.log())
         self.assertEqual(self.log().count('long connection failed'), 12)
 
     def relay(self, pause):
@@ -5607,7 +5607,7 @@ class LineTests(BotCase):
         before = time.time
         with swapped(time, 'time', lambda: before() + 3600):
             self.back(2)
-        self.assertIn('suspended', self.log())
+        self.assertIn('休眠', self.log())
         server.stop()
 
     def test_a_chat_that_never_spoke(self):
@@ -6837,7 +6837,7 @@ class MailTests(ClientCase):
         sent = [(m['msgtype'], m[m['msgtype']].get('content') or self.wecom.media[m[m['msgtype']]['media_id']]['name'])
                 for m in self.wecom.messages]
         self.assertEqual(sent, [
-            ('text', 'report\n\nsee below\n\n\uff08附件没有发\uff1atiny.zip has 2 bytes, at least 6 are needed\uff09'),
+            ('text', 'report\n\nsee below\n\n\uff08附件没有发\uff1atiny.zip 只有 2 字节，要大于 5 字节\uff09'),
             ('image', '照片.png'), ('file', '日志.log'), ('file', 'mail.eml')])
         self.assertEqual({m['touser'] for m in self.wecom.messages}, {'lisi'})
         media = [m['data'] for m in self.wecom.media.values()]
@@ -6917,7 +6917,7 @@ class CommandTests(unittest.TestCase):
 
     def test_echo_shows_the_exchange_and_probe_talks_to_it(self):
         with self.echo() as (process, port, output):
-            self.assertEqual(output.count('你好,EasyWeChat'), 2)
+            self.assertEqual(output.count('你好，EasyWeChat'), 2)
             self.assertNotIn(easywechat._DEMO['encoding_aes_key'], output)
             code, out, err = run_cli('--probe', '你好，世界', '--port', port, PYTHONIOENCODING='utf-8', LC_ALL='C')
             self.assertEqual((code, out.strip(), err), (0, '你好，世界', ''))
@@ -6948,7 +6948,7 @@ class CommandTests(unittest.TestCase):
             code, out, err = run_cli('--echo', EASYWECHAT_CORPID='ww1', EASYWECHAT_TOKEN='t',
                                      EASYWECHAT_ENCODING_AES_KEY='k' * 42 + '_')
             self.assertEqual((code, out), (2, ''))
-            self.assertIn('42 and 1 others', err)
+            self.assertIn('现在是 42 个，还有 1 个别的字符', err)
             code, out, err = run_cli('--probe', 'x', '--port', port, EASYWECHAT_CORPID='ww1',
                                      EASYWECHAT_TOKEN='t', EASYWECHAT_ENCODING_AES_KEY='k' * 43)
             self.assertEqual((code, out), (1, ''))
@@ -6963,7 +6963,7 @@ class CommandTests(unittest.TestCase):
             port = taken.getsockname()[1]
             table = [
                 (lambda: None, 0, ''), (lambda: 7, 7, ''),
-                (lambda: fails(KeyboardInterrupt()), 130, 'bot: interrupted'),
+                (lambda: fails(KeyboardInterrupt()), 130, 'bot: 被打断了'),
                 (lambda: get_config('x', 'nosuch.ini'), 2, 'bot: 没有找到配置'),
                 (lambda: open('/nosuch/x'), 2, 'bot: /nosuch/x: '),
                 (lambda: fails(ImportError('没有 x')), 2, 'bot: 没有 x'),

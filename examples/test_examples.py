@@ -373,7 +373,7 @@ class SimulatorPageTests(SimulatorCase):
         self.assertNotIn('状态', sealed + sealed_answer)
         self.assertIn('msg_signature=', sealed)
         self.assertEqual(self.say({'MsgType': 'text'}, user='nobody')['error'], '没有这个成员')
-        self.assertIn('must be', self.say({'MsgType': 'text', 'Content': None})['error'])
+        self.assertIn('应该是 str', self.say({'MsgType': 'text', 'Content': None})['error'])
         self.server.client.send('主动')
         active = self.events('out', last=seen['id'])[-1]
         self.assertEqual((active['how'], active['body']['content']), ('active', '主动'))
