@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""EasyWeChat：一个 Python 文件，把机器人接到企业微信 (WeCom)。
+# SPDX-License-Identifier: MIT
+"""EasyWeChat 0.2.0（2026-11-27）：一个 Python 文件，把机器人接到企业微信 (WeCom)。
 
-（与同名的 PHP SDK 无关。）把这个文件复制到自己的项目里，写一个函数，就有了会自动回复的机器人：
+这个文件是哪一版、改过没有：``python easywechat.py --version`` 打印版本、日期和 SHA-256，与仓库里同一版的比。
+（与同名的 PHP SDK 无关。）把它复制到自己的项目里，写一个函数，就有了会自动回复的机器人：
 
     import easywechat
 
@@ -12,7 +14,7 @@
     server.register_callback('text', reply_func)
     server.run(host='0.0.0.0', port=8000)
 
-发一条消息更短，命令行上也行：``df -h | python easywechat.py --send -`` ::
+发一条消息更短，命令行上也行，``df -h | python easywechat.py --send -``：
 
     easywechat.WeChatClient('demo').send('磁盘 91%')
 
@@ -27,12 +29,10 @@
          → 回调 → 一次 → 答复 → 回调模式 → 服务器 → 信 → 长连接 → 本机 → 智能机器人 → 气泡 → 总成 → 命令行
 
     企业微信 ──HTTP──▶ http.server 外壳 ┐            ┌──────────┐   ┌──────┐
-    gunicorn ──WSGI──▶ server(environ，…)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数 (dict)
+    gunicorn ──WSGI──▶ server(environ, …)┼▶ Dispatcher┤ 一次 Once ├──▶│ 回调 ├─▶ 你的函数 (dict)
     Flask 视图、测试 ───────────────────┘ 信封进、信封出└─▲──┬─────┘   └──────┘        │
     企业微信 ◀─WebSocket─▶ 智能机器人 ──────────────────┘  ▼                         ▼
                                    答复：被动回复 · 主动发送 · 气泡 ◀─ str | dict | Path | list | 生成器 | Stream
-
-MIT License, EasyWeChat contributors.
 """
 
 import binascii
@@ -112,7 +112,8 @@ def _check_fork():
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_check_fork)
 
-__version__ = '0.1.0'
+__version__, __date__ = '0.2.0', '2026-11-27'
+_FILE = os.path.abspath(__file__)      # 以后也许换了当前目录
 
 __all__ = ['WeChatServer', 'WeChatClient', 'WeChatRobot', 'WeChatBot', 'get_sender', 'Dispatcher', 'WXBizMsgCrypt',
            'MemoryStore', 'FileStore', 'Stream', 'xml_to_dict', 'dict_to_xml', 'json_to_dict', 'get_config',
@@ -184,7 +185,8 @@ _ERRORS = {
 class WeChatError(Exception):
     """本模块所有错误的祖先。
 
-    ``errcode`` (int) 是官方返回码或 HTTP 状态，``errmsg`` (str) 是一句话，``status`` 是 HTTP 状态。
+    ``errcode`` (int) 是官方返回码或 HTTP 状态，``errmsg`` (str) 是一句话，
+    ``status`` 是 HTTP 状态。
     """
 
     errcode: int
@@ -208,7 +210,9 @@ class CryptoError(WeChatError):
 
 
 class FormatException(WeChatError):
-    """读不懂的 XML、JSON (-40002)，写不成 XML 的内容 (-40011)，不像样的 EncodingAESKey (-40004)。"""
+    """读不懂的 XML、JSON (-40002)，写不成 XML 的内容 (-40011)，不像样的
+    EncodingAESKey (-40004)。
+    """
 
 
 class ConfigError(WeChatError):
@@ -309,8 +313,9 @@ def _advice(errcode, errmsg):
 class APIError(WeChatError):
     """企业微信拒绝了一次调用。
 
-    ``errcode`` 和 ``errmsg`` 是它的原话（path/90313），``path`` (str) 是 API，例如 'message/send',
-    ``hint`` (str) 是出了什么事、该怎么办。``str()`` 先说它，再在括号里说原话和错误码。
+    ``errcode`` 和 ``errmsg`` 是它的原话（path/90313），``path`` (str) 是
+    API，例如 'message/send', ``hint`` (str) 是出了什么事、该怎么办。``str()``
+    先说它，再在括号里说原话和错误码。
     """
 
     path: str
@@ -327,7 +332,8 @@ class APIError(WeChatError):
 
 
 class NetworkError(APIError):
-    """没有得到企业微信的回答。``errcode``：503 没有连上，504 没有完整的回答，502 回答的不是企业微信。
+    """没有得到企业微信的回答。``errcode``：503 没有连上，504 没有完整的回答，502
+    回答的不是企业微信。
 
     ``maybe_sent`` 为真时请求可能已经到了，重发可能成了两条。
     """
@@ -500,7 +506,8 @@ def xml_to_dict(text: 'Union[str, bytes]') -> 'Message':
     >>> xml_to_dict('<xml><Content><![CDATA[007]]></Content><Item>a</Item><Item>b</Item></xml>')
     {'Content': '007', 'Item': ['a', 'b']}
 
-    最多 1 MiB、16 层、20000 个元素，不许有 DTD；读不懂的抛 `FormatException` (-40002)。
+    最多 1 MiB、16 层、20000 个元素，不许有 DTD；读不懂的抛 `FormatException`
+    (-40002)。
     """
     try:
         if isinstance(text, bytes):
@@ -545,7 +552,8 @@ def dict_to_xml(data: 'Message') -> str:
     >>> dict_to_xml({'Content': '<b>', 'CreateTime': 1700000000})
     '<xml><Content><![CDATA[<b>]]></Content><CreateTime>1700000000</CreateTime></xml>'
 
-    值可以是 str、int、bool、dict、list；别的，或不能做元素名的键，抛 `FormatException` (-40011)。
+    值可以是 str、int、bool、dict、list；别的，或不能做元素名的键，抛
+    `FormatException` (-40011)。
     """
     if not isinstance(data, dict):
         raise FormatException(ierror.WXBizMsgCrypt_GenReturnXml_Error, 'cannot write XML：应该是 dict，得到的是 %s'
@@ -563,7 +571,8 @@ _JSON = json.JSONDecoder(strict=False, parse_int=_number, parse_float=_number, p
 
 
 def json_to_dict(data: bytes) -> 'Message':
-    """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、不是对象、超过 64 层、数字超过 40 位，抛 `ValueError`。
+    """外来的 JSON 文档 (UTF-8 的 bytes) → dict；读不懂、不是对象、超过 64 层、数
+    字超过 40 位，抛 `ValueError`。
 
     >>> json_to_dict(b'{"errcode": 0}')
     {'errcode': 0}
@@ -695,9 +704,10 @@ def _code_and_value(method: 'Callable[P, str]') -> 'Callable[P, Tuple[int, Optio
 class WXBizMsgCrypt:
     """一个应用的验签和加解密，与官方示例同名同参。
 
-    ``sToken`` 和 ``sEncodingAESKey``（恰好 43 个字符）在「应用管理 → 应用 → 接收消息 → 设置API接收」；
-    ``sCorpId`` 是企业ID，第三方套件用 SuiteID，智能机器人用空字符串。
-    密钥不对抛 `FormatException` (-40004)，没有 AES 抛 `ImportError`，其中写着怎么装。
+    ``sToken`` 和 ``sEncodingAESKey``（恰好 43 个字符）在「应用管理 → 应用 →
+    接收消息 → 设置API接收」；
+    ``sCorpId`` 是企业ID，第三方套件用 SuiteID，智能机器人用空字符串。密钥不对
+    抛 `FormatException` (-40004)，没有 AES 抛 `ImportError`，其中写着怎么装。
     """
     _lock: 'threading.Lock'
 
@@ -726,7 +736,9 @@ class WXBizMsgCrypt:
         return self._signature(timestamp, nonce, encrypt)
 
     def verify(self, msg_signature: str, timestamp: str, nonce: str, encrypt: bytes) -> None:
-        """签名或某一段的格式不对就抛 `CryptoError`；密文 (bytes) 在这以前不必可信。"""
+        """签名或某一段的格式不对就抛 `CryptoError`；密文 (bytes) 在这以前不必可
+        信。
+        """
         for name, value, form in (('msg_signature', msg_signature, _SIGNATURE),
                                   ('timestamp', timestamp, _TIMESTAMP), ('nonce', nonce, _NONCE)):
             if not value or not form.fullmatch(str(value)):
@@ -787,7 +799,9 @@ class WXBizMsgCrypt:
         return binascii.b2a_base64(data, newline=False)
 
     def verify_url(self, msg_signature: str, timestamp: str, nonce: str, echostr: str) -> str:
-        """「保存」时的 GET 校验 (path/90930)：返回要原样答出去的明文 (str)，1 到 64 个可见的 ASCII 字符。"""
+        """「保存」时的 GET 校验 (path/90930)：返回要原样答出去的明文 (str)，1 到
+        64 个可见的 ASCII 字符。
+        """
         encrypt = _echostr(echostr)
         self.verify(msg_signature, timestamp, nonce, encrypt)
         return _echo_text(self.open(encrypt))
@@ -800,7 +814,9 @@ class WXBizMsgCrypt:
 
     def encrypt_message(self, message: 'Union[str, bytes]', nonce: str,
                         timestamp: 'Union[None, str, int]' = None) -> str:
-        """要回的明文 (str 或 bytes) → 信封 (str)。``timestamp`` 是 Unix 秒，默认现在。"""
+        """要回的明文 (str 或 bytes) → 信封 (str)。``timestamp`` 是 Unix 秒，默认
+        现在。
+        """
         timestamp = str(timestamp or int(time.time()))
         encrypt = self.seal(message)
         # 密文是 base64，签名是十六进制，timestamp 由 sign 验过是十位数字：不用转义
@@ -902,7 +918,7 @@ def _require(settings, *keys):
 def _command(*args):
     """这个文件的一条命令，在这里能照着打的 (str)。"""
     import shutil
-    python, path = sys.executable or 'python3', os.path.abspath(__file__)
+    python, path = sys.executable or 'python3', _FILE
     if shutil.which(os.path.basename(python)) == python:
         python = os.path.basename(python)
     here = os.path.join(os.getcwd(), '')
@@ -924,9 +940,9 @@ def _find_config(ini_name):
     if ini_name or os.environ.get('EASYWECHAT_CONFIG'):
         paths, ours = [os.path.abspath(ini_name or os.environ['EASYWECHAT_CONFIG'])], None
     else:
-        script = getattr(sys.modules.get('__main__'), '__file__', None) or __file__
+        script = getattr(sys.modules.get('__main__'), '__file__', None) or _FILE
         ours = [os.path.dirname(path(f)) for path, f in (
-            (os.path.abspath, script), (os.path.realpath, script), (os.path.abspath, __file__))]
+            (os.path.abspath, script), (os.path.realpath, script), (os.path.abspath, _FILE))]
         paths = [os.path.join(f, 'config.ini') for f in dict.fromkeys(ours[:2] + [os.getcwd(), ours[2]])]
     for path in paths:
         here = ours is not None and os.path.dirname(path) not in ours
@@ -1095,14 +1111,18 @@ def _complete(values):
 
 def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' = None, needs: 'Who' = (),
                **settings: 'Union[None, str, int]') -> 'Dict[str, str]':
-    """应用 ``appname`` 的设置，一个 dict；没写的键是 ``''``，``agentid`` 与 ``appid`` 相同。
+    """应用 ``appname`` 的设置，一个 dict；没写的键是 ``''``，``agentid`` 与
+    ``appid`` 相同。
 
-    依次找 ``ini_name``，否则环境变量 ``EASYWECHAT_CONFIG``，否则脚本的目录、当前目录（只有自己或 root 能改的才算）、
-    本文件的目录里的 config.ini。环境变量 ``EASYWECHAT_CORPID`` 等补上没写的；关键字参数盖过其余的，None 是没给。
-    找不到、读不懂、没有这一节，抛 `ConfigError`，其中有试过的每个路径。``appname`` 是上一次的结果，就照用。
+    依次找 ``ini_name``，否则环境变量 ``EASYWECHAT_CONFIG``，否则脚本的目录、
+    当前目录（只有自己或 root 能改的才算）、本文件的目录里的 config.ini。环境
+    变量 ``EASYWECHAT_CORPID`` 等补上没写的；关键字参数盖过其余的，None 是没
+    给。找不到、读不懂、没有这一节，抛 `ConfigError`，其中有试过的每个路径。
+    ``appname`` 是上一次的结果，就照用。
 
-    ``needs`` 是不能空着的键，例如 ``('secret', 'agentid', 'touser')``，空着的抛 `ConfigError`；发消息要的 corpid、
-    secret、agentid，智能机器人（有 bot_secret）的不用写。
+    ``needs`` 是不能空着的键，例如 ``('secret', 'agentid', 'touser')``，空着的
+    抛 `ConfigError`；发消息要的 corpid、secret、agentid，智能机器人（有
+    bot_secret）的不用写。
     """
     if isinstance(appname, _Settings):
         return appname
@@ -1134,7 +1154,9 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
 
 
 def get_section(name: str, ini_name: 'Optional[str]' = None) -> 'Dict[str, str]':
-    """同一个 config.ini 里别的一节，例如自己的程序的阈值 → dict，键是小写的，值是 str；没有文件、这一节是 ``{}``。"""
+    """同一个 config.ini 里别的一节，例如自己的程序的阈值 → dict，键是小写的，值
+    是 str；没有文件、这一节是 ``{}``。
+    """
     path = _find_config(ini_name)[0]
     return _read_ini(path).get(name, {}) if path else {}
 
@@ -1369,7 +1391,8 @@ class _Pages(collections.deque):
 class MemoryStore:
     """进程内的存储，按条数和字节数封顶，最旧的先出去。任何线程都可以用。
 
-    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了 ``b''``；所以跑过的消息总是记得。上限：
+    大的值（超过 64 字节：答复）另外封顶，出去得早：那时名字还在，值成了
+    ``b''``；所以跑过的消息总是记得。上限：
 
         max_entries = 10000         # 条
         max_bytes = 4 << 20         # 字节：名字和小的值、大的值，各这么多
@@ -1401,7 +1424,9 @@ class MemoryStore:
             return self._large.page_of(name).get(name, b'') if value is None else value
 
     def set(self, name: str, value: bytes, ex: 'Optional[float]' = None, nx: bool = False) -> 'Optional[bool]':
-        """记下 ``value`` (bytes)，``ex`` 秒后到期；``nx`` 为真时只在没有的时候记。记了返回 True，否则 None。"""
+        """记下 ``value`` (bytes)，``ex`` 秒后到期；``nx`` 为真时只在没有的时候
+        记。记了返回 True，否则 None。
+        """
         with self._lock:
             if nx and self._pages.page_of(name).get(name, (0, None))[0] > self._clock():
                 return None
@@ -1418,7 +1443,9 @@ class MemoryStore:
             return int(self._take(name) is not None)
 
     def claim(self, name: str, lease: float) -> 'Optional[bool]':
-        """认领 ``name``：值是 ``-`` 的一条记录，``lease`` 秒到期；已经有记录返回 None。"""
+        """认领 ``name``：值是 ``-`` 的一条记录，``lease`` 秒到期；已经有记录返回
+        None。
+        """
         return self.set(name, b'-', ex=int(-(-lease // 1)), nx=True)
 
     def hold(self, name: str, lease: float) -> None:
@@ -1456,9 +1483,11 @@ def _private(folders):
 
 
 def state_folder() -> str:
-    """记事情的目录 (str)：``$XDG_STATE_HOME/easywechat`` 或 ``~/.local/state/easywechat``，没有就建 (0700)。
+    """记事情的目录 (str)：``$XDG_STATE_HOME/easywechat`` 或
+    ``~/.local/state/easywechat``，没有就建 (0700)。
 
-    ``FileStore(state_folder())`` 是重启以后还在的存储。是别人的、别人能写的、符号链接、写不了，抛 `OSError`。
+    ``FileStore(state_folder())`` 是重启以后还在的存储。是别人的、别人能写的、
+    符号链接、写不了，抛 `OSError`。
     """
     return _private([os.path.join(_base('XDG_STATE_HOME', '.local/state'), 'easywechat')])
 
@@ -1490,10 +1519,12 @@ def _lock_file(path, flags=0):
 
 
 class FileStore:
-    """磁盘上的存储，这台机器的各个进程共用：目录 0700，文件 0600，一条一个文件，写是原子的。
+    """磁盘上的存储，这台机器的各个进程共用：目录 0700，文件 0600，一条一个文件，
+    写是原子的。
 
-    ``folder`` 默认是 ``$XDG_CACHE_HOME/easywechat``、``~/.cache/easywechat`` 或 ``<tmp>/easywechat-<uid>``。
-    文件名是名字的散列。不是自己的、别人能读的文件当作没有；写不了磁盘抛 `OSError`；目录没了就重新建。
+    ``folder`` 默认是 ``$XDG_CACHE_HOME/easywechat``、``~/.cache/easywechat``
+    或 ``<tmp>/easywechat-<uid>``。文件名是名字的散列。不是自己的、别人能读的
+    文件当作没有；写不了磁盘抛 `OSError`；目录没了就重新建。
     """
 
     # 一个文件：一行「写的时刻 到期的时刻 写的时刻（开机以来）长度」（毫秒），然后是值。时钟会跳：墙上的、开机以来的，
@@ -1617,7 +1648,8 @@ class FileStore:
 
     @contextlib.contextmanager
     def lock(self, name: str, within: float = 20, kind: str = 'lock') -> 'Iterator[bool]':
-        """同一时刻这台机器上只有一个在里面：得到 True；``within`` 秒还轮不到，得到 False。
+        """同一时刻这台机器上只有一个在里面：得到 True；``within`` 秒还轮不到，得
+        到 False。
 
         锁文件一种十六个，从不删除。
         """
@@ -1670,7 +1702,9 @@ class FileStore:
         return int(found)
 
     def claim(self, name: str, lease: float) -> 'Optional[bool]':
-        """认领 ``name``，到这个进程结束为止（锁不了文件时 ``lease`` 秒）；已经有记录返回 None。"""
+        """认领 ``name``，到这个进程结束为止（锁不了文件时 ``lease`` 秒）；已经有
+        记录返回 None。
+        """
         return self._again(self._set, name, b'-', lease, True, True)
 
     def hold(self, name: str, lease: float) -> None:
@@ -1914,8 +1948,9 @@ class Stream:
         def chat(msg):
             return Stream(piece for piece in llm(msg['Content']))
 
-    ``pieces`` 是 str 的 iterable 或 async iterable，依次接起来是全文。智能机器人里是一个越来越长的气泡；应用里第一段
-    写完了马上发，别的一段一段地发，等着发的接成一条。不是 iterable 的抛 `TypeError`。
+    ``pieces`` 是 str 的 iterable 或 async iterable，依次接起来是全文。智能机
+    器人里是一个越来越长的气泡；应用里第一段写完了马上发，别的一段一段地发，等
+    着发的接成一条。不是 iterable 的抛 `TypeError`。
     """
     def __init__(self, pieces: 'Union[Iterable[str], AsyncIterable[str]]') -> None:
         if not hasattr(pieces, '__iter__') and not hasattr(pieces, '__aiter__'):
@@ -1958,7 +1993,9 @@ _TAG = re.compile('<[/!?]?[A-Za-z][^<>]*>')
 
 
 def plain_text(text: str) -> str:
-    """别人起的名字、写的字 (str) → 没有标签的：文本消息里的 ``<a href=…>`` 是能点的链接。"""
+    """别人起的名字、写的字 (str) → 没有标签的：文本消息里的 ``<a href=…>`` 是能
+    点的链接。
+    """
     return _TAG.sub(lambda m: '\uff1c' + m.group()[1:], _TAG.sub('', text))    # 去掉一层，里面的又成了一个：不要它的 <
 
 
@@ -2541,13 +2578,16 @@ def _split_url(url):
 @contextlib.contextmanager
 def fetch(url: str, body: 'Optional[bytes]' = None, headers: 'Optional[Mapping[str, str]]' = None, within: float = 15,
           idle: float = float('inf'), proxies: 'Optional[Mapping[str, str]]' = None) -> 'Iterator[_Answer]':
-    """别的网站的一个 HTTP 请求；不管对方多慢，``within`` 秒是总数，DNS、连接、正文都在内，走一个字节不会重新计时。
+    """别的网站的一个 HTTP 请求；不管对方多慢，``within`` 秒是总数，DNS、连接、正
+    文都在内，走一个字节不会重新计时。
 
         with easywechat.fetch('https://example.com/api', within=15) as answer:
             print(answer.status, answer.headers['Content-Type'], answer.read())     # 或 for line in answer: …
 
-    ``body`` (bytes) 给了就是 POST；一行一行读的时候，等一行至多 ``idle`` 秒。``proxies`` (dict) 默认是环境变量里的，
-    ``{}`` 是直连。不跟随重定向，什么状态都是回答。没有（完整的）回答抛 `NetworkError`，网址写错了抛 `ValueError`。
+    ``body`` (bytes) 给了就是 POST；一行一行读的时候，等一行至多 ``idle`` 秒。
+    ``proxies`` (dict) 默认是环境变量里的，``{}`` 是直连。不跟随重定向，什么状
+    态都是回答。没有（完整的）回答抛 `NetworkError`，网址写错了抛
+    `ValueError`。
     """
     host = _split_url(url).netloc.rpartition('@')[2]
     attempt, answer = _Attempt(_FETCHES, _make_opener('', proxies), url, body, headers or {}, within), None
@@ -2662,7 +2702,9 @@ _UNREACHED = 'invaliduser', 'invalidparty', 'invalidtag', 'unlicenseduser'      
 
 
 class _Caller:
-    """`WeChatClient` 和 `WeChatRobot` 共用的；子类的 ``_authorized`` 带着自己的凭据调用。"""
+    """`WeChatClient` 和 `WeChatRobot` 共用的；子类的 ``_authorized`` 带着自己的
+    凭据调用。
+    """
     connect_within: float = 5
     call_within: float = 15
     media_within: float = 120
@@ -2750,29 +2792,35 @@ class WeChatClient(_Caller):
     """以应用的身份发消息，调用企业微信的任何 API。不需要 pycryptodome。
 
         client = WeChatClient('demo')
-        client.send('磁盘 91%')                             # 发给配置里的 touser
+        client.send('磁盘 91%')             # 发给配置里的 touser
         client.send(pathlib.Path('cam.jpg'), to='zhangsan|lisi')
         client.call('user/get', userid='zhangsan')
 
-    ``appname``、``ini_name`` 和设置同 `get_config`，要有 corpid 和 secret，发消息还要 agentid；``store``
-    放 access_token，默认是 `FileStore`。所有线程可以共用一个。
-    被拒绝抛 `APIError`，没有回答抛 `NetworkError`，它是前者的一种；缺了配置抛 `ConfigError`。
+    ``appname``、``ini_name`` 和设置同 `get_config`，要有 corpid 和 secret，发
+    消息还要 agentid；``store`` 放 access_token，默认是 `FileStore`。所有线程
+    可以共用一个。被拒绝抛 `APIError`，没有回答抛 `NetworkError`，它是前者的一
+    种；缺了配置抛 `ConfigError`。
 
     时限和上限，在子类里改，或给实例；单位是秒和字节，时限都是总数：
 
-        connect_within = 5          # 连接
-        call_within = 15            # 一次 JSON 调用
-        media_within = 120          # 一次上传、下载
-        tries = 3                   # 连不上、企业微信繁忙 (-1) 时一共试几次
-        pause = 1                   # 第一次以后停多久，以后每次加倍
-        retry_within = 0            # 连不上时一直试到这么久，例如断网时的警报；0 是只试 tries 次
-        per_minute = 30             # 每分钟最多给一个收件人发几条：再多的，企业微信不报错就丢掉
-        max_answer = 2 << 20        # JSON 回答
-        max_download = 50 << 20     # 下载的文件
-        progress = None             # 上传时每发一块调用一次 progress(sent, total)，字节
-        token_margin = 300          # access_token 提前多久换新的
-        refused_within = 60         # Secret 被拒绝以后多久不再问：问多了，企业微信会封 IP 一小时
-        store_within = 1            # 等存储（`MemoryStore` 以外的）；再慢就当它坏了，先用内存
+        connect_within = 5      # 连接
+        call_within = 15        # 一次 JSON 调用
+        media_within = 120      # 一次上传、下载
+        tries = 3               # 连不上、企业微信繁忙 (-1) 时一共试几次
+        pause = 1               # 第一次以后停多久，以后每次加倍
+        retry_within = 0        # 连不上时一直试到这么久，例如断网时的警报；0 是
+                                # 只试 tries 次
+        per_minute = 30         # 每分钟最多给一个收件人发几条：再多的，企业微信
+                                # 不报错就丢掉
+        max_answer = 2 << 20    # JSON 回答
+        max_download = 50 << 20 # 下载的文件
+        progress = None         # 上传时每发一块调用一次 progress(sent, total)，
+                                # 字节
+        token_margin = 300      # access_token 提前多久换新的
+        refused_within = 60     # Secret 被拒绝以后多久不再问：问多了，企业微信
+                                # 会封 IP 一小时
+        store_within = 1        # 等存储（`MemoryStore` 以外的）；再慢就当它坏
+                                # 了，先用内存
     """
 
     token_margin: float = 300
@@ -2846,9 +2894,11 @@ class WeChatClient(_Caller):
         return token
 
     def get_token(self, stale: 'Optional[str]' = None) -> str:
-        """access_token (str)，从存储里，或向企业微信要（path/91039）；一台机器上同时只有一个去要。
+        """access_token (str)，从存储里，或向企业微信要（path/91039）；一台机器上
+        同时只有一个去要。
 
-        ``stale`` 是已经不能用的那个：存着的还是它，才要新的。最多等 ``call_within`` 秒。
+        ``stale`` 是已经不能用的那个：存着的还是它，才要新的。最多等
+        ``call_within`` 秒。
         """
         return self._token(stale, self.call_within)
 
@@ -2871,7 +2921,8 @@ class WeChatClient(_Caller):
     def call(self, path: str, body: 'Optional[Mapping[str, Any]]' = None, **query: object) -> 'Message':
         """企业微信的任何 API → 它的回答 (dict)。
 
-        ``path`` 是 /cgi-bin/ 后面的，例如 'user/get'；``body`` (dict) 给了就是 POST，否则 GET；其余的参数进查询参数。
+        ``path`` 是 /cgi-bin/ 后面的，例如 'user/get'；``body`` (dict) 给了就是
+        POST，否则 GET；其余的参数进查询参数。
         """
         path = re.sub('^/?(cgi-bin/)?', '', path)
         if not re.fullmatch('[A-Za-z0-9_./-]+', path):
@@ -2882,10 +2933,12 @@ class WeChatClient(_Caller):
              **fields: object) -> 'Message':
         """发一条或几条消息，依次；返回企业微信对最后一条的回答 (dict，有 msgid)。
 
-        ``message``：str（超过 2048 字节就分成几条）、`pathlib.Path` 或有名字的文件对象（上传，类型看后缀）、
-        官方的 JSON ``{'msgtype': …}``(path/90236)、被动回复那样的 dict，或它们的 list、生成器。
-        ``to``、``party``、``tag``：list 或 ``'a|b'``（逗号、分号、顿号也行）；都没有就是消息里写的，再没有是
-        配置里的 touser。
+        ``message``：str（超过 2048 字节就分成几条）、`pathlib.Path` 或有名字的
+        文件对象（上传，类型看后缀）、官方的 JSON
+        ``{'msgtype': …}``(path/90236)、被动回复那样的 dict，或它们的 list、生
+        成器。
+        ``to``、``party``、``tag``：list 或 ``'a|b'``（逗号、分号、顿号也行）；
+        都没有就是消息里写的，再没有是配置里的 touser。
         ``fields`` 是 JSON 最外层别的字段，例如 ``safe=1``。
         部分收件人不对不是错误：回答里有 invaliduser 等，并写日志。
         """
@@ -2915,18 +2968,24 @@ class WeChatClient(_Caller):
     @_code_and_message
     def send_media(self, media_type: str, media_content: 'Union[str, Mapping[str, Any]]', touser: 'Who',
                    toparty: 'Who' = '', totag: 'Who' = '') -> 'Message':
-        """旧接口：``media_content`` 是这种消息的 dict，或 str（正文、media_id）。返回 dict，不抛异常。"""
+        """旧接口：``media_content`` 是这种消息的 dict，或 str（正文、media_id）。
+        返回 dict，不抛异常。
+        """
         if isinstance(media_content, str):
             media_content = {'content' if media_type in _TEXT_LIMITS else 'media_id': media_content}
         return self.send({'msgtype': media_type, media_type: media_content}, touser, toparty, totag)
 
     def upload(self, path: 'File', kind: 'Optional[str]' = None,
                name: 'Optional[str]' = None) -> str:
-        """上传临时素材（path/90253）→ media_id (str)，三天有效。边读边发，不占内存。
+        """上传临时素材（path/90253）→ media_id (str)，三天有效。边读边发，不占内
+        存。
 
-        ``path`` 是路径，或二进制的文件对象、bytes：它们没有名字，就要给 ``name``，否则 `TypeError`。
-        ``kind`` 是 image（10 MB，JPG、PNG）、voice（2 MB，AMR）、video（10 MB，MP4）、file（20 MB），默认按后缀；
-        ``name`` 是显示的文件名。读不了文件抛 `OSError`，大小、类型不对抛 `APIError`。
+        ``path`` 是路径，或二进制的文件对象、bytes：它们没有名字，就要给
+        ``name``，否则 `TypeError`。
+        ``kind`` 是 image（10 MB，JPG、PNG）、voice（2 MB，AMR）、video（10
+        MB，MP4）、file（20 MB），默认按后缀；
+        ``name`` 是显示的文件名。读不了文件抛 `OSError`，大小、类型不对抛
+        `APIError`。
         """
         return self._upload('media/upload', path, kind, name)['media_id']
 
@@ -2936,10 +2995,13 @@ class WeChatClient(_Caller):
         return self._upload('media/upload', file_path, file_type)
 
     def download(self, media_id: str, folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
-        """下载素材 (path/90254) 到 ``folder`` → `pathlib.Path`；至多 50 MiB，不占内存。
+        """下载素材 (path/90254) 到 ``folder`` → `pathlib.Path`；至多 50 MiB，不占
+        内存。
 
-        ``folder`` 默认是 `state_folder` 里的 downloads，只有自己能进 (0700)。文件名由企业微信给，去掉路径和危险的字符，
-        Python 或 shell 会运行的（例如 json.py）后面加 ``_``；已经有的不覆盖，加 -1、-2。写不了抛 `OSError`。
+        ``folder`` 默认是 `state_folder` 里的 downloads，只有自己能进 (0700)。
+        文件名由企业微信给，去掉路径和危险的字符，Python 或 shell 会运行的（例
+        如 json.py）后面加 ``_``；已经有的不覆盖，加 -1、-2。写不了抛
+        `OSError`。
         """
         def write(f):
             answer = self._authorized('media/get', {'media_id': media_id}, None, functools.partial(_save, f, media_id),
@@ -2959,8 +3021,8 @@ class WeChatRobot(_Caller):
 
         WeChatRobot('693a91f6-…').send('构建失败', mention='@all')
 
-    ``key`` 是 Webhook 地址里 key= 后面的，或整个地址；不给就是配置里的 robot。
-    错误、时限和上限同 `WeChatClient`，只有 ``per_minute`` 是 20。
+    ``key`` 是 Webhook 地址里 key= 后面的，或整个地址；不给就是配置里的
+    robot。错误、时限和上限同 `WeChatClient`，只有 ``per_minute`` 是 20。
     """
 
     per_minute: int = 20
@@ -2984,9 +3046,10 @@ class WeChatRobot(_Caller):
     def send(self, message: 'Sendable', mention: 'Who' = None) -> 'Message':
         """发一条或几条消息 → 对最后一条的回答 (dict)。每分钟至多 20 条，多的等。
 
-        ``message``：str、官方的 JSON、`pathlib.Path`（2 MB 以内的 JPG、PNG 是图片，AMR 是语音，别的是文件），
-        或它们的 list。``mention`` 用于文本和 markdown（不是 markdown_v2）：userid 或 ``'@all'``，文本也可以是手机号，
-        list 或 ``'a|b'``；只在第一条里提醒。
+        ``message``：str、官方的 JSON、`pathlib.Path`（2 MB 以内的 JPG、PNG 是
+        图片，AMR 是语音，别的是文件），或它们的 list。``mention`` 用于文本和
+        markdown（不是 markdown_v2）：userid 或 ``'@all'``，文本也可以是手机
+        号，list 或 ``'a|b'``；只在第一条里提醒。
         """
         who = [i for i in _joined(mention).split('|') if i]
         limits = dict(_ROBOT_LIMITS, markdown=4096 - len(_mentions(who).encode('utf-8')))
@@ -3016,7 +3079,9 @@ class WeChatRobot(_Caller):
         return {'msgtype': kind, kind: {'media_id': self.upload(path, kind)}}
 
     def upload(self, path: 'File', kind: str = 'file', name: 'Optional[str]' = None) -> str:
-        """上传文件或语音（kind 是 file、voice）→ media_id (str)，三天有效，只有这个机器人能用。"""
+        """上传文件或语音（kind 是 file、voice）→ media_id (str)，三天有效，只有这
+        个机器人能用。
+        """
         return self._upload('webhook/upload_media', path, kind, name)['media_id']
 
 
@@ -3747,20 +3812,12 @@ def _answer(status, kind, body=b'', *more):
 class Dispatcher:
     """一个应用的回调：注册函数，把 HTTP 请求变成回答。
 
-    ``appname``、``ini_name``、``needs`` 和设置同 `get_config`；缺少 corpid、token 或 encoding_aes_key，抛
-    `ConfigError`。``only_touser`` 为真，就只听 touser 里的人（``@all`` 是所有人），回调看不到别人的消息，他们得到一句
-    ``refusal``。
-    本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
+    ``appname``、``ini_name``、``needs`` 和设置同 `get_config`；缺少 corpid、
+    token 或 encoding_aes_key，抛 `ConfigError`。``only_touser`` 为真，就只听
+    touser 里的人（``@all`` 是所有人），回调看不到别人的消息，他们得到一句
+    ``refusal``。本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
 
-    时限和上限，在子类里改，或在开始服务以前给实例；单位是秒和字节：
-
-        answer_within = 4.5         # 一次投递等回调：企业微信等 5 秒。到时还没有结果，能主动发送的回空的 200，有了再发
-        hold_within = 6             # 不能主动发送的等到这时：企业微信先断开，再投递，接着等；隔着代理也一样
-        max_body = 1 << 20          # 请求正文
-        max_skew = 300              # 请求里的时间与本机最多差多少；0 是不检查
-        max_callbacks = 32          # 同时跑多少个回调，一个人的最多四分之一；轮不到的由企业微信再投递
-        lease = 3                   # 认领的租期：活着的进程一直续，死了的到期由下一次投递接手；`FileStore` 靠锁，不靠它
-        store_within = 1            # 等存储（`MemoryStore` 以外的）；再慢就当它坏了，先用内存
+    时限和上限在 `WeChatServer` 的说明里，从 answer_within 到 store_within。
     """
 
     max_body: int = 1 << 20
@@ -3829,7 +3886,9 @@ class Dispatcher:
 
     @property
     def kept(self) -> int:
-        """跑过的消息记多少秒 (int)；比这还早的 (CreateTime) 不收。所以重放的，不是太早，就是记得。"""
+        """跑过的消息记多少秒 (int)；比这还早的 (CreateTime) 不收。所以重放的，不
+        是太早，就是记得。
+        """
         return max(2 * self.max_skew, 600)
 
     if TYPE_CHECKING:
@@ -3845,10 +3904,12 @@ class Dispatcher:
                           pattern: 'Union[None, str, re.Pattern[str]]' = None) -> 'Any':
         """注册回调；不给 ``func`` 就是装饰器。
 
-        ``msg_type``：消息类型 ``'text'``、``'image'``…，``'event'``，某个事件 ``'event:click'``
-        （事件名与收到的 Event 一字不差），或其余的一切 ``'*'``；最具体的优先。
-        ``pattern`` (str 或编译过的正则，只用于 text) 要匹配整条文本（首尾的空白不算），各个组接在消息后面作为参数；
-        先注册的先试，都不匹配才轮到 ``text`` 的普通回调。
+        ``msg_type``：消息类型 ``'text'``、``'image'``…，``'event'``，某个事件
+        ``'event:click'``（事件名与收到的 Event 一字不差），或其余的一切
+        ``'*'``；最具体的优先。
+        ``pattern`` (str 或编译过的正则，只用于 text) 要匹配整条文本（首尾的空
+        白不算），各个组接在消息后面作为参数；先注册的先试，都不匹配才轮到
+        ``text`` 的普通回调。
 
             @server.register_callback('text', pattern=r'温度\\s*(\\w+)')
             def temperature(msg, room):
@@ -3868,7 +3929,9 @@ class Dispatcher:
         return self.refusal.replace('%s', user)
 
     def finish(self, deadline: float) -> None:
-        """等在跑的回调、在发的，至多到 ``deadline``（monotonic 秒）：``async def`` 的最后取消；没有送到的写日志。"""
+        """等在跑的回调、在发的，至多到 ``deadline``（monotonic 秒）：
+        ``async def`` 的最后取消；没有送到的写日志。
+        """
         _check_fork()
         deadline = max(deadline, time.monotonic() + 0.2)
         while (self._once._runs or self._left()) and time.monotonic() < deadline:
@@ -3929,10 +3992,11 @@ class Dispatcher:
         return _read_message(text, receive_id)
 
     def open_request(self, method: str, target: str, body: bytes = b'', client: str = '') -> 'Tuple[Any, Any]':
-        """打开一个请求 → ``(消息, 回答)``，不抛异常；不碰存储，不跑回调。参数同 `handle`。
+        """打开一个请求 → ``(消息, 回答)``，不抛异常；不碰存储，不跑回调。参数同
+        `handle`。
 
-        消息是 None：``回答`` 是完整的 ``(status, headers, body)``。否则它是一个 dict，交给 `deliver`，
-        ``回答(答复)`` 是完整的。
+        消息是 None：``回答`` 是完整的 ``(status, headers, body)``。否则它是一
+        个 dict，交给 `deliver`，``回答(答复)`` 是完整的。
         """
         try:
             query = self._query_of(method, target)
@@ -3954,10 +4018,11 @@ class Dispatcher:
 
     def deliver(self, msg: 'Message', answer: 'Callable[[Optional[bytes]], HTTPAnswer]',
                 send: 'Callable[..., object]', spawn: 'Spawn' = None) -> None:
-        """投递 `open_request` 打开的消息；恰好一次 ``send(status, headers, body)``，它不许阻塞，不许抛异常。
+        """投递 `open_request` 打开的消息；恰好一次
+        ``send(status, headers, body)``，它不许阻塞，不许抛异常。
 
-        回调就在这条线程上跑，跑完才返回（``spawn(job, *args)`` 可以把它交给别的线程，交不出去返回 False）：它慢，
-        到时候另一条线程会替它 ``send``。
+        回调就在这条线程上跑，跑完才返回（``spawn(job, *args)`` 可以把它交给别
+        的线程，交不出去返回 False）：它慢，到时候另一条线程会替它 ``send``。
         """
         self._once.deliver(self._keys.of(msg), msg, lambda reply: send(*answer(reply)), spawn, self._road_of(msg))
 
@@ -3966,7 +4031,9 @@ class Dispatcher:
 
     def respond(self, method: str, target: str, body: bytes, client: str, send: 'Callable[..., object]',
                 spawn: 'Spawn' = None) -> None:
-        """一个请求，打开并投递 → 恰好一次 ``send(status, headers, body)``，不抛异常。参数同 `handle` 和 `deliver`。"""
+        """一个请求，打开并投递 → 恰好一次 ``send(status, headers, body)``，不抛异
+        常。参数同 `handle` 和 `deliver`。
+        """
         msg, answer = self.open_request(method, target, body, client)
         if msg is None:
             send(*answer)
@@ -3976,9 +4043,10 @@ class Dispatcher:
     def handle(self, method: str, target: str, body: bytes = b'', client: str = '') -> 'HTTPAnswer':
         """一个请求 → ``(status, headers, body)``，不抛异常。任何线程都可以用。
 
-        ``method`` 和 ``target``（路径和查询参数，没有解码过）是 str，``body`` 是 bytes，``client`` 是对方的
-        地址，只用于日志。``status`` (int) 503 是现在没有答案：能断开连接的外壳断开，企业微信就会再投递。
-        回调在另一条留着的线程上跑，等它到 ``answer_within`` 或 ``hold_within``。
+        ``method`` 和 ``target``（路径和查询参数，没有解码过）是 str，``body``
+        是 bytes，``client`` 是对方的地址，只用于日志。``status`` (int) 503 是
+        现在没有答案：能断开连接的外壳断开，企业微信就会再投递。回调在另一条留
+        着的线程上跑，等它到 ``answer_within`` 或 ``hold_within``。
         """
         _check_fork()
         answers, ready = [], threading.Lock()
@@ -5478,36 +5546,38 @@ def _bot_download(caller, handle, folder):
 class WeChatBot(_Caller):
     """智能机器人（path/101463）：经过长连接，不要公网地址、可信 IP、任何包。
 
-        WeChatBot('demo').send('磁盘 91%')                  # 发给配置里的 touser：userid，或群的 chatid
+        WeChatBot('demo').send('磁盘 91%')  # 发给 touser：userid，或群的 chatid
 
-    要有 bot_id 和 bot_secret。`WeChatServer` 在运行（这个进程，或本机别的进程），就由它发；没有，就自己连一下，发完
-    断开，这时别的机器上在运行的会断开一分钟。只能发给跟机器人说过话的人和群。被拒绝抛 `APIError`，没有回答抛
+    要有 bot_id 和 bot_secret。`WeChatServer` 在运行（这个进程，或本机别的进
+    程），就由它发；没有，就自己连一下，发完断开，这时别的机器上在运行的会断开
+    一分钟。只能发给跟机器人说过话的人和群。被拒绝抛 `APIError`，没有回答抛
     `NetworkError`。
 
     时限和上限，在子类里改，或给实例；单位是秒：
 
-        connect_within = 10         # 连接、握手、订阅，各这么久
-        ping_every = 30             # 心跳
-        silent_within = 65          # 这么久一个字节都没有，就是断了
-        pause = 1                   # 断了以后停多久再连，每次加倍
-        pause_most = 30             # 最多停这么久
-        steady_after = 60           # 连着这么久，下一次又从 pause 开始
-        slow_pause = 60             # 凭据不对、在别处连上了，停多久再连，每次加倍
-        slow_pause_most = 3600      # 最多停这么久；连着这么久，才又从 slow_pause 开始
-        ack_within = 15             # 等一帧的回执
-        chunk_within = 30           # 等上传的一块的回执
-        upload_within = 600         # 一次上传，断了再接着传也在内
-        offline_within = 15         # 要发的时候断着，等它连上
-        hand_over_within = 30       # 等在运行的机器人发完
-        per_minute = 30             # 每分钟最多给一个人、一个群发几条
-        per_hour = 1000             # 每小时
-        busy_pause = 60             # 企业微信说太频繁，停多久再来一次
-        clash_pause = 0.2           # 两帧撞上了 (6000)，停多久再来，然后四倍、九倍
-        slow_after = 2.5            # 回调这么久没有结果，先开一个气泡
-        frame_every = 1             # 气泡一秒至多一帧
-        fast_frames = 20            # 这么多帧以后，两倍的时间一帧
-        bubble_within = 330         # 气泡这么久就写完，其余的另外发：企业微信等 6 分钟
-        event_within = 5            # 欢迎语、更新卡片要在这以内
+        connect_within = 10     # 连接、握手、订阅，各这么久
+        ping_every = 30         # 心跳
+        silent_within = 65      # 这么久一个字节都没有，就是断了
+        pause = 1               # 断了以后停多久再连，每次加倍
+        pause_most = 30         # 最多停这么久
+        steady_after = 60       # 连着这么久，下一次又从 pause 开始
+        slow_pause = 60         # 凭据不对、在别处连上了，停多久再连，每次加倍
+        slow_pause_most = 3600  # 最多停这么久；连着这么久，才从 slow_pause 再来
+        ack_within = 15         # 等一帧的回执
+        chunk_within = 30       # 等上传的一块的回执
+        upload_within = 600     # 一次上传，断了再接着传也在内
+        offline_within = 15     # 要发的时候断着，等它连上
+        hand_over_within = 30   # 等在运行的机器人发完
+        per_minute = 30         # 每分钟最多给一个人、一个群发几条
+        per_hour = 1000         # 每小时
+        busy_pause = 60         # 企业微信说太频繁，停多久再来一次
+        clash_pause = 0.2       # 两帧撞上了 (6000)，停多久再来，然后四倍、九倍
+        slow_after = 2.5        # 回调这么久没有结果，先开一个气泡
+        frame_every = 1         # 气泡一秒至多一帧
+        fast_frames = 20        # 这么多帧以后，两倍的时间一帧
+        bubble_within = 330     # 气泡这么久就写完，其余的另外发：企业微信等 6
+                                # 分钟
+        event_within = 5        # 欢迎语、更新卡片要在这以内
     """
 
     connect_within: float = 10
@@ -5594,8 +5664,10 @@ class WeChatBot(_Caller):
     def send(self, message: 'Sendable', to: 'Who' = None) -> 'Message':
         """发一条或几条消息，依次 → 最后一条的回执 (dict)。
 
-        ``message`` 同 `WeChatClient.send`：文字是 Markdown，超过 20480 字节就分成几条；`pathlib.Path` 先上传。
-        ``to``：userid 或群的 chatid，几个用 list 或 ``'a|b'``；没有就是配置里的 touser。
+        ``message`` 同 `WeChatClient.send`：文字是 Markdown，超过 20480 字节就
+        分成几条；`pathlib.Path` 先上传。
+        ``to``：userid 或群的 chatid，几个用 list 或 ``'a|b'``；没有就是配置里
+        的 touser。
         """
         chats = _joined(self.settings['touser'] if to is None else to).split('|')
         if not chats[0] or '@all' in chats:
@@ -5633,12 +5705,16 @@ class WeChatBot(_Caller):
         return answer
 
     def upload(self, path: 'File', kind: 'Optional[str]' = None, name: 'Optional[str]' = None) -> str:
-        """上传 → media_id (str)，三天有效，只有这个机器人能用。参数同 `WeChatClient.upload`。"""
+        """上传 → media_id (str)，三天有效，只有这个机器人能用。参数同
+        `WeChatClient.upload`。
+        """
         with self._road() as road:
             return road.upload(_File(path, name), kind)
 
     def download(self, msg: 'Message', folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
-        """收到的图片、文件、视频 → 下载、解密了的 `pathlib.Path`；五分钟以内。参数同 `WeChatServer.download`。"""
+        """收到的图片、文件、视频 → 下载、解密了的 `pathlib.Path`；五分钟以内。参
+        数同 `WeChatServer.download`。
+        """
         return _bot_download(self, msg.get('MediaId'), folder)
 
 
@@ -6249,9 +6325,11 @@ class _PollReplies(_BotResults):
 
 def get_sender(appname: 'Union[str, Dict[str, str]]' = 'demo', ini_name: 'Optional[str]' = None,
                **settings: 'Union[None, str, int]') -> 'Union[WeChatClient, WeChatBot]':
-    """配置里有的那条路，发消息用：应用 (corpid、secret、agentid) 是 `WeChatClient`，否则有 bot_id 是 `WeChatBot`。
+    """配置里有的那条路，发消息用：应用 (corpid、secret、agentid) 是
+    `WeChatClient`，否则有 bot_id 是 `WeChatBot`。
 
-    参数同 `get_config`；缺了配置抛 `ConfigError`。一条路拒绝了，不会换另一条。
+    参数同 `get_config`；缺了配置抛 `ConfigError`。一条路拒绝了，不会换另一
+    条。
     """
     found = get_config(appname, ini_name, **settings)
     app = all(found[key] for key in ('corpid', 'secret', 'agentid'))
@@ -6289,16 +6367,30 @@ class WeChatServer(Dispatcher):
         server.register_callback('text', lambda msg: msg)
         server.run(port=8000)
 
-    没有 TLS：那是反向代理的事。又有这些时限和上限，别的同 `Dispatcher`；时限都是总数，走一个字节不会重新计时：
+    没有 TLS：那是反向代理的事。时限和上限，在子类里改，或在开始服务以前给实
+    例；单位是秒和字节；时限都是总数，走一个字节不会重新计时：
 
-        max_connections = 64        # 同时还在读的连接（描述符上限的四分之一以内）；满了就关最旧的
-        max_reading = 8 << 20       # 所有还没读完的正文，加起来
-        max_line = 8 << 10          # 请求行
-        max_head = 16 << 10         # 请求行和头部
-        head_within = 5             # 读完头部
-        request_within = 10         # 读完请求
-        write_within = 5            # 写完回答
-        stop_within = 5             # 停下时等正在回答的
+        answer_within = 4.5     # 一次投递等回调：企业微信等 5 秒。到时还没有结
+                                # 果，能主动发送的回空的 200，有了再发
+        hold_within = 6         # 不能主动发送的等到这时：企业微信先断开，再投
+                                # 递，接着等；隔着代理也一样
+        max_callbacks = 32      # 同时跑多少个回调，一个人的最多四分之一；轮不到
+                                # 的由企业微信再投递
+        max_body = 1 << 20      # 请求正文
+        max_skew = 300          # 请求里的时间与本机最多差多少；0 是不检查
+        lease = 3               # 「正在处理」的标记多久过期：活着的进程一直续，
+                                # 死了的由下一次投递接手；`FileStore` 靠锁
+        store_within = 1        # 等存储（`MemoryStore` 以外的）；再慢就当它坏
+                                # 了，先用内存
+        max_connections = 64    # 同时还在读的连接（描述符上限的四分之一以内）；
+                                # 满了就关最旧的
+        max_reading = 8 << 20   # 所有还没读完的正文，加起来
+        max_line = 8 << 10      # 请求行
+        max_head = 16 << 10     # 请求行和头部
+        head_within = 5         # 读完头部
+        request_within = 10     # 读完请求
+        write_within = 5        # 写完回答
+        stop_within = 5         # 停下时等正在回答的
     """
 
     max_connections: int = 64
@@ -6349,18 +6441,22 @@ class WeChatServer(Dispatcher):
         return bool(self._bot) and self._bot.connected
 
     def send(self, message: 'Sendable', to: 'Who' = None, **fields: 'Any') -> 'Message':
-        """发一条或几条消息，由配置里有的那条路：应用（corpid、secret、agentid），否则智能机器人。
+        """发一条或几条消息，由配置里有的那条路：应用（corpid、secret、agentid），
+        否则智能机器人。
 
-        参数和返回的同 `WeChatClient.send`、`WeChatBot.send`：``party``、``tag`` 等只有应用有。
+        参数和返回的同 `WeChatClient.send`、`WeChatBot.send`：``party``、
+        ``tag`` 等只有应用有。
         """
         sender = get_sender(self.settings)
         return (self.client if isinstance(sender, WeChatClient) else self.bot).send(message, to, **fields)
 
     def download(self, msg: 'Message', folder: 'Union[None, str, os.PathLike[str]]' = None) -> 'Path':
-        """收到的图片、语音、视频、文件（mixed 的是 ``msg['MsgItems']`` 里的一项）→ `pathlib.Path`，不管从哪条路来。
+        """收到的图片、语音、视频、文件（mixed 的是 ``msg['MsgItems']`` 里的一项）
+        → `pathlib.Path`，不管从哪条路来。
 
-        ``folder``、文件名和大小同 `WeChatClient.download`。里面没有文件抛 `ValueError`；过期、短了的抛 `WeChatError`。
-        智能机器人的五分钟以内要下载。
+        ``folder``、文件名和大小同 `WeChatClient.download`。里面没有文件抛
+        `ValueError`；过期、短了的抛 `WeChatError`。智能机器人的五分钟以内要下
+        载。
         """
         handle = msg.get('MediaId')
         if not handle or not isinstance(handle, str):
@@ -6411,10 +6507,13 @@ class WeChatServer(Dispatcher):
                               % guest.pid)
 
     def start(self, host: str = '0.0.0.0', port: int = 8000) -> 'Optional[Tuple[str, int]]':
-        """在后台线程里开始服务：听应用、智能机器人的回调，连智能机器人的长连接，配置里有什么就做什么。
+        """在后台线程里开始服务：听应用、智能机器人的回调，连智能机器人的长连接，
+        配置里有什么就做什么。
 
-        返回真正的 ``(host, port)``，端口 0 由系统挑；不听 HTTP 的是 None。``host`` 也可以是 IPv6 的地址，``'::'`` 是
-        两种都听。地址用不了抛 `OSError`，已经在服务抛 `RuntimeError`，同一个智能机器人已经在本机运行抛 `ConfigError`。
+        返回真正的 ``(host, port)``，端口 0 由系统挑；不听 HTTP 的是 None。
+        ``host`` 也可以是 IPv6 的地址，``'::'`` 是两种都听。地址用不了抛
+        `OSError`，已经在服务抛 `RuntimeError`，同一个智能机器人已经在本机运行
+        抛 `ConfigError`。
         """
         _check_fork()
         if self._http and self._http.process == os.getpid() or self._bot and self._bot._session.running():
@@ -6432,7 +6531,9 @@ class WeChatServer(Dispatcher):
         return self._http and self._http.server_address[:2]
 
     def stop(self) -> None:
-        """停止服务：不再接受，等正在回答、正在发送的，最多 ``stop_within`` 秒。WSGI 的进程结束以前也调用它。"""
+        """停止服务：不再接受，等正在回答、正在发送的，最多 ``stop_within`` 秒。
+        WSGI 的进程结束以前也调用它。
+        """
         deadline = time.monotonic() + self.stop_within
         server, self._http = self._http, None
         if server:
@@ -6447,10 +6548,11 @@ class WeChatServer(Dispatcher):
             self._bot._session.stop(max(0.4, deadline - time.monotonic()))
 
     def run(self, host: str = '0.0.0.0', port: int = 8000, debug: bool = False, threaded: bool = True) -> None:
-        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止；在任何线程里都行（信号只在主线程里接）。
+        """服务到 `stop()`、SIGTERM 或 Ctrl-C 为止；在任何线程里都行（信号只在主线
+        程里接）。
 
-        ``debug`` 见 `debug` 属性；``threaded`` 只为旧程序保留，总是多线程。端口用不了，在主线程里说一句，退出码 2，
-        在别的线程里抛 `OSError`。
+        ``debug`` 见 `debug` 属性；``threaded`` 只为旧程序保留，总是多线程。端
+        口用不了，在主线程里说一句，退出码 2，在别的线程里抛 `OSError`。
         """
         self.debug, self._telling = bool(debug), True
         _one_heap()
@@ -6757,6 +6859,12 @@ def _run_mail(args):
 
 
 
+def _run_version(args):
+    with open(_FILE, 'rb') as f:
+        digest = hashlib.sha256(f.read()).hexdigest()
+    print('EasyWeChat %s, %s\nSHA-256 %s' % (__version__, __date__, digest))
+
+
 def _run_explain(args):
     for code in args.explain:
         if not _advice(code, ''):
@@ -6915,7 +7023,8 @@ def _parser():
                       help='配置和网络哪里不对，到哪里改')
     what.add_argument('--init', action='store_const', dest='run', const=_run_init,
                       help='写一个 config.ini，其中有新的 Token 和 EncodingAESKey')
-    what.add_argument('--version', action='version', version=__version__, help='打印版本')
+    what.add_argument('--version', action='store_const', dest='run', const=_run_version,
+                      help='打印版本、日期和这个文件的 SHA-256')
     what.add_argument('-h', '--help', action='help', help='打印这段说明')
     parser.add_argument('--host', help='监听的地址（默认 0.0.0.0；没有 config.ini 时 127.0.0.1）')
     parser.add_argument('--port', type=int, default=8000, help='端口（默认 8000）')
@@ -6987,8 +7096,9 @@ def command(run: 'Callable[[], Optional[int]]') -> 'NoReturn':
         if __name__ == '__main__':
             easywechat.command(main)
 
-    本文件的错误、缺一个包、读写不了文件，在 stderr 上说一句，不是 traceback；退出码同命令行：1 企业微信拒绝了，2 用法或
-    配置不对，3 网络不通，130 被打断。显示不了中文的终端，stdout 上是转义。别的异常照样抛出去。
+    本文件的错误、缺一个包、读写不了文件，在 stderr 上说一句，不是 traceback；
+    退出码同命令行：1 企业微信拒绝了，2 用法或配置不对，3 网络不通，130 被打
+    断。显示不了中文的终端，stdout 上是转义。别的异常照样抛出去。
     """
     with contextlib.suppress(AttributeError, OSError):      # reconfigure 要 Python 3.7
         sys.stdout = open(sys.stdout.fileno(), 'w', 1, sys.stdout.encoding, 'backslashreplace', closefd=False)

@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import unittest
 import urllib.parse
 import warnings
@@ -3884,7 +3885,8 @@ class DispatcherTests(unittest.TestCase):
             server._refusals._clock = lambda: now + 61
             server.handle('GET', '/nosuch', client='198.51.100.7')
         self.assertEqual(len(logs.output), 102)
-        self.assertIn('refused 2150 more：一分钟里又拒绝了这么多次，来自 1001 个地址：other addresses (750), ', logs.output[100])
+        self.assertIn('refused 2150 more：', logs.output[100])
+        self.assertIn('，来自 1001 个地址：other addresses (750), ', logs.output[100])
         self.assertLess(len(logs.output[100]), 300)
 
 
@@ -6942,7 +6944,12 @@ class CommandTests(unittest.TestCase):
         self.assertEqual(run_cli('--probe', 'x', '--config', 'no.ini')[0], 2)
         for url in ('http://[::1/x', 'ftp://x/', 'http://127.0.0.1:99999/', 'http://127.0.0.1/微信', 'x'):
             self.assertEqual(run_cli('--probe', 'x', '--url', url)[0], 2, url)
-        self.assertEqual(run_cli('--version')[:2], (0, easywechat.__version__ + '\n'))
+        with open(SOURCE, 'rb') as f:
+            source = f.read()
+        line = 'EasyWeChat %s, %s' % (easywechat.__version__, easywechat.__date__)
+        self.assertEqual(run_cli('--version'), (0, '%s\nSHA-256 %s\n' % (line, hashlib.sha256(source).hexdigest()), ''))
+        name, version, date = line.replace(',', '').split()
+        self.assertIn('%s %s（%s）：' % (name, version, date), source[:200].decode('utf-8', 'ignore'))
         with self.echo() as (process, port, output):
             self.assertEqual(run_cli('--echo', '--port', port)[0], 2)
             code, out, err = run_cli('--echo', EASYWECHAT_CORPID='ww1', EASYWECHAT_TOKEN='t',
@@ -7266,6 +7273,11 @@ for example in 'demo llm_bot monkey_monitor nas_monitor ticket_watcher simulator
 """
 
 
+def columns(line):
+    """终端上占几列。"""
+    return sum(1 + (unicodedata.east_asian_width(char) in 'WF') for char in line)
+
+
 class PromiseTests(unittest.TestCase):
 
     @classmethod
@@ -7357,13 +7369,18 @@ class PromiseTests(unittest.TestCase):
 
     @unittest.skipIf(sys.flags.optimize > 1, '-OO 去掉了 docstring')
     def test_help_shows_every_limit_as_it_is(self):
-        for cls in easywechat.MemoryStore, WeChatClient, easywechat.Dispatcher, WeChatServer:
-            told = dict(re.findall(r'^    (\w+) = (.*?) +# ', inspect.cleandoc(cls.__doc__), re.M))
-            own = dict(vars(easywechat._Caller) if cls is WeChatClient else {}, **vars(cls))
-            limits = {name: value for name, value in own.items()
+        for cls in easywechat.MemoryStore, WeChatClient, easywechat.WeChatBot, WeChatServer:
+            text = inspect.cleandoc(cls.__doc__)
+            told = dict(re.findall(r'^    (\w+) = (.*?) +# ', text, re.M))
+            self.assertEqual([line for line in text.splitlines() if columns(line) > 76], [])
+            parents = {WeChatClient: easywechat._Caller, WeChatServer: easywechat.Dispatcher}
+            own = dict(vars(parents[cls]) if cls in parents else {}, **vars(cls))
+            limits = {name for name, value in own.items()
                       if name[:1] != '_' and (value is None or isinstance(value, (int, float)))}
             with self.subTest(cls.__name__):
-                self.assertEqual({name: eval(text, {}) for name, text in told.items()}, limits)
+                self.assertLessEqual(limits, set(told))
+                self.assertEqual({name: eval(value, {}) for name, value in told.items()},
+                                 {name: getattr(cls, name) for name in told})
 
     @unittest.skipIf(sys.flags.optimize > 1, '-OO 去掉了 docstring')
     def test_the_examples_of_the_docstrings_are_true(self):

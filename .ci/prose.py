@@ -1,7 +1,7 @@
 """Half-width punctuation beside a Chinese character, and lines of README that are too long: prose.py [FILE...].
 
-What is prose: of a Python file its comments and strings (of tests and .ci only comments and docstrings), of Markdown and
-HTML what is not code, of an ini file all of it. Code in prose stands in backticks; a Markdown link's brackets and the
+What is prose: of a Python file its comments and strings (of tests and .ci only comments and docstrings), of Markdown
+and HTML what is not code, of an ini file all of it. Code in prose stands in backticks; a Markdown link's brackets and the
 console's own words do not count. --fix rewrites the files; look at the diff.
 """
 import io
@@ -81,8 +81,7 @@ def fixed(path, text):
             chars[place] = FULL[chars[place]]
         for m in re.finditer(r'\(([^()\uff08\uff09\n]*)\uff09|\uff08([^()\uff08\uff09\n]*)\)', ''.join(chars)):
             chars[m.start()], chars[m.end() - 1] = '\uff08', '\uff09'
-        text = re.sub('(?<=[\uff0c\uff1b\uff1a\uff1f\uff01\uff08\uff09]) (?=\\S)|(?<=\\S) (?=[\uff08])', '', ''.join(chars)) \
-            if not path.endswith('.html') else ''.join(chars)
+        text = re.sub('(?<=[\uff0c\uff1b\uff1a\uff1f\uff01\uff08\uff09]) (?=\\S)|(?<=\\S) (?=\uff08)', '', ''.join(chars))
 
 
 def main():
