@@ -596,12 +596,12 @@ def json_to_dict(data: bytes) -> 'Message':
 # 签名 = sha1（排序后拼接的 token、timestamp、nonce、密文）。它不绑定各段的边界，所以每段的格式都要严。
 # 信封 = <xml>…<Encrypt>密文</Encrypt>…</xml> 或 {"encrypt": "密文"}；未验签的字节不进任何 XML 解析器。
 
-_AES_INSTALL = """AES is missing. Install it with the line for this system:
-    pip:            python3 -m pip install pycryptodome
-    Debian, Ubuntu: apt install python3-pycryptodome
-    Alpine:         apk add py3-pycryptodome
-    OpenWrt:        opkg install python3-cryptodome     (25.12 and later: apk add python3-cryptodome)
-    Entware:        opkg install python3-cryptodome"""
+_AES_INSTALL = """收消息要 AES，这个 Python 没有。按系统装一个：
+    pip             %s -m pip install pycryptodome
+    Debian、Ubuntu  apt install python3-pycryptodome
+    Alpine          apk add py3-pycryptodome
+    OpenWrt         opkg install python3-cryptodome（25.12 起：apk add python3-cryptodome）
+    Entware         opkg install python3-cryptodome""" % (sys.executable or 'python3')
 
 _SIGNATURE = re.compile('[0-9a-f]{40}')
 _TIMESTAMP = re.compile('[1-9][0-9]{9}')
@@ -1088,8 +1088,9 @@ def _sources(appname, path, settings, unknown):
         ini = _read_ini(path)
         if appname not in ini and not settings:
             names = ['[%s]' % name for name in ini if re.fullmatch(r'[\w .-]{1,32}', name)]
-            raise ConfigError('%s 里没有 [%s] 这一节，%s' % (path, appname, '有的是：' + '、'.join(names) if ini else
-                              '一节也没有；新建一个：%s' % _command('--init', '--config', path + '.new')))
+            raise ConfigError('%s 里没有 [%s] 这一节，%s' % (
+                path, appname, '有的是 %s：节名和程序里的名字要一样，大小写也是' % '、'.join(names) if ini else
+                '是空的；删掉它，再执行 ' + _command('--init')))
         for section, keys in (appname, _APP_KEYS), ('system', _SYSTEM_KEYS):
             where = '%s [%s]' % (path, section)
             if section in ini:
@@ -1146,6 +1147,9 @@ def get_config(appname: 'Union[str, Dict[str, str]]', ini_name: 'Optional[str]' 
                 values[k] and not values.sources[k].startswith(path) for k in ('secret', 'robot', 'bot_secret')):
             raise ConfigError('%s 里的 %s 得不到别处的密钥：设置 EASYWECHAT_%s，或用 EASYWECHAT_CONFIG 指定这个文件'
                               % (path, key, key.upper()))
+    for key in ('corpid', 'agentid', 'bot_id') + _SECRETS:
+        if re.search('[^!-~]', values[key]):
+            logger.warning('%s looks wrong：%s 里有空白、全角或不可见字符，请重新复制', key, key)
     _complete(values)
     values['touser'] = _joined(values['touser'])
     _require(values, *(key for key in needed if not values['bot_secret'] or key not in ('corpid', 'secret', 'agentid')))
@@ -5612,9 +5616,6 @@ class WeChatBot(_Caller):
         if not re.fullmatch(r'wss://[!-~]+', self.url) and not (
                 re.fullmatch(r'ws://[!-~]+', self.url) and _LOOPBACK.fullmatch(parts.hostname or '')):
             raise ConfigError('bot_url 应该像 wss://openws.work.weixin.qq.com（ws:// 只能连本机）')
-        for key in 'bot_id', 'bot_secret':
-            if re.search('[^!-~]', self.settings[key]):
-                logger.warning('%s looks wrong：%s 里有空白、全角或看不见的字符，请重新复制', key, key)
         self._session = _Session(self)
         _fresh(self, _joining=threading.Lock)
 
@@ -6874,15 +6875,15 @@ def _run_explain(args):
 
 #: 键 →（该是什么样，一句话，在后台的哪一页）。
 _SHAPES = {
-    'corpid': ('w[wx][0-9A-Za-z]{16}', 'ww 开头，18 个字符', '我的企业 → 企业信息'),
-    'agentid': (_AGENT.pattern, '一个数字', '应用管理 → 自建 → 应用'),
-    'secret': ('[0-9A-Za-z_-]{43}', '43 个字符', '应用管理 → 自建 → 应用'),
-    'token': ('[0-9A-Za-z]{1,32}', '至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
-    'encoding_aes_key': ('[0-9A-Za-z]{43}', '恰好 43 个字母和数字', '应用 → 接收消息 → 设置API接收'),
-    'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '「账号」，不是姓名，几个用 | 隔开', '通讯录 → 成员'),
-    'bot_id': ('[!-~]+', '没有空白、全角', '智能机器人 → API 模式 → 长连接'),
-    'bot_secret': ('[!-~]+', '没有空白、全角', '智能机器人 → API 模式 → 长连接'),
-    'robot': (r'[0-9a-f-]{36}|https?://\S+[?&]key=[0-9A-Za-z_-]+\S*', 'Webhook 地址，或其中的 key', '群 → 消息推送'),
+    'corpid': ('w[wx][0-9A-Za-z]{16}', '应以 ww 开头，18 个字符', '我的企业 → 企业信息'),
+    'agentid': (_AGENT.pattern, '应该是一个数字', '应用管理 → 自建 → 应用'),
+    'secret': ('[0-9A-Za-z_-]{43}', '应该是 43 个字符', '应用管理 → 自建 → 应用'),
+    'token': ('[0-9A-Za-z]{1,32}', '应该是至多 32 个字母和数字', '应用 → 接收消息 → 设置API接收'),
+    'encoding_aes_key': ('[0-9A-Za-z]{43}', '应该恰好是 43 个字母和数字', '应用 → 接收消息 → 设置API接收'),
+    'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '应该是「账号」，不是姓名', '通讯录 → 成员'),
+    'bot_id': ('[!-~]+', '不应有空白、全角', '智能机器人 → API 模式 → 长连接'),
+    'bot_secret': ('[!-~]+', '不应有空白、全角', '智能机器人 → API 模式 → 长连接'),
+    'robot': (r'[0-9a-f-]{36}|https?://\S+[?&]key=[0-9A-Za-z_-]+\S*', '应该是 Webhook 地址，或其中的 key', '群 → 消息推送'),
 }
 
 
@@ -6899,32 +6900,42 @@ def _check_files(settings):
             yield True, '%s 同组的也能读 (0%o)，别人不能' % (path, mode)
 
 
-def _check_settings(settings):
-    """设置的每个键 →（好不好，None 是用不着就算了，一句话）（生成器）。"""
+def _check_shapes(settings, bad):
+    """每个键 →（好不好，None 是用不着就算了，一句话）（生成器）；不好的记在 ``bad`` 里。"""
     for key, (form, rule, page) in _SHAPES.items():
         value = settings[key]
         if not value:
             wanted = key == 'corpid' and not settings['robot'] and not settings['bot_id']
+            bad.update([key] * wanted)
             yield False if wanted else None, '%s 没有写（「%s」）' % (key, page)
         elif re.fullmatch(form, value):
             yield True, '%s，来自 %s' % (key, settings.sources[key])
         else:
+            bad.add(key)
             odd = '（含空白、全角或不可见字符）' if re.search('[^!-~]', value) else ''
-            yield False, '%s（来自 %s）格式不对%s：应该是%s，现在有 %d 个字符；到「%s」重新复制' % (
+            yield False, '%s（来自 %s）格式不对%s：%s，现在有 %d 个字符；到「%s」重新复制' % (
                 key, settings.sources[key], odd, rule, len(value), page)
+
+
+def _check_settings(settings):
+    """设置的每一样 →（好不好，None 是用不着就算了，一句话）（生成器）。"""
+    bad = set()
+    yield from _check_shapes(settings, bad)
     yield from _check_files(settings)
     for text in settings.unknown:
         yield False, text
-    for keys, use in (('token encoding_aes_key bot_id', WeChatServer), ('secret', WeChatClient),
+    for keys, use in (('corpid token encoding_aes_key bot_id', WeChatServer), ('secret', WeChatClient),
                       ('robot', functools.partial(WeChatRobot, None)),
                       ('log_path', lambda settings: _log_file(settings).close())):
         try:
-            if any(settings[key] for key in keys.split()):
+            if any(settings[key] for key in keys.split()[-3:]) and not bad & set(keys.split()):
                 use(settings)
         except ImportError:
-            yield None, '收消息还要 AES，这个 Python 没有：python -m pip install pycryptodome'
+            yield None, _AES_INSTALL
         except WeChatError as e:        # 收消息、发消息的时候会拒绝的，现在就说
-            yield False, e.errmsg
+            if e.errmsg not in bad:
+                yield False, e.errmsg
+            bad.add(e.errmsg)
     if settings['bot_secret'] and settings['bot_secret'] == settings['secret']:
         yield False, 'bot_secret 和 secret 一样：智能机器人的不是应用的，到「智能机器人 → API 模式 → 长连接」里复制'
     if settings['secret'] and not settings['agentid']:

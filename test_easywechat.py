@@ -685,8 +685,8 @@ class ConfigTests(unittest.TestCase):
                 ('[demo] token = ' + s, '节名要单独一行'),
                 ('[a]\n\uff03 ' + s, '第 2 行：# 要用半角的'), ('[a]\n// ' + s, '第 2 行：注释要以 # 开头'),
                 ('[a]\n//token = ' + s, '第 2 行：注释要以 # 开头'), ('token = ' + s, '第 1 行：前面还没有节名'),
-                ('[a]\n = ' + s, '等号左边没有键'), ('[a]\ntoken ' + s + ' = 1', '第 2 行：'), ('', '一节也没有'),
-                ('# ' + s, '一节也没有'), ('[other]\n', '没有 [demo] 这一节，有的是：[other]'), ('[a]\x00', '第 1 行'),
+                ('[a]\n = ' + s, '等号左边没有键'), ('[a]\ntoken ' + s + ' = 1', '第 2 行：'),
+                ('', '是空的；删掉它'), ('# ' + s, '是空的；删掉它'), ('[other]\n', '没有 [demo] 这一节，有的是 [other]'), ('[a]\x00', '第 1 行'),
                 ('[demo]\nsecret = a\ncorpsecret = ' + s, 'secret 写了两次'),
                 ('[demo]\nsecret = a\n ' + s, 'secret 下面的一行没有等号'),
                 (b'[demo]\ntoken = \xff\xff\xff', '另存为 UTF-8'), ('#' * (2 << 20), '一兆多')):
@@ -7166,7 +7166,7 @@ class SendCommandTests(ClientCase):
                 ('route_name', '微信', 'route_name'), ('log_path', '/nosuch', '写不了日志'),
                 ('token', '', '没有写 token'),
                 ('encoding_aes_key', '', '没有写 encoding'), ('agentid', '', '有 secret，没有 agentid'),
-                ('api_base', 'ftp://x', 'api_base 应该像'), ('robot', 'https://x/', 'robot 应该是')):
+                ('api_base', 'ftp://x', 'api_base 应该像'), ('robot', 'https://x/', '应该是 Webhook 地址')):
             with self.subTest(key):
                 settings = dict(self.wecom.settings, secret='s' * 43, api_base=self.url)
                 settings.update({'encoding_aes_key': 'k' * 43, key: value})

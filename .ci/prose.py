@@ -1,8 +1,8 @@
-"""Half-width punctuation beside a Chinese character, and lines of README that are too long: prose.py [FILE...].
+"""Half-width punctuation beside a Chinese character, and lines of README that are too long: prose.py [--fix] [FILE...].
 
-What is prose: of a Python file its comments and strings (of tests and .ci only comments and docstrings), of Markdown
-and HTML what is not code, of an ini file all of it. Code in prose stands in backticks; a Markdown link's brackets and the
-console's own words do not count. --fix rewrites the files; look at the diff.
+Prose is the comments and strings of a Python file (of tests and .ci only comments and docstrings), and what is not code
+of Markdown, HTML and ini files. Code in prose stands in backticks; a Markdown link's address does not count. --fix
+rewrites the files: look at the diff.
 """
 import io
 import os
@@ -81,7 +81,7 @@ def fixed(path, text):
             chars[place] = FULL[chars[place]]
         for m in re.finditer(r'\(([^()\uff08\uff09\n]*)\uff09|\uff08([^()\uff08\uff09\n]*)\)', ''.join(chars)):
             chars[m.start()], chars[m.end() - 1] = '\uff08', '\uff09'
-        text = re.sub('(?<=[\uff0c\uff1b\uff1a\uff1f\uff01\uff08\uff09]) (?=\\S)|(?<=\\S) (?=\uff08)', '', ''.join(chars))
+        text = re.sub('(?<=[%s]) (?=\\S)|(?<=\\S) (?=\uff08)' % ''.join(FULL.values()), '', ''.join(chars))
 
 
 def main():
