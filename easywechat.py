@@ -1260,7 +1260,7 @@ class _Promise:
         self._gate = threading.Lock()       # 开着就是有了结果
         self._gate.acquire()
         if not threads.submit(wait, self._run, job):
-            self._error = RuntimeError('too many calls under way')
+            self._error = RuntimeError('同时的调用太多')
             self._gate.release()
 
     def _run(self, job):
@@ -1967,7 +1967,7 @@ class Stream:
         if hasattr(pieces, '__aiter__'):
             pieces = _LOOP.each(pieces, set() if under_way is None else under_way)
         for piece in pieces:
-            _need(isinstance(piece, str), 'the pieces of a Stream must be str, not %s' % type(piece).__name__)
+            _need(isinstance(piece, str), 'Stream 里的每一块都要是 str，得到的是 %s' % type(piece).__name__)
             yield _xml_chars(piece)
 
     def paragraphs(self, under_way: 'Optional[Set[Any]]' = None) -> 'Iterator[str]':
@@ -2054,9 +2054,9 @@ def _reply_body(kind, item):
         value = value.get('item') if isinstance(value, dict) else value
         value = [value] if isinstance(value, dict) else value
         _need(isinstance(value, (list, tuple)) and 1 <= len(value) <= 8 and all(isinstance(a, dict) for a in value),
-              'Articles must be a list of 1 to 8 dicts')
+              'Articles 应该是 1 到 8 个 dict 的 list')
         return {'articles': [{k.lower(): v for k, v in a.items()} for a in value]}
-    _need(isinstance(value, dict) and value, 'a reply of type %s needs %s, a dict' % (kind, name))
+    _need(isinstance(value, dict) and value, '%s 的回复要有 %s，一个 dict' % (kind, name))
     if kind in _MEDIA:
         _need(isinstance(value.get('MediaId'), str) or _is_file(value.get('MediaId')), '%s needs MediaId, a str' % name)
         value = {k: value[k] for k in ('MediaId', 'Title', 'Description') if k in value}
@@ -2066,7 +2066,7 @@ def _reply_body(kind, item):
 def _from_reply(item, default):
     """被动回复的写法（``{'Content': …}``、``{'MsgType': 'image', 'MediaId': …}``）→ 官方 JSON。"""
     if item.get('response_type') == 'update_template_card':     # 智能机器人的写法 (path/101463)
-        _need(isinstance(item.get('template_card'), dict), 'update_template_card needs template_card, a dict')
+        _need(isinstance(item.get('template_card'), dict), 'update_template_card 要有 template_card，一个 dict')
         return _Message({key: item[key] for key in ('template_card', 'userids') if key in item},
                         msgtype='update_template_card')
     if item.get('MsgType') == 'file' and isinstance(item.get('MediaId'), str):      # 没有这样的被动回复：主动发送
@@ -2107,9 +2107,9 @@ def _message_of(item, default):
     message = _Message(item) if own else _from_reply(item, default)
     if own:
         message.own = True
-        _need(isinstance(item['msgtype'], str), 'msgtype must be a str')
+        _need(isinstance(item['msgtype'], str), 'msgtype 应该是 str')
         json.dumps(item, allow_nan=False, default=lambda value: _need(      # 不是 JSON 的，只有还没上传的文件可以
-            _is_file(value), 'a message takes no %s' % type(value).__name__))
+            _is_file(value), '消息里不能有 %s' % type(value).__name__))
     if message['msgtype'] != 'text':
         _passive(message, '', '', 0)
     return message
@@ -2201,7 +2201,7 @@ class _Keys:
 
 _API_BASE = 'https://qyapi.weixin.qq.com'
 _NETWORK_ADVICE = (
-    ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl:opkg install python3-openssl'),
+    ('^(ImportError|ModuleNotFoundError|AttributeError):', '这个 Python 没有 ssl：opkg install python3-openssl'),
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对：先校时 (NTP)'),
     ('unable to get (local )?issuer|self.signed', '没有 CA 证书：opkg install ca-bundle，或 apt / apk '
      'install ca-certificates；中转用自己的证书时，在 config.ini 里写 ca_file'),
@@ -2209,9 +2209,11 @@ _NETWORK_ADVICE = (
     ('CERTIFICATE_VERIFY_FAILED', '证书验证不了：时钟不对 (NTP)，没有 CA 证书 (ca-bundle、ca-certificates)，api_base '
      '不是这个域名，或中转用自己的证书 (ca_file)'),
     ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到：看网络通不通，api_base 写对没有'),
-    ('SOCKS', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；或把 qyapi.weixin.qq.com 写进 no_proxy'),
+    ('(?i)SOCKS|代理不行', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；'
+     '或把 qyapi.weixin.qq.com 写进 no_proxy'),
+    ('WRONG_VERSION_NUMBER|RECORD_LAYER', '那里是明文的 http，不是 https：看网址写对没有'),
     ('Tunnel connection failed|proxy', '代理拒绝了：看环境变量 https_proxy'),
-    ('no WebSocket|no HTTP answer', 'bot_url 写错了，或中间的代理不让 WebSocket 过'))
+    ('没有 WebSocket|不是 HTTP', 'bot_url 写错了，或中间的代理不让 WebSocket 过'))
 _STATUS_ADVICE = {301: '中转要的是 https，照它改 api_base', 302: '中转要的是别的地址，照它改 api_base',
                   413: '中转嫌文件大，nginx 里写 client_max_body_size 21m'}
 
@@ -2304,7 +2306,7 @@ def _read_json(call, response):
             return answer
     status, kind = response.status, _show(response.headers.get('Content-Type'))
     raise NetworkError(
-        502, '%s answered %d %s, not JSON of WeCom' % (call.host, status, kind), call.path,
+        502, '%s 返回 %d %s，不是企业微信的 JSON' % (call.host, status, kind), call.path,
         '%s 回答的不是企业微信：%s' % (call.host, _STATUS_ADVICE.get(
             status, '中转没有转发 /cgi-bin/%s，让它转发整个 /cgi-bin/，不改路径' % call.path)),
         (status == 200 or status >= 500) and not call.harmless)
@@ -2327,12 +2329,14 @@ class _File:
     def __init__(self, source, name=None):
         if isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
-        _need(not isinstance(source, io.TextIOBase), "a file object must be opened with 'rb'")
+        _need(not isinstance(source, io.TextIOBase), "文件对象要用 'rb' 打开")
         self._source, is_path = source, not hasattr(source, 'read')
         path = os.fsdecode(source) if is_path else getattr(source, 'name', None)
         path = path if isinstance(path, str) else name
-        _need(path, "what has no name needs one: upload(data, name='photo.jpg')")
+        _need(path, "没有文件名的要给一个：upload(data, name='photo.jpg')")
         self.name, self.suffix = os.path.basename(name or path), os.path.splitext(path)[1].lower()
+        if is_path and os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         self.size = os.path.getsize(path) if is_path else source.seek(0, os.SEEK_END)
 
     @contextlib.contextmanager
@@ -2756,7 +2760,7 @@ class _Caller:
                 try:
                     answer = self._send_one(path, *prepare(sent, part))
                 except APIError as e:
-                    e.errmsg += ' (the first %d parts were sent)' % sent if sent else ''
+                    e.errmsg += '（前面的 %d 段已经发了）' % sent if sent else ''
                     raise
                 sent += 1
         if answer is None:
@@ -2867,7 +2871,7 @@ class WeChatClient(_Caller):
             raise
         token, seconds = answer.get('access_token'), answer.get('expires_in')
         if not isinstance(token, str) or not re.fullmatch('[!-~]{1,512}', token):
-            raise NetworkError(502, 'an answer without access_token', 'gettoken',
+            raise NetworkError(502, '回答里没有 access_token', 'gettoken',
                                '回答里没有 access_token：看 api_base 写对没有')
         seconds = min(seconds, 7200) if type(seconds) is int and seconds > 0 else 7200
         self.store.set(self._token_name, token.encode('ascii'), ex=max(seconds - self.token_margin, seconds // 2, 1))
@@ -3970,7 +3974,7 @@ class Dispatcher:
     def _echo_back(self, method, query):
         """GET：校验的 echostr，或一句话；→ 正文 (bytes)。"""
         if query is None:
-            text = 'EasyWeChat is up. Enter this URL in the console of WeCom.\n'
+            text = 'EasyWeChat is up：EasyWeChat 在运行，把这个网址填到企业微信的后台。\n'
         else:
             text = _echo_text(self._open(query, _echostr(query.get('echostr')))[0])
         return b'' if method == 'HEAD' else text.encode('utf-8')
@@ -4167,7 +4171,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             data += self._more(deadline)
             line, end = data.find(b'\r\n'), data.find(b'\r\n\r\n')
             if not _HEAD_START.match(data):
-                hint = ': TLS on a plain port? let a reverse proxy do TLS' * (data[0] == 22)
+                hint = '；TLS on a plain port：后台的网址是 https，这里是 http，前面要有反向代理' * (data[0] == 22)
                 raise WeChatError(400, _ERRORS[400][1] + hint)
             if line > server.max_line or (line < 0 and len(data) > server.max_line):
                 raise WeChatError(414)
@@ -5000,7 +5004,7 @@ class _Guest:
                 logger.warning('the running bot waits %.0f s: 太快了', answer['wait'])
                 end = answer['wait'] + self._bot.hand_over_within
         except (OSError, ValueError) as e:
-            raise NetworkError(504 if sent else 503, 'the running bot (%s) did not answer (%s)' % (self.pid, _show(e)),
+            raise NetworkError(504 if sent else 503, '在运行的机器人（%s）没有回答（%s）' % (self.pid, _show(e)),
                                '', '在运行的机器人（进程 %s）没有回答：%s' % (
                                    self.pid, '消息可能已经到了，先看一眼再重发' if sent else '没有发'),
                                sent and not file) from None
@@ -5122,7 +5126,7 @@ def _bot_form(message):
     if kind in ('markdown', 'markdown_v2'):
         return _Message(msgtype='text', text=body)
     articles = body.get('articles') if kind == 'news' else [body] if kind == 'textcard' else None
-    _need(articles, '%s cannot be sent by an intelligent robot' % kind)
+    _need(articles, '智能机器人不能发 %s' % kind)
     lines = (['**%s**' % a['title'] if not a.get('url') else '[%s](%s)' % (a.get('title') or a['url'], a['url']),
               _html_text(a.get('description') or '')] for a in articles)
     return _Message(msgtype='text', text={'content': '\n\n'.join('\n'.join(filter(None, line)) for line in lines)})
@@ -5681,7 +5685,7 @@ class WeChatBot(_Caller):
     def _prepare(self, road, chats, n, message):
         message = _bot_form(message)
         kind = message['msgtype']
-        _need(kind not in ('update_template_card', 'stream'), '%s can only be an answer' % kind)
+        _need(kind not in ('update_template_card', 'stream'), '%s 只能做回复，不能主动发送' % kind)
         return (road, chats), _bot_body(self._uploaded(road, message))
 
     def _uploaded(self, road, message):
@@ -5701,7 +5705,7 @@ class WeChatBot(_Caller):
             try:
                 answer = road.push(dict(message, chatid=chat))
             except APIError as e:
-                e.errmsg += ' (to %s%s)' % (_show(chat), ', after %d others' % n if n else '')
+                e.errmsg += ' (to %s%s)' % (_show(chat), '，前面的 %d 条发了' % n if n else '')
                 raise
         return answer
 
@@ -5979,7 +5983,7 @@ class _BotReplies(_BotResults):
         message = self._bot._uploaded(self._session, item)
         kind = message['msgtype']
         if kind == 'update_template_card':
-            _need(talk.event == 'template_card_event', 'only a template_card_event is answered by an update')
+            _need(talk.event == 'template_card_event', '只有 template_card_event 能用更新卡片来答')
             if not self._fresh_event(talk):
                 return logger.error('too late: 更新卡片要在 %g 秒以内，没有更新', self._bot.event_within)
             body = dict(message, response_type=kind)
@@ -6225,7 +6229,7 @@ class _PollReplies(_BotResults):
         kind, items = message['msgtype'], []
         if kind in ('template_card', 'update_template_card'):
             _need(kind == 'template_card' or poll.event == 'template_card_event',
-                  'only a template_card_event is answered by an update')
+                  '只有 template_card_event 能用更新卡片来答')
             _json_bytes(message)                # 写不成 JSON 的，现在就说
             poll.cards.append(message)
             return True
@@ -6309,7 +6313,7 @@ class _PollReplies(_BotResults):
         try:
             _remember(code)
             parts = _split_url(poll.url)
-            _need(parts.scheme == 'https' or _LOOPBACK.fullmatch(parts.hostname), 'response_url is not https')
+            _need(parts.scheme == 'https' or _LOOPBACK.fullmatch(parts.hostname), 'response_url 不是 https')
             with fetch(poll.url, _json_bytes(message), {'Content-Type': 'application/json'}) as answer:
                 status, answer = answer.status, json_to_dict(answer.read())
             if status != 200 or answer.get('errcode'):
@@ -6624,7 +6628,9 @@ _FAULTS = WeChatError, ImportError, OSError
 def _sentence(error):
     """一个错误 → 给人看的 (str)。"""
     if isinstance(error, OSError):
-        return '%s: %s' % (error.filename, error.strerror) if error.filename else error.strerror or str(error)
+        what = {errno.ENOENT: '没有这个文件', errno.EISDIR: '这是一个目录，不是文件', errno.EACCES: '没有权限',
+                errno.ENOSPC: '磁盘满了'}.get(error.errno, error.strerror or str(error))
+        return '%s：%s' % (error.filename, what) if error.filename else what
     return str(error) if isinstance(error, APIError) else getattr(error, 'errmsg', str(error))
 
 
@@ -6647,7 +6653,9 @@ def _visit(url, query, body=None):
         with fetch(asked, body, {'Content-Type': 'text/xml'}, _PATIENCE, proxies={}) as answer:
             status, body = answer.status, answer.read() if answer.status == 200 else b''
     except NetworkError as e:
-        raise _CommandError(3, e.errmsg + '；回调太慢了？' * (e.errcode == 504)) from None
+        then = '机器人没有在运行，或端口不对：先执行 ' + _command('--echo') if 'refused' in e.errmsg else \
+            '机器人没有答完：回调太慢了，或那里不是机器人' if e.errcode == 504 else e.hint
+        raise _CommandError(3, '%s（%s）' % (then, e.errmsg)) from None
     if status != 200:
         raise _CommandError(1, '%s 返回 %d：%s' % (url, status, {
             403: 'Token、EncodingAESKey、corpid 或时钟不一致，看机器人的日志里是哪一个',
@@ -6800,8 +6808,10 @@ def _run_send(args):
         if args.rest and not args.markdown:
             message = plain_text(message)
         if not message.strip():
-            raise _CommandError(2, '没有要发的文字')
-    if args.markdown and args.send_file is None:
+            raise _CommandError(2, '没有要发的文字：写在 --send 后面，或用 --send - 从标准输入读')
+    if args.markdown and args.send_file is not None:
+        raise _CommandError(2, '--markdown 是文字的，不能和 --send-file 一起用')
+    if args.markdown:
         message = {'msgtype': 'markdown', 'markdown': {'content': message}}
     sender = _sender(args)
     sender.send(message, args.to, *([args.party, args.tag] if isinstance(sender, WeChatClient) else []))
@@ -6883,7 +6893,8 @@ _SHAPES = {
     'touser': (r'@all|[0-9A-Za-z][0-9A-Za-z_@.|-]*', '应该是「账号」，不是姓名', '通讯录 → 成员'),
     'bot_id': ('[!-~]+', '不应有空白、全角', '智能机器人 → API 模式 → 长连接'),
     'bot_secret': ('[!-~]+', '不应有空白、全角', '智能机器人 → API 模式 → 长连接'),
-    'robot': (r'[0-9a-f-]{36}|https?://\S+[?&]key=[0-9A-Za-z_-]+\S*', '应该是 Webhook 地址，或其中的 key', '群 → 消息推送'),
+    'robot': (r'[0-9a-f-]{36}|https?://\S+[?&]key=[0-9A-Za-z_-]+\S*', '应该是 Webhook 地址，或其中的 key',
+              '群 → 消息推送'),
 }
 
 
@@ -7017,9 +7028,24 @@ def _run_check(args):
         raise _CommandError(1, '有 %d 处要改，见上面的 ✗' % bad)
 
 
+#: argparse 的错误 → 一句话。
+_USAGE = (('one of the arguments', '没有写要做什么，例如 --echo、--send'),
+          (r'argument (\S+): expected', r'\1 后面少了一个值'), (r'argument (\S+): invalid', r'\1 后面应该是数字'),
+          (r'argument (\S+): not allowed with argument (\S+)', r'\1 和 \2 不能一起用'),
+          (r'ambiguous option: (\S+)', r'\1 不止一个意思，写完整'), ('unrecognized arguments: (.*)', r'不认得 \1'))
+
+
+def _misused(message):
+    """命令行写错了：说一句，怎样看有哪些。"""
+    for form, sentence in _USAGE:
+        message = re.sub('^%s.*' % form, sentence, message, flags=re.S)
+    raise _CommandError(2, '%s；有哪些：%s' % (message, _command('--help')))
+
+
 def _parser():
     from argparse import ArgumentParser
     parser = ArgumentParser(prog='easywechat.py', add_help=False, description='企业微信机器人，一个 Python 文件。')
+    parser.error = _misused
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--echo', action='store_const', dest='run', const=_run_echo, help='启动一个原样回话的机器人')
     what.add_argument('--probe', metavar='TEXT', nargs='?', const='', help='扮演企业微信：校验、投递 TEXT、打印回复')
@@ -7030,12 +7056,10 @@ def _parser():
     what.add_argument('--mail', action='store_const', dest='run', const=_run_mail,
                       help='把标准输入的一封信 (RFC 5322) 发出去；叫 sendmail 的链接也是这个')
     what.add_argument('--explain', metavar='CODE', nargs='+', type=int, help='一个错误码是什么意思，怎么办')
-    what.add_argument('--check', action='store_const', dest='run', const=_run_check,
-                      help='配置和网络哪里不对，到哪里改')
-    what.add_argument('--init', action='store_const', dest='run', const=_run_init,
-                      help='写一个 config.ini，其中有新的 Token 和 EncodingAESKey')
-    what.add_argument('--version', action='store_const', dest='run', const=_run_version,
-                      help='打印版本、日期和这个文件的 SHA-256')
+    for name, run, text in (('--check', _run_check, '配置和网络哪里不对，到哪里改'),
+                            ('--init', _run_init, '写一个 config.ini，其中有新的 Token 和 EncodingAESKey'),
+                            ('--version', _run_version, '打印版本、日期和这个文件的 SHA-256')):
+        what.add_argument(name, action='store_const', dest='run', const=run, help=text)
     what.add_argument('-h', '--help', action='help', help='打印这段说明')
     parser.add_argument('--host', help='监听的地址（默认 0.0.0.0；没有 config.ini 时 127.0.0.1）')
     parser.add_argument('--port', type=int, default=8000, help='端口（默认 8000）')
@@ -7065,7 +7089,14 @@ def _arguments(argv):
             words[-1] += '=' + word
         else:
             words.append(word)
-    args = _parser().parse_args(words)
+    parser = _parser()
+    for word in words:
+        known, name = parser._option_string_actions, word.partition('=')[0]
+        if word[:2] == '--' and not any(option.startswith(name) for option in known):
+            import difflib
+            close = difflib.get_close_matches(name, known, 1)
+            parser.error('没有 %s 这个选项%s' % (name, '，是不是 %s' % close[0] if close else ''))
+    args = parser.parse_args(words)
     args.rest = argv[end + 1:]
     for name in ('send', 'send_file', 'probe') if end < len(argv) else ():
         if getattr(args, name) == '':

@@ -482,8 +482,9 @@ class CryptoTests(unittest.TestCase):
             CRYPT.verify(query['msg_signature'], query['timestamp'], query['nonce'], encrypt)
 
     def sealed(self, plaintext):
-        """任意明文字节(连同填充)→ 密文。"""
-        return binascii.b2a_base64(CRYPT._encryptor.encrypt(plaintext), newline=False)
+        """任意明文字节（连同填充）→ 密文，总是同一个。"""
+        crypt = WXBizMsgCrypt(*(SETTINGS[key] for key in ('token', 'encoding_aes_key', 'corpid')))
+        return binascii.b2a_base64(crypt._encryptor.encrypt(plaintext), newline=False)
 
     def test_padding_length_and_receive_id_are_strict(self):
         rid = SETTINGS['corpid'].encode()
@@ -546,7 +547,7 @@ class CryptoTests(unittest.TestCase):
         self.assertEqual(other.DecryptMsg(body, *query)[0], -40005)
         self.assertEqual(CRYPT.EncryptMsg(None, 'n')[0], -40006)
         self.assertEqual(CRYPT.EncryptMsg('\ud800', 'n')[0], -40006)
-        fixed = self.sealed(bytes(64))      # 随机的密文，错的密钥解出来二百多次里有一次像填充
+        fixed = self.sealed(bytes(64))      # 随机的，错的密钥解出来，二百多次里有一次像填充
         self.assertEqual(keyless.DecryptMsg('<xml><Encrypt>%s</Encrypt></xml>' % fixed.decode(),
                                             *signed(fixed).values())[0], -40007)
         self.assertEqual(CRYPT.VerifyURL(*list(signed(short.encode()).values()) + [short])[0],
@@ -686,7 +687,8 @@ class ConfigTests(unittest.TestCase):
                 ('[a]\n\uff03 ' + s, '第 2 行：# 要用半角的'), ('[a]\n// ' + s, '第 2 行：注释要以 # 开头'),
                 ('[a]\n//token = ' + s, '第 2 行：注释要以 # 开头'), ('token = ' + s, '第 1 行：前面还没有节名'),
                 ('[a]\n = ' + s, '等号左边没有键'), ('[a]\ntoken ' + s + ' = 1', '第 2 行：'),
-                ('', '是空的；删掉它'), ('# ' + s, '是空的；删掉它'), ('[other]\n', '没有 [demo] 这一节，有的是 [other]'), ('[a]\x00', '第 1 行'),
+                ('', '是空的；删掉它'), ('# ' + s, '是空的；删掉它'),
+                ('[other]\n', '没有 [demo] 这一节，有的是 [other]'), ('[a]\x00', '第 1 行'),
                 ('[demo]\nsecret = a\ncorpsecret = ' + s, 'secret 写了两次'),
                 ('[demo]\nsecret = a\n ' + s, 'secret 下面的一行没有等号'),
                 (b'[demo]\ntoken = \xff\xff\xff', '另存为 UTF-8'), ('#' * (2 << 20), '一兆多')):
@@ -6583,7 +6585,7 @@ class JsonBotTests(unittest.TestCase):
         refused = b'{"errcode":60140,"errmsg":"invalid response_code plantedC0de"}'
         for url, words in ((self.response_url(refused), '60140'), (self.response_url(b'{}', 500), ''),
                            (self.response_url(b'<html>plantedC0de'), ''),
-                           ('http://192.0.2.1/?response_code=plantedC0de', 'not https'), (None, 'response_url'),
+                           ('http://192.0.2.1/?response_code=plantedC0de', '不是 https'), (None, 'response_url'),
                            ('ftp://127.0.0.1/?response_code=plantedC0de', ''), ('plantedC0de', ''),
                            ('https://[/?response_code=plantedC0de', ''), ({'a': 'plantedC0de'}, ''),
                            ('http://127.0.0.1:1/?response_code=plantedC0de', '127.0.0.1:1')):
@@ -6972,7 +6974,7 @@ class CommandTests(unittest.TestCase):
                 (lambda: None, 0, ''), (lambda: 7, 7, ''),
                 (lambda: fails(KeyboardInterrupt()), 130, 'bot: 被打断了'),
                 (lambda: get_config('x', 'nosuch.ini'), 2, 'bot: 没有找到配置'),
-                (lambda: open('/nosuch/x'), 2, 'bot: /nosuch/x: '),
+                (lambda: open('/nosuch/x'), 2, 'bot: /nosuch/x：没有这个文件'),
                 (lambda: fails(ImportError('没有 x')), 2, 'bot: 没有 x'),
                 (lambda: fails(NetworkError(503, 'x')), 3, 'bot: '),
                 (lambda: fails(APIError(60020, 'x', 'agent/get')), 1, 'bot: '), (lambda: fails(SystemExit(5)), 5, ''),
@@ -7156,7 +7158,7 @@ class SendCommandTests(ClientCase):
             self.assertIn(words, out)
         self.wecom.trusted = False
         code, out, err = self.run_cli('--check', EASYWECHAT_TOKEN='全角 token')
-        self.assertEqual((code, err), (1, 'easywechat: 有 2 处要改，见上面的 ✗\n'))
+        self.assertEqual((code, err.splitlines()[-1]), (1, 'easywechat: 有 2 处要改，见上面的 ✗'))
         self.assertIn('203.0.113.9', out)
         self.assertIn('空白、全角', out)
         self.assertIn('来自 environment', out)
