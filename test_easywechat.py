@@ -884,7 +884,7 @@ class NeighbourTests(unittest.TestCase):
 
     @unittest.skipUnless(os.name == 'posix' and os.geteuid() == 0 and os.path.exists('/usr/bin/python3'), '要是 root')
     def test_the_recipe_for_nut_works_for_its_user(self):
-        """README 的 ups.sh，以另一个用户：config.ini 是 0640，那一组的。"""
+        """README 的 alert.sh，以另一个用户：config.ini 是 0640，那一组的。"""
         wecom = simulator.WeCom()
         self.addCleanup(wecom.stop)
         settings = dict(wecom.settings, api_base=wecom.start())
@@ -894,8 +894,8 @@ class NeighbourTests(unittest.TestCase):
         os.chmod(self.path, 0o640)
         os.chmod(os.path.dirname(self.code), 0o755)
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
-            script = re.search('```sh\n(#!/bin/sh\n[^`]*"[$]1"\n)```', f.read()).group(1)
-        path = os.path.join(self.code, 'ups.sh')
+            script = re.search('```sh\n(#!/bin/sh\n[^`]*:-[$]1}"\n)```', f.read()).group(1)
+        path = os.path.join(self.code, 'alert.sh')
         with open(path, 'w') as f:
             f.write(script.replace('/opt/bot', self.code))
         os.chmod(path, 0o755)
@@ -7006,7 +7006,7 @@ class CommandTests(unittest.TestCase):
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
             program = re.search(r'```python\n(.*?)```', f.read(), re.S).group(1)
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in (('bot.py', program.replace('port=6000', 'port=0')),
+            for name, text in (('bot.py', program.replace('port=8000', 'port=0')),
                                ('config.ini', easywechat._CONFIG_TEMPLATE.format(**SETTINGS))):
                 with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
                     f.write(text)
@@ -7413,9 +7413,36 @@ class PromiseTests(unittest.TestCase):
                 shutil.copy(os.path.join(HERE, 'README.md'), folder)
                 with swapped(WeChatServer, 'run', lambda *args, **kwargs: None), working_in(folder):
                     for block in blocks:
-                        space = {'__name__': 'readme', 'server': make_server()}
+                        space = {'__name__': 'readme', 'server': make_server(), 'easywechat': easywechat}
                         exec(compile(block, 'README.md', 'exec'), space)
         self.assertEqual([m['msgtype'] for m in wecom.messages], ['text', 'file', 'textcard'])
+
+    def test_what_the_readme_names_is_in_the_code(self):
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
+            readme = f.read()
+        with open(SOURCE, encoding='utf-8') as f:
+            said = re.sub(r"'\s*\n\s*'", '', f.read())     # 一句话分成几行写的
+        keys = {key for row in re.findall(r'^\| `\[(?:demo|system)\] (.*?) \|', readme, re.M)
+                for key in re.findall('\\w+', row)}
+        self.assertEqual(keys, set(easywechat._APP_KEYS + easywechat._SYSTEM_KEYS) - {'appid'})
+        known = easywechat._parser()._option_string_actions
+        commands = re.findall(r'easywechat\.py ((?:--?[a-z-]+|[^\n`|;])*)', readme)
+        used = {word for command in commands for word in re.findall(r'(?<![\w-])--[a-z-]+', command)}
+        self.assertEqual({word for word in used if word not in known}, set())
+        self.assertGreater(len(used), 12)
+        log = re.search(r'\| 日志里 \|.*?\n\n', readme, re.S).group()
+        for keyword in re.findall('`([^`]+)`', re.sub(r'(?m)\|[^|]*\|$', '', log)):
+            for part in keyword.split('…'):
+                self.assertIn(part.strip(), said, keyword)
+        names = readme[readme.index('\n## API'):readme.index('\n## 从旧版迁移')]
+        missing = {name for name in easywechat.__all__ if not re.search(r'\b%s\b' % name, names)}
+        self.assertEqual(missing, set())
+        public = set(easywechat.__all__).union(*(dir(getattr(easywechat, name)) for name in easywechat.__all__))
+        told = re.findall(r'`([A-Za-z_]+)[`(]', names)
+        self.assertEqual({name for name in told if name not in public} - {'errmsg', 'errcode', 'path', 'hint', 'wxcpt', 'help'}, set())
+        limits = readme[readme.index('\n## 已知限制'):readme.index('\n## 参考资料')]
+        for number in (WeChatClient.per_minute, easywechat.WeChatBot.per_hour, easywechat.WeChatRobot.per_minute):
+            self.assertRegex(limits, r'每\w+ %d 条' % number)
 
     def test_the_table_of_the_readme_is_the_catalogue(self):
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
