@@ -1,4 +1,4 @@
-"""Our long connection beside the SDKs of 智能机器人, in one run: aibot.py [ROUNDS [SECONDS [STREAM_SECONDS]]].
+"""Our long connection beside the SDKs of 智能机器人, in one run: aibot.py [ROUNDS [SECONDS [STREAM_SECONDS [chart]]]].
 
 Each is a process of its own on core 0 that answers every text with itself, as one finished stream frame; the server,
 one for all, is this process on core 1: TLS, no compression, every frame acked at once. Medians of ROUNDS (3) rounds of
@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import chart
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -355,6 +357,9 @@ def print_table(rows):
         print('%s: first start %.0f ms' % (NAMES[peer.name], peer.starts[0]) + ''.join(
             '; stream of %d pieces %s: %d frames, %.0f KiB, %.1f s, CPU %.0f ms' % ((PIECES, how) + figures)
             for how, figures in zip(('over a while', 'at full speed'), peer.streams)))
+    if sys.argv[4:] == ['chart']:
+        chart.keep('智能机器人的长连接：空闲时的内存，MB', [
+            [NAMES[name], round(row['RSS idle'], 1), name == 'ours'] for name, row in table.items()])
     if 'ours' in table and len(table) > 1:
         ours = table['ours']
         ratios = [ours[key] / first[key] for key in ('echo 8', 'echo 1', 'CPU µs 8', 'CPU µs 1', 'start ms')]
@@ -367,5 +372,5 @@ if __name__ == '__main__':
         sys.path.remove(HERE)           # the official SDK's module is called aibot, too
         asyncio.run(sdk({'official': official, 'community': community}[sys.argv[2]], *sys.argv[3:]))
     else:
-        given = list(map(float, sys.argv[1:]))
+        given = list(map(float, sys.argv[1:4]))
         asyncio.run(main(int((given + [3])[0]), (given[1:] + [3])[0], (given[2:] + [30])[0]))

@@ -1,4 +1,4 @@
-"""Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS [CHART.svg]]].
+"""Ours beside what people use today, in one run: bench.py [ROUNDS [SECONDS [chart]]].
 
 BESIDE=<commit> adds that commit's easywechat.py as two rows of its own, ONLY=<text> takes only the rows with that text.
 
@@ -10,7 +10,6 @@ Environments are thrown away. Then the codec alone, and on each Python found wha
 import contextlib
 import glob
 import hashlib
-import html
 import os
 import platform
 import re
@@ -29,6 +28,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'examples')]
 
+import chart  # noqa: E402
 import easywechat  # noqa: E402
 import simulator  # noqa: E402
 
@@ -270,7 +270,9 @@ def main():
         print('codec in process: ours %.0f µs, wechatpy %.0f µs (%.2f)' % codec(python_of(folder, 'peers')))
         small(folder, {k: v for k, v in env.items() if not k.startswith('EASYWECHAT_')})
         if len(sys.argv) > 3:
-            chart(table, sys.argv[3])
+            first = next(iter(table.values()))['cl8']
+            chart.keep('回调 URL：8 个连接时每秒回话的条数，服务器占一个核，旧版的一套是 1', [
+                [name, round(row['cl8'] / first, 1), 'easywechat' in name] for name, row in table.items()])
 
 
 def print_table(table, folder):
@@ -287,24 +289,6 @@ def print_table(table, folder):
     print('%-46s' % '' + ''.join('%16s' % c for c in columns))
     for name, row in table.items():
         print('%-46s' % name + ''.join('%16s' % ('%.1f (%.2f)' % (row[c], row[c] / first[c])) for c in columns))
-
-
-def chart(table, path):
-    """Requests a second at 8 connections, the first row being 1, as bars."""
-    first, bars, top = next(iter(table.values())), [], max(row['cl8'] for row in table.values())
-    for n, (name, row) in enumerate(sorted(table.items(), key=lambda item: item[1]['cl8'])):
-        y, width, ours = 34 + 26 * n, 330 * row['cl8'] / top, 'easywechat' in name
-        bold = ' font-weight="bold"' * ours
-        bars.append('<text x="282" y="%d" text-anchor="end"%s>%s</text><rect x="290" y="%d" width="%.0f" height="16" '
-                    'rx="3" class="%s"/><text x="%.0f" y="%d"%s>%.1f</text>' % (
-                        y + 13, bold, html.escape(name), y, width, 'ours' if ours else 'peer', 296 + width, y + 13,
-                        bold, row['cl8'] / first['cl8']))
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 %d" font-family="sans-serif" '
-                'font-size="13"><style>text{fill:#333}.ours{fill:#0a66d0}.peer{fill:#b8bec8}'
-                '@media(prefers-color-scheme:dark){text{fill:#ddd}.peer{fill:#667}}</style>'
-                '<text x="20" y="20">每秒回话的条数,8 个连接,一个核;旧版的一套 = 1</text>%s</svg>\n' % (
-                    44 + 26 * len(bars), ''.join(bars)))
 
 
 if __name__ == '__main__':
