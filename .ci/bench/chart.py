@@ -27,10 +27,9 @@ def draw(figures):
         top = max(value for _, value, _ in rows)
         for name, value, ours in rows:
             y, width, bold = y + 26, 330 * value / top, ' font-weight="bold"' * ours
-            parts.append('<text x="282" y="%d" text-anchor="end"%s>%s</text><rect x="290" y="%d" width="%.0f" height="16" '
-                         'rx="3" class="%s"/><text x="%.0f" y="%d"%s>%.1f</text>' % (
-                             y, bold, html.escape(name), y - 13, width, 'ours' if ours else 'peer', 296 + width, y, bold,
-                             value))
+            parts.append('<text x="282" y="%d" text-anchor="end"%s>%s</text>' % (y, bold, html.escape(name)))
+            parts.append('<rect x="290" y="%d" width="%.0f" height="16" rx="3" class="%s"/><text x="%.0f" y="%d"%s>%.1f'
+                         '</text>' % (y - 13, width, 'ours' if ours else 'peer', 296 + width, y, bold, value))
         y += 44
     with open(CHART, 'w', encoding='utf-8') as f:
         f.write('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 %d" font-family="sans-serif" font-size="13">'
