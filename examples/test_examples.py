@@ -3,6 +3,7 @@
 import binascii
 import contextlib
 import datetime
+import functools
 import hashlib
 import http.client
 import io
@@ -24,6 +25,7 @@ import zlib
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
+import demo  # noqa: E402
 import llm_bot  # noqa: E402
 import monkey_monitor  # noqa: E402
 import nas_monitor  # noqa: E402
@@ -1145,7 +1147,7 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertIn('通过了校验', process.stdout.readline().decode())
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         last, png = 0, b'\x89PNG\r\n\x1a\n' + b'x' * 99
-        for asked, text in (({'text': '你好'}, '你好(第 1 句)'), ({'text': '在吗', 'chat': 'group'}, None),
+        for asked, text in (({'text': '你好'}, '你好（第 1 句）'), ({'text': '在吗', 'chat': 'group'}, None),
                             ({'voice': '听写'}, '听写'), (png, '（图片）')):
             if asked is png:
                 self.http('POST', '/file?user=zhangsan&chat=zhangsan&type=image&name=a.png', png)
@@ -1153,7 +1155,7 @@ class SimulatorCommandTests(SimulatorCase):
                 self.http('POST', '/bot', json.dumps(dict(asked, do='say', user='zhangsan')))
             seen = self.events('bubble', 'grow', url=url, last=last)
             last = seen[-1]['id']
-            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '在吗(第 2 句)'))
+            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '在吗（第 2 句）'))
         seen = self.events('bubble', url=url, last=last)[-1]
         self.assertEqual((seen['type'], self.http('GET', '/media/' + seen['body']['media_id'])[2]), ('image', png))
         process.send_signal(signal.SIGTERM)
@@ -1188,9 +1190,9 @@ class SimulatorCommandTests(SimulatorCase):
         processes = []
         for script, args, code, words in (
                 ('simulator.py', ['--help'], 0, ''), ('demo.py', ['--port', port], 2, 'nosuch.ini'),
-                ('demo.py', ['--port', port], 3, 'demo: cannot listen on 0.0.0.0 port %s: ' % port)):
+                ('demo.py', ['--port', port], 2, ' %s ' % port)):
             env = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', EASYWECHAT_CONFIG=os.path.join(
-                self.folder, 'demo.ini' if code == 3 else 'nosuch.ini'))
+                self.folder, 'demo.ini' if words == ' %s ' % port else 'nosuch.ini'))
             process = subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script)] + args, env=env,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             processes.append((process, code, words))
@@ -1314,6 +1316,75 @@ class ExampleCase(ClientCase):
         thread.join()
         self.assertLess(time.monotonic() - begin, 4)        # 没有等谁等到时限
         self.assertEqual((code, err.count('\n'), err[:10]), (0, 1, 'EasyWeChat'), err)
+
+
+class DemoTests(ExampleCase):
+
+    def setUp(self):
+        super().setUp()
+        self.wecom.bot.poll_every = 0.01
+
+    def robot(self, mode, **settings):
+        """开始服务，长连接 ('ws') 或回调 URL ('json')。"""
+        bot = self.wecom.bot
+        bot.mode = mode
+        self.server = WeChatServer('test', **dict(self.wecom.bot_settings, **settings))
+        demo.register(self.server)
+        self.addCleanup(self.server.stop)
+        address = self.server.start('127.0.0.1', 0)
+        self.assertTrue(self.until(lambda: not bot.verify('http://%s:%d/weixin' % address) if address else bot.connected))
+
+    def shown(self, **said):
+        """说一句 → 写完了的气泡。"""
+        bot, before = self.wecom.bot, len(self.wecom.bot.bubbles)
+        bot.say(**said)
+        self.assertTrue(self.until(lambda: len(bot.bubbles) > before and bot.bubbles[-1]['finished']), said)
+        return bot.bubbles[-1]
+
+    def test_everything_it_does_in_the_app(self):
+        self.bot(demo.register)
+        self.assertEqual([self.say(text) for text in ('你好', '你好', '菜单')],
+                         ['你好（第 1 句）', '你好（第 2 句）', '菜单建好了，点一下试试'])
+        button = self.wecom.menu['button'][0]
+        reply = self.wecom.deliver(self.callback_url, MsgType='event', Event='click', EventKey=button['key'])
+        self.assertEqual(reply['Content'], '你点了菜单里的「吃什么」')
+        place = dict(Location_X='23.1', Location_Y='113.3', Scale='15', Label='广州塔')
+        reply = self.wecom.deliver(self.callback_url, MsgType='location', **place)
+        self.assertEqual(reply['Content'], '你在广州塔（23.1，113.3）')
+        self.assertEqual([self.say('按钮'), self.say('文件')], [None, None])
+        (_, card), (kind, _) = self.see(7)[-2:]
+        self.assertEqual(kind, 'file')
+        reply = self.wecom.deliver(self.callback_url, MsgType='event', Event='template_card_event', EventKey='面条',
+                                   TaskId=card['task_id'], ResponseCode='c')
+        self.assertEqual((reply['MsgType'], reply['TemplateCard']['MainTitle']['Title']),
+                         ('update_template_card', '今天吃面条'))
+        media = self.wecom.keep('image', 'a.png', b'x' * 9)
+        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId=media, PicUrl='x')
+        self.assertEqual(reply['Image']['MediaId'], media)
+
+    def test_a_menu_that_is_refused_is_told(self):
+        self.bot(demo.register)
+        self.wecom.trusted = False
+        self.assertIn('菜单没有建成：出口 IP 不可信', self.say('菜单'))
+
+    def test_the_three_keys_are_enough(self):
+        self.bot(demo.register, secret='', agentid='')
+        self.assertEqual(self.say('你好'), '你好（第 1 句）')
+        for text in '菜单', '按钮', '文件':
+            self.assertIn('写上 secret 和 agentid', self.say(text))
+
+    def test_everything_it_does_as_an_intelligent_robot(self):
+        for mode in 'ws', 'json':
+            self.robot(mode, **{k: self.wecom.settings[k] for k in ('token', 'encoding_aes_key') if mode == 'json'})
+            self.assertEqual([self.shown(text=text)['text'] for text in ('你好', '菜单')],
+                             ['你好（第 1 句）', '智能机器人没有菜单，说「按钮」试试'])
+            card = self.shown(text='按钮')
+            self.wecom.bot.press(card, '米饭')
+            self.assertTrue(self.until(functools.partial(lambda card: card['text'] == '今天吃米饭', card)))
+            self.shown(image=('a.png', b'\x89PNG' + b'x' * 99))
+            if mode == 'ws':
+                self.assertEqual(self.shown(text='文件')['kind'], 'file')
+            self.server.stop()
 
 
 class MonkeyTests(ExampleCase):
