@@ -1229,8 +1229,8 @@ def png_size(data):
     width, height, depth, colour = struct.unpack('>IIBB', chunks[0][1][:10])
     pixels = zlib.decompress(b''.join(body for kind, body in chunks if kind == b'IDAT'))
     if (data[:8], [kind for kind, _ in chunks][::len(chunks) - 1], depth, colour, len(pixels)) != (
-            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 2, height * (1 + 3 * width)):
-        raise AssertionError('no PNG of 8 bit RGB')
+            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 0, height * (1 + width)):
+        raise AssertionError('no PNG of 8 bits a pixel')
     return width, height
 
 
@@ -1294,11 +1294,12 @@ class ExampleCase(ClientCase):
 
     def run_main(self, main, *args, **env):
         """→ (退出码, stderr)。"""
-        err = io.StringIO()
-        with environment(**dict(os.environ, **env)), contextlib.redirect_stderr(err):
-            code = main(list(args))
+        err, argv = io.StringIO(), [sys.modules[main.__module__].__file__]
+        with environment(**dict(os.environ, **env)), contextlib.redirect_stderr(err), swapped(sys, 'argv', argv), \
+                contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as end:
+            easywechat.command(lambda: main(list(args)))
         LOG.write(err.getvalue())
-        return code, err.getvalue()
+        return end.exception.code, err.getvalue()
 
     def serve(self, main, talk, *args, **env):
         """``main`` 在服务的时候,在另一条线程里 ``talk()``,然后像 systemd 那样请它停下。"""
@@ -1394,7 +1395,7 @@ class MonkeyTests(ExampleCase):
         self.touser('zhangsan|wangwu')
 
     def touser(self, users):
-        self.bot(monkey_monitor.register, touser=users)
+        self.bot(monkey_monitor.register, touser=users, only_touser=True)
 
     def test_it_answers_as_an_intelligent_robot_too(self):
         server = WeChatServer('demo', touser='zhangsan', **self.wecom.bot_settings)
@@ -1412,14 +1413,14 @@ class MonkeyTests(ExampleCase):
         return self.wecom.media[reply['Image']['MediaId']]['data']
 
     def test_without_a_camera_a_real_png_is_drawn(self):
-        data = self.picture(self.ask(' 拍照\n'))
-        self.assertEqual(png_size(data), (480, 320))
+        data = self.picture(self.ask(' 拍照。\n'))
+        self.assertEqual(png_size(data), (480, 140))
         self.assertEqual(os.listdir(self.tmp), [])
         times = [time.struct_time((2026, 12, 31, 23, 59, s, 0, 0, 0)) for s in (58, 59)]
         self.assertNotEqual(*map(monkey_monitor.test_picture, times))
 
     def test_the_state_of_the_machine_and_the_help(self):
-        for content, words in ('状态', '磁盘:可用'), ('你好', '拍照'), ('视频', '没有相机'):
+        for content, words in ('状态！', '磁盘：可用'), ('你好', '拍照'), ('视频', '没有相机'):
             self.assertIn(words, self.ask(content)['Content'])
         self.assertEqual(self.wecom.calls, [])
 
@@ -1428,8 +1429,8 @@ class MonkeyTests(ExampleCase):
         for content in '拍照', '视频', '状态', '你好':
             with self.assertLogs('easywechat', 'WARNING') as logs:
                 reply = self.ask(content, 'lisi')
-            self.assertEqual((reply['MsgType'], reply['Content']), ('text', '这台机器只听它主人的话。'))
-            self.assertIn("refused 'lisi'", logs.output[0])
+            self.assertIn('把你的账号 lisi 写进 touser', reply['Content'])
+            self.assertIn('refused lisi', logs.output[0])
         self.assertEqual((self.wecom.media, os.path.exists(self.folder + '/asked')), ({}, False))
         for user, users in ('lisi', '@all'), ('LiSi', 'zhangsan | lisi'):
             self.touser(users)
@@ -1455,8 +1456,8 @@ class MonkeyTests(ExampleCase):
                 self.assertLogs('easywechat', 'ERROR') as logs:
             reply = self.ask('拍照')
         self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
-        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.15 秒还没有拍完;'
-                         'raspistill 出错了(退出码 70)。')
+        self.assertEqual(reply['Content'], '没有拍成：rpicam-still 过了 0.15 秒还没有拍完；'
+                         'raspistill 出错了（退出码 70）')
         self.assertEqual((len(logs.output), self.wecom.media, os.listdir(self.tmp)), (3, {}, []))
 
     def test_a_slow_clip_is_pushed_and_nothing_stays_behind(self):
@@ -1487,7 +1488,7 @@ class MonkeyTests(ExampleCase):
     def test_a_picture_that_cannot_be_uploaded_is_told(self):
         self.wecom.trusted = False
         with self.assertLogs('easywechat', 'ERROR') as logs:
-            self.assertIn('203.0.113.9 加到「应用管理', self.ask('拍照')['Content'])
+            self.assertRegex(self.say('拍照'), '^拍好了，传不上去：.*203.0.113.9 加到「应用管理')
         self.assertIn('60020', logs.output[0])
         self.assertEqual(os.listdir(self.tmp), [])
 
