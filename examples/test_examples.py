@@ -1532,11 +1532,11 @@ class NasTests(ExampleCase):
         self.put('sys/class/hwmon/hwmon0/temp1_input', '-60000\n')
         self.put('sys/class/hwmon/hwmon0/temp2_input', '255000\n')
         self.assertEqual(self.heat(45, 75), [])
-        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        self.assertEqual(self.heat(80), ['⚠ 温度：80 °C（cpu）'])
         self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
-        self.assertEqual(self.heat(70), ['恢复正常:温度,70 °C(cpu)'])
+        self.assertEqual(self.heat(70), ['恢复正常：温度，70 °C（cpu）'])
         self.assertEqual(self.heat(75, 79), [])
-        self.assertEqual(self.heat(81), ['⚠ 温度:81 °C(cpu)'])     # 同一秒的同一句,企业微信只送一次
+        self.assertEqual(self.heat(81), ['⚠ 温度：81 °C（cpu）'])     # 同一秒的同一句,企业微信只送一次
         os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
@@ -1551,7 +1551,7 @@ class NasTests(ExampleCase):
         self.heat(95, 96)
         self.heat(60)
         texts = [bubble['text'].partition('\n')[0] for bubble in self.wecom.bot.bubbles]
-        self.assertEqual(texts, ['⚠ 温度:95 °C()', '恢复正常:温度,60 °C()'])
+        self.assertEqual(texts, ['⚠ 温度：95 °C', '恢复正常：温度，60 °C'])
         self.assertEqual(self.wecom.bot.connected.number, 1)
 
     def test_the_thresholds_are_from_the_config(self):
@@ -1559,7 +1559,7 @@ class NasTests(ExampleCase):
         self.assertEqual(len(self.heat(49, 50, 41, 50, 40)), 2)
         self.put('proc/loadavg', '0.00 %.2f 0.00 1/100 1\n' % (os.cpu_count() / 2))
         self.once()
-        self.assertEqual(self.sent(), ['⚠ 负载:每核 0.50'])
+        self.assertEqual(self.sent(), ['⚠ 负载：每核 0.50'])
 
     def test_what_could_not_be_sent_is_sent_at_the_next_check(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -1572,7 +1572,7 @@ class NasTests(ExampleCase):
             self.assertEqual(self.once()[0], 3)
         self.assertEqual((len(logs.output), self.sent()), (4, []))
         self.assertEqual(self.once(), (0, ''))
-        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()', '恢复正常:温度,50 °C()'])
+        self.assertEqual(self.sent(), ['⚠ 温度：90 °C', '恢复正常：温度，50 °C'])
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
     def test_what_may_have_arrived_is_repeated_word_for_word(self):
@@ -1591,17 +1591,17 @@ class NasTests(ExampleCase):
                 '      976630464 blocks super 1.2 [2/%d] [%s]%s\n      bitmap: 2/8 pages [8KB]\n\n'
                 'md1 : active raid0 sdc1[1] sdd1[0]\n      100 blocks 512k chunks\n\nunused devices: <none>\n')
         rows = [(('', 2, 'UU', '\n      [=>...]  check = 7.9% (1/2) finish=9.9min'), []),
-                (('(F)', 1, '_U', ''), ['⚠ RAID md0:降级 [_U]']),
+                (('(F)', 1, '_U', ''), ['⚠ RAID md0：降级 [_U]']),
                 (('', 1, '_U', '\n      [==>..]  recovery = 12.6% (37/292) finish=127.5min'), []),
-                (('', 2, 'UU', ''), ['恢复正常:RAID md0,正常 [UU]'])]
+                (('', 2, 'UU', ''), ['恢复正常：RAID md0，正常 [UU]'])]
         for values, expected in rows:
             self.put('proc/mdstat', form % values)
             self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
             if 'recovery' in values[3]:
-                self.assertIn('⚠ RAID md0:降级 [_U] recovery 12.6%\nRAID md1:正常', self.status())
+                self.assertIn('⚠ RAID md0：降级 [_U] 重建 12.6%\nRAID md1：正常', self.status())
         self.put('proc/mdstat', 'md0 : inactive sda1[0](S)\n      100 blocks super 1.2\n')
         self.once()
-        self.assertEqual(self.sent(), ['⚠ RAID md0:停了'])
+        self.assertEqual(self.sent(), ['⚠ RAID md0：停了'])
 
     def test_slots_that_were_always_empty_are_no_alarm(self):
         form = ('md2%d : active raid1 %s5[0]%s\n      9 blocks super 1.2 [2/2] [%s]\n\n'
@@ -1609,9 +1609,9 @@ class NasTests(ExampleCase):
         for n, (one, two) in enumerate((('sda', 'sdb'), ('sata1p', 'sata2p'), ('nvme0n1p', 'nvme1n1p'))):
             for rest, data, system, failed, expected in (       # 四个槽位，两块盘
                     (two, 'UU', 'UU__', '', []),
-                    ('', 'U_', 'U___', '', ['⚠ RAID md2%d:降级 [U_]', '⚠ RAID md0%d:降级 [U___]']),
-                    (two, 'UU', 'U___', '(F)', ['恢复正常:RAID md2%d,正常 [UU]']),
-                    (two, 'UU', 'UU__', '', ['恢复正常:RAID md0%d,正常 [UU__]'])):
+                    ('', 'U_', 'U___', '', ['⚠ RAID md2%d：降级 [U_]', '⚠ RAID md0%d：降级 [U___]']),
+                    (two, 'UU', 'U___', '(F)', ['恢复正常：RAID md2%d，正常 [UU]']),
+                    (two, 'UU', 'UU__', '', ['恢复正常：RAID md0%d，正常 [UU__]'])):
                 self.put('proc/mdstat', form % (n, one, rest and ' %s5[1]' % rest, data, n, one,
                                                 rest and ' %s1[1]%s' % (rest, failed), system))
                 self.assertEqual((self.once(), self.sent()), ((0, ''), [line % n for line in expected]))
@@ -1639,9 +1639,9 @@ class NasTests(ExampleCase):
 
     def test_ups(self):
         for status, charge, expected in (
-                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电:停了,电池 87%']), ('OB DISCHRG', 60, []),
-                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量:快没了,电池 9%']), ('', 0, []),
-                ('OL CHRG', 55, ['恢复正常:UPS nas 市电,有,电池 55%', '恢复正常:UPS nas 电量,够,电池 55%'])):
+                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电：停了，电池 87%']), ('OB DISCHRG', 60, []),
+                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量：快没了，电池 9%']), ('', 0, []),
+                ('OL CHRG', 55, ['恢复正常：UPS nas 市电，有，电池 55%', '恢复正常：UPS nas 电量，够，电池 55%'])):
             self.program('upsc', '[ "$1" = -l ] && echo nas && exit\n[ "$1" = nas ] && echo "battery.charge: %d"\n'
                          'echo "%s"' % (charge, status and 'ups.status: ' + status))
             self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
@@ -1653,8 +1653,8 @@ class NasTests(ExampleCase):
         client, settings, asked = self.make(), dict(nas_monitor.DEFAULTS, report=None), self.folder + '/asked'
         for hour, answer, expected in (
                 (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
-                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), (4, 'exit 2', []),
-                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常']),
+                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda：要坏了，快换']), (4, 'exit 2', []),
+                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常：SMART sda，正常']),
                 (2, 'echo "result: OK"; kill -2 $$', [])):
             self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n'
                      'echo x >> %s\n%s' % (asked, answer))
@@ -1671,19 +1671,20 @@ class NasTests(ExampleCase):
                  '/dev/loop3 /snap/x squashfs ro 0 0\ntank /tank zfs rw 0 0\ntank/home /home zfs rw 0 0\n')
         self.config('[nas]\nreport =\ndisk = 0.001\ndisk_ok = 0\n')
         self.once()
-        self.assertEqual([re.sub(':.*', '', line) for line in self.sent()], [
+        self.assertEqual([re.sub('：.*', '', line) for line in self.sent()], [
             '⚠ 磁盘 /', '⚠ 磁盘 /volume 1', '⚠ 磁盘 /tank'])
-        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1:用了 [0-9]+%,还有 [0-9.]+ GB')
+        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1：用了 [0-9]+%，还有 [0-9.]+ GB')
 
     def status(self, user='zhangsan'):
-        self.bot(nas_monitor.register, nas_monitor.load(), dict(nas_monitor.DEFAULTS))
-        return self.say('状态', user)
+        self.bot(nas_monitor.register, nas_monitor.load(), dict(nas_monitor.DEFAULTS), only_touser=True)
+        return self.say(' 状态。', user)
 
     def test_strangers_are_not_answered(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-        self.assertIn('温度:50 °C', self.status())
+        self.assertIn('温度：50 °C', self.status())
         with self.assertLogs('easywechat', 'WARNING'):
-            self.assertEqual(self.status('lisi'), '这台机器只听它主人的话。')
+            self.assertIn('把你的账号 lisi 写进 touser', self.status('lisi'))
+        self.assertEqual(self.say('你好'), '可以说：状态')
 
     def test_the_daily_report_comes_once_a_day(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
@@ -1708,7 +1709,7 @@ class NasTests(ExampleCase):
     def test_the_report_now(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
         self.assertEqual(self.run_main(nas_monitor.main, '--report'), (0, ''))
-        self.assertIn('\n温度:50 °C', self.wecom.messages[0]['text']['content'])
+        self.assertIn('\n温度：50 °C', self.wecom.messages[0]['text']['content'])
         self.wecom.script('message/send', 'close', {'errcode': 60020, 'errmsg': 'x'})
         for code in 3, 1:
             got, err = self.run_main(nas_monitor.main, '--report')
@@ -1716,9 +1717,9 @@ class NasTests(ExampleCase):
             self.assertRegex(err, r'^nas_monitor: [^\n]*message/send: [^\n]+\n$')
 
     def test_a_wrong_config_is_one_line(self):
-        for text, words in (('disk = viel', 'disk must be a number'), ('disk = 90%', "'90%'"), ('disc = 90', "'disc'"),
-                            ('report = 24', 'an hour'), ('interval = 0', 'from 1'), ('disk_ok = 90', 'less than disk'),
-                            ('load = nan', 'load must'), ('disk = ', 'disk must'),
+        for text, words in (('disk = viel', 'disk 要写一个数'), ('disk = 90%', "'90%'"), ('disc = 90', "没有 'disc'"),
+                            ('report = 24', '0 到 23 的一个钟点'), ('interval = 0', '1 以上'), ('load = nan', 'load 要写'),
+                            ('disk_ok = 90', 'disk_ok 要比 disk 小'), ('disk = ', 'disk 要写'),
                             ('disk = 1\ndisk = 2', '第 12 行已经写过')):
             self.config('[nas]\n%s\n' % text)
             code, err = self.once()
@@ -1729,7 +1730,7 @@ class NasTests(ExampleCase):
 
     def test_only_one_looks_at_a_time(self):
         with nas_monitor.alone():
-            self.assertEqual(self.once(), (1, 'nas_monitor: another one is running already\n'))
+            self.assertEqual(self.once(), (2, 'nas_monitor: 已经有一个在看着：不用再开一个；要换掉它，先停掉那一个\n'))
 
     def test_a_state_that_cannot_be_kept_stops_no_alert(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -1741,7 +1742,7 @@ class NasTests(ExampleCase):
             self.put('sys/class/thermal/thermal_zone0/temp', '%d000' % degrees)
             with self.assertLogs('easywechat', 'ERROR') as logs:
                 self.assertEqual(self.once()[0], 0)
-            self.assertEqual(self.sent(), ['⚠ 温度:%d °C()' % degrees])
+            self.assertEqual(self.sent(), ['⚠ 温度：%d °C' % degrees])
             self.assertIn(words, logs.output[0])
             if words == 'damaged':
                 os.unlink(store._path(nas_monitor.NAME))
@@ -1779,7 +1780,7 @@ class NasTests(ExampleCase):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.put('sys/class/thermal/thermal_zone0/type', '<a href="http://evil.example">点我</a>')
         self.once()
-        self.assertIn('温度:90 °C(点我)', '\n'.join(self.sent()))
+        self.assertIn('温度：90 °C（点我）', '\n'.join(self.sent()))
 
     def test_without_a_place_for_the_state_alerts_still_come(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -1789,15 +1790,15 @@ class NasTests(ExampleCase):
             self.assertEqual(self.once(XDG_STATE_HOME=nowhere), (0, ''))
             self.assertEqual(self.run_main(nas_monitor.main, '--report', XDG_STATE_HOME=nowhere), (0, ''))
         self.assertEqual(len(logs.output), 1)
-        self.assertIn('set XDG_STATE_HOME', logs.output[0])
+        self.assertIn('XDG_STATE_HOME', logs.output[0])
         self.assertEqual([line[:3] for line in self.sent()], ['⚠ 温', (platform.node() + ' 的')[:3]])
 
     def test_it_watches_and_answers_in_one_process(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.serve(nas_monitor.main, lambda: (self.see(1), self.say('状态')))
         (_, alert), (_, answer) = self.see(2)
-        self.assertIn('⚠ 温度:90 °C', alert)
-        self.assertIn('\n⚠ 温度:90 °C', answer)
+        self.assertIn('⚠ 温度：90 °C', alert)
+        self.assertIn('\n⚠ 温度：90 °C', answer)
 
     def test_alerts_need_no_aes_and_no_callback(self):
         code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "
