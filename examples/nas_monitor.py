@@ -92,7 +92,7 @@ def thresholds():
 
 
 # ---- 看一遍 -----------------------------------------------------------------------------------
-# 每个 find_… 是一个生成器，给出 (名字, 一句话, 坏不坏):True 坏，False 好，
+# 每个 find_… 是一个生成器，给出 (名字, 一句话, 坏不坏)：True 坏，False 好，
 # None 说不准（在两个阈值之间，或没有读到），原来怎样就还怎样。
 
 def read(path):
@@ -224,7 +224,7 @@ def find_smart(settings):
 
 
 def look(settings, smart=True):
-    """所有的 (名字, 一句话, 坏不坏);``smart`` 为假时没有 SMART。"""
+    """所有的 (名字, 一句话, 坏不坏)；``smart`` 为假时没有 SMART。"""
     finders = [find_disks, find_load, find_temperature, find_raid, find_ups] + [find_smart] * smart
     return [finding for find in finders for finding in find(settings)]
 

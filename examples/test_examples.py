@@ -1909,11 +1909,11 @@ class TicketTests(ExampleCase):
             ('leftTicketDTO.to_station', 'SHH'), ('purpose_codes', 'ADULT')])
         seats = row('G1', 二等座='有', 一等座='3'), row('D3', 二等座='有')
         text, = self.look(*seats)
-        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 3 张,二等座有\n', text)
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32：一等座 3 张，二等座有\n', text)
         self.assertNotIn('D3', text)
         self.assertEqual(self.look(*seats), [])             # 还在
         more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
-        self.assertIn('11:32:商务座 1 张\n', more)            # 只说新的
+        self.assertIn('11:32：商务座 1 张\n', more)            # 只说新的
         self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
         self.assertIn('没有直达的车', self.say('列表'))
         self.assertEqual(self.look(row('G1', 二等座='5', 一等座='2', 商务座='1')), [])
@@ -1921,7 +1921,7 @@ class TicketTests(ExampleCase):
         self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
         self.restart()
         self.assertEqual(self.look(*seats), [])
-        self.assertIn('1. 北京 → 上海 2026-12-31 G(10:', self.say('列表'))
+        self.assertIn('1. 北京 → 上海 2026-12-31 G（10:', self.say('列表'))
         self.assertEqual(stat.S_IMODE(os.stat(self.state_file()).st_mode), 0o600)
 
     def test_an_alert_that_was_not_sent_is_sent_later(self):
@@ -1942,7 +1942,7 @@ class TicketTests(ExampleCase):
         self.assertEqual(self.railway.paths.count('leftTicket/queryA'), 1)
         self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan'])
         self.look(row('G1', 二等座='有', 一等座='2'), row('G7', 'BJP', 一等座='2'), after=16)
-        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32：一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
         self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南,不是北京
         self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan', 'lisi'])
         before = len(self.railway.paths)
@@ -1975,7 +1975,7 @@ class TicketTests(ExampleCase):
                 self.look(after=90 if not waits else 0)
             self.assertIn('12306 refused %d times' % (len(waits) + 1), logs.output[0])
             waits.append(self.watcher.railway.not_before - self.clock)
-            self.assertIn('12306 现在不答应', self.say('列表'))
+            self.assertRegex(self.say('列表'), '12306 现在不答应：.+。[0-9]+ 秒以后再问')
             self.look(after=waits[-1] - 1)                  # 还没到时候
             self.assertEqual(len(self.railway.paths), 3 + len(waits))
             self.clock += 61
@@ -1996,26 +1996,60 @@ class TicketTests(ExampleCase):
         self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
         with self.assertLogs('easywechat', 'ERROR'):
             self.look(after=15 * 86400)
-        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了,不再监控'])
+        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了，不再监控'])
         self.assertEqual(self.say('列表'), '没有在监控的')
 
+    def test_what_people_type(self):
+        """今天是 2026-12-20，星期天。"""
+        for said, date in [
+                ('2026-12-31', 0), ('2026/12/31', 0), ('2026.12.31', 0), ('2026年12月31日', 0), ('20261231', 0),
+                ('12-31', 0), ('12/31', 0), ('12.31', 0), ('12月31日', 0), ('12月31号', 0), ('31号', 0), ('31日', 0),
+                ('１２－３１', 0), ('２０２６／１２／３１', 0), ('12。31', 0), ('1-5', '2027-01-05'), ('5号', '2027-01-05'),
+                ('12-19', '2027-12-19'), ('今天', '2026-12-20'), ('明天', '2026-12-21'), ('后天', '2026-12-22'),
+                ('大后天', '2026-12-23'), ('周日', '2026-12-20'), ('周五', '2026-12-25'), ('星期六', '2026-12-26'),
+                ('礼拜天', '2026-12-20'), ('下周五', '2026-12-25'), ('下下周一', '2026-12-28'), ('这周日', '2026-12-20')]:
+            text = self.say('监控 北京 上海 %s' % said)
+            self.assertTrue(text.startswith('开始监控 北京 → 上海 %s，' % (date or '2026-12-31')), (said, text))
+            self.say('取消')
+        for said in [
+                '监控 北京 上海 12-31 G1 二等座。', '监控 北京，上海，12-31，g1，二等', '监控：北京、上海；12月31日 Ｇ１次 二等座！',
+                '监控　北京到上海　12-31　G1　二等座', '监控从北京到上海12月31号的G1二等座', ' 监控 12-31 G1 北京—上海 二等座',
+                '监控 北京站 上海站 2026-12-31 G1 二等座\n', '监控 北京－上海-12-31 G1 二等', '监控 G1 二等 12/31 北京至上海?']:
+            self.assertIn('开始监控 北京 → 上海 2026-12-31 G1 二等座，', self.say(said), said)
+            self.say('取消全部。')
+        self.assertIn('2026-12-31 G 1461，', self.say('监控 北京 上海 31号 高铁 1461'))
+        self.railway_stations('到保', '从江')
+        self.assertIn('到保 → 从江', self.say('监控 到保 从江 31号'))
+
+    def railway_stations(self, *names):
+        self.watcher.railway.stations.update({name: (name, name) for name in names})
+
     def test_wrong_input_gets_a_sentence(self):
+        usage = '写成：监控 北京 上海 12-31，'
         for text, answer in [
-                ('你好', '监控 北京 上海 2026-12-31:有票了'), ('监控 北京', '写成:监控 北京 上海'),
-                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站,有:上海虹桥'),
-                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '「2026-02-30」不对'),
-                ('监控 北京 上海 2026-12-19', '已经过了'), ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」'),
-                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京,上海,2026-12-31,g1,二等', '开始监控'),
-                ('监控 北京 上海 2026-12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'),
-                ('取消 一', '写成:取消 2')]:
+                ('你好', '监控 北京 上海 12-31：有票了'), ('监控 北京', usage), ('监控', usage), ('监控 北京 上海', usage),
+                ('监控 北京 上海 12-30 12-31', usage), ('监控 12-31 G1', usage), ('', '监控 北京 上海 12-31：有票了'),
+                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站，有：上海虹桥'),
+                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '没有「2026-02-30」这一天'),
+                ('监控 北京 上海 12-32', '没有「12-32」这一天'), ('监控 北京 上海 13月1日', '没有「13月1日」这一天'),
+                ('监控 北京 上海 32号', '没有「32号」这一天'), ('监控 北京 上海 20261301', '没有「20261301」这一天'),
+                ('监控 北京 上海 2026-12-19', '2026-12-19 已经过了'), ('监控 北京 上海 这周六', '2026-12-19 已经过了'),
+                ('监控 北京 上海 12-1-2026', '看不懂「12」：车次写 G'), ('监控 北京 上海 26-12-31', '看不懂「26」'),
+                ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」：车次写 G'),
+                ('监控 北京 上海 12-31 8:00', '看不懂「8:00」：车次写 G'),
+                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京，上海，2026-12-31，g1，二等', '开始监控'),
+                ('监控 北京 上海 12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'), ('取消 0', '写成：取消 2'),
+                ('取消 北京', '写成：取消 2'), ('取消 十一', '写成：取消 2'), ('取消 二', '写成：取消 2')]:
             self.assertIn(answer, self.say(text), text)
         for n in range(9):
             self.say('监控 天津 上海 2026-12-31 G%d' % n)
         self.assertIn('最多监控 10 个', self.say('监控 天津 上海 2026-12-31 K1'))
         self.assertIn('开始监控', self.say('监控 天津 上海 2026-12-31 K1', user='lisi'))
-        self.assertEqual(self.say('取消 2'), '取消了:\n天津 → 上海 2026-12-31 G0')
-        self.assertEqual(self.say('取消').count('\n'), 9)
-        self.assertEqual((self.say('列表'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
+        self.assertEqual(self.say('取消2。'), '取消了：\n天津 → 上海 2026-12-31 G0')
+        self.assertEqual(self.say('取消 第一个'), '取消了：\n北京 → 上海 2026-12-31 G1 二等座')
+        self.assertEqual(self.say('取消1和第3个'), '取消了：\n天津 → 上海 2026-12-31 G1\n天津 → 上海 2026-12-31 G3')
+        self.assertEqual(self.say('取消').count('\n'), 6)
+        self.assertEqual((self.say('列表。'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
 
     def test_a_broken_state_file_is_set_aside(self):
         for text in '{', '{"watches": [{"user": "x"}]}', '[]':
@@ -2029,7 +2063,8 @@ class TicketTests(ExampleCase):
         self.railway.mode = 500, '', 'text/html'
         with self.assertLogs('easywechat', 'WARNING'):
             self.restart()
-        self.assertIn('没有车站表', self.say('监控 北京 上海 2026-12-31'))
+        self.assertIn('还没有 12306 的车站表：resources/js/framework/station_name.js 返回 HTTP 500。过几分钟',
+                      self.say('监控 北京 上海 2026-12-31'))
 
     def test_the_state_is_written_when_it_changed(self):
         self.say('监控 北京 上海 2026-12-31')
@@ -2050,7 +2085,7 @@ class TicketTests(ExampleCase):
         self.config(touser='')                  # 谁的监控就发给谁
         self.serve(ticket_watcher.main, lambda: (
             self.see(2), self.until(lambda: '开始监控' in self.say(command))), '--base', self.railway.url + '/')
-        self.assertEqual(self.see(3)[1], ('text', '北京 → 上海 2020-12-31 过了,不再监控'))
+        self.assertEqual(self.see(3)[1], ('text', '北京 → 上海 2020-12-31 过了，不再监控'))
         self.restart()
         self.assertEqual([ticket_watcher.describe(watch) for watch in self.watcher.watches], [route])
 
