@@ -1,5 +1,6 @@
 """examples/ 的测试，test_easywechat.py 会一起跑。铁路、模型、NAS 是假的，企业微信是模拟器。"""
 
+import base64
 import binascii
 import contextlib
 import datetime
@@ -2096,7 +2097,7 @@ class FakeLlm:
     key = 'sk-' + PLANTED
 
     def __init__(self, case):
-        self.script, self.asked, self.gate = [], [], threading.Event()
+        self.script, self.asked, self.bodies, self.gate = [], [], [], threading.Event()
         self.url = stand_in(case, self.answer) + '/v1'
         case.addCleanup(self.gate.set)
 
@@ -2105,6 +2106,7 @@ class FakeLlm:
         if handler.headers['Authorization'] != 'Bearer ' + self.key or body['stream'] is not True:
             handler.send_error(418)
             return
+        self.bodies.append(body)
         self.asked.append([m['content'] for m in body['messages']])
         step = self.script.pop(0) if self.script else ['答 %d' % len(self.asked)]
         if isinstance(step, int):
@@ -2143,13 +2145,18 @@ class LlmTests(ExampleCase):
         super().setUp()
         self.llm = FakeLlm(self)
         self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
-        self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
-        self.bot(llm_bot.register, self.chat)
+        self.bot(self.begin)
 
-    def pushed(self, count):
-        """等到主动发来了 ``count`` 条。"""
-        self.until(lambda: len(self.wecom.messages) >= count)
-        return [m['text']['content'] for m in self.wecom.messages]
+    def begin(self, server, tools=None):
+        self.chat = llm_bot.Chat(server, self.endpoint.stream, 'system', tools)
+        llm_bot.register(server, self.chat)
+
+    def hear(self, text, count=1, user='zhangsan'):
+        """说一句，等到 ``count`` 条 → 它们的文字。"""
+        inbox, before = self.wecom.inbox[user], len(self.wecom.inbox[user])
+        self.say(text, user)
+        self.until(lambda: len(inbox) >= before + count)
+        return [content for _, content in inbox[before:]]
 
     def test_a_short_answer_is_the_passive_reply_and_the_history_is_sent(self):
         self.llm.script = [['你', '好', '😀', '!'], ['', '再见']]
@@ -2159,59 +2166,117 @@ class LlmTests(ExampleCase):
         self.assertEqual(self.llm.asked[1:], [['system', '在吗', '你好😀!', '走了'], ['system', '谁']])
         self.assertEqual(self.wecom.messages, [])
 
-    def test_a_long_answer_comes_in_parts_while_it_is_written(self):
-        parts = ['第 %d 段。%s' % (n, '长长的话,' * 60) for n in range(4)]
+    def test_a_long_answer_comes_in_paragraphs_while_it_is_written(self):
+        parts = ['第 %d 段。%s' % (n, '长长的话，' * 60) for n in range(4)]
         parts[2] = '```\n' + 'a\n\n' * 200 + '```'
         pieces = [piece for part in parts for piece in (part[:99], part[99:], '\n', '\n')]
         self.llm.script = [pieces[:8] + [None] + pieces[8:]]
-        self.assertIsNone(self.say('讲讲'))
-        self.assertEqual(self.pushed(2), parts[:2])             # 后面的还没有写
+        self.assertEqual(self.hear('讲讲', 2), parts[:2])        # 后面的还没有写
         self.assertIn('还没答完', self.say('快点'))
         self.assertEqual(self.say('你呢', user='lisi'), '答 2')
         self.llm.gate.set()
-        self.assertEqual(self.pushed(4), parts)
+        self.assertTrue(self.until(lambda: '\n\n'.join(m['text']['content'] for m in self.wecom.messages)
+                                   == '\n\n'.join(parts)))
+        self.assertTrue(self.until(lambda: not self.chat._busy))
         self.say('然后')
         self.assertEqual(self.llm.asked[-1][1:], ['讲讲', ''.join(pieces), '然后'])
 
-    def test_an_endless_paragraph_is_cut_between_sentences(self):
-        text = ''.join('第 %d 句话在这里,没有空行。' % n for n in range(200))
-        self.llm.script = [[text[n:n + 10] for n in range(0, len(text), 10)]]
-        self.say('讲讲')
-        self.assertTrue(self.until(lambda: ''.join(self.pushed(5)) == text))
-        for part in self.pushed(0):
-            self.assertTrue(part.endswith('。') and len(part.encode('utf-8')) <= 2048, part)
-
     def test_trouble_is_a_sentence_and_what_came_is_delivered(self):
         key, cut = self.llm.key, '{"choices": [{"delta": {}, "finish_reason": "length"}]}'
-        for step, sentence in [
-                (401, '(接口不认这个密钥 (401)'), (429, '(问得太快,或额度用完了 (429)'), (503, '(接口出错了 (503)'),
-                (302, '(接口不收这个问题 (302)'), (400, '(接口不收这个问题 (400)'), ([...], '(回答没有完就断了)'),
-                (['一半', ...], '一半\n\n(回答没有完就断了)'), (['一半', cut], '一半\n\n(太长,没有说完)'),
-                (['{"error": {"message": "%s"}}' % key], '(接口出错了)'), (['{x'], '(接口答的看不懂)'),
-                (['{"choices": ["%s"]}' % key], '(接口答的看不懂)')]:
+        for step, *expected in [
+                (401, '（密钥不对：改 config.ini 里 [llm] 的 api_key，或环境变量 OPENAI_API_KEY，再重新启动）'),
+                (429, '（问得太快，或额度用完了：过一会儿再问）'), (503, '（接口出错了 (503)：过一会儿再问）'),
+                (404, '（没有这个接口或模型：看 [llm] 的 base_url 和 model）'),
+                (302, '（接口不收这个问题 (302)：模型也许不会看图片、用工具，为什么在日志里）'),
+                ([...], '（回答没有完就断了：再问一次）'), (['一半', ...], '一半', '（回答没有完就断了：再问一次）'),
+                (['一半', cut], '一半', '（太长，没有说完：可以说「接着说」）'),
+                (['{"error": {"message": "%s"}}' % key], '（接口出错了：过一会儿再问）'),
+                (['{x'], '（接口答的看不懂：看 [llm] 的 base_url 对不对）'),
+                (['{"choices": ["%s"]}' % key], '（接口答的看不懂：看 [llm] 的 base_url 对不对）')]:
             self.llm.script = [step]
             with self.assertLogs('easywechat', 'ERROR') as logs:
-                self.assertIn(sentence, self.say('在吗'))
+                self.assertEqual(self.hear('在吗', len(expected)), expected)
             self.assertEqual(len(logs.output), 1)
             self.assertNotIn(PLANTED, logs.output[0])
         self.assertEqual(self.llm.asked[-1][1:], ['在吗', '一半'] * 2 + ['在吗'])      # 没有答的不记
         self.llm.script = [['']]
-        self.assertEqual(self.say('在吗'), '(没有回答)')
+        self.assertEqual(self.say('在吗'), '（没有回答：再问一次）')
 
     def test_a_silent_or_missing_endpoint_is_a_sentence(self):
         self.endpoint.timeout = 0.1
         self.llm.script = [['一半', None]]
         with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(self.say('在吗'), '一半\n\n(接口太久没有回答)')
+            self.assertEqual(self.hear('在吗', 2), ['一半', '（接口太久没有回答：再问一次）'])
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))        # 没有人听
-            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % s.getsockname()[1], 'm').stream
+            port = s.getsockname()[1]
+            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % port, 'm').stream
             with self.assertLogs('easywechat', 'ERROR'):
-                self.assertEqual(self.say('在吗'), '(和接口的连接断了)')
+                self.assertIn('（连不上 127.0.0.1:%d：' % port, self.say('在吗'))
         self.chat._stream = self.endpoint.stream
         self.endpoint.most = 3
         self.llm.script = [['一二三', '四', '五']]
-        self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.hear('在吗', 2), ['一二三四', '（太长了，后面的不要了）'])
+
+    def test_a_picture_is_seen_once_and_its_words_are_kept(self):
+        png = b'\x89PNG\r\n\x1a\n' + b'x' * 99
+        media = self.wecom.keep('image', 'a.png', png)
+        self.llm.script = [['一只猫']]
+        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId=media, PicUrl='x')
+        self.assertEqual(reply['Content'], '一只猫')
+        text, picture = self.llm.asked[-1][-1]
+        url = 'data:image/png;base64,' + base64.b64encode(png).decode()
+        self.assertEqual((text['text'], picture['image_url']), ('（一张图片）', {'url': url}))
+        self.say('什么颜色')
+        self.assertEqual(self.llm.asked[-1], ['system', '（一张图片）', '一只猫', '什么颜色'])
+        self.assertEqual(os.listdir(self.tmp), [])
+        with self.assertLogs('easywechat', 'ERROR'):
+            reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='nosuch', PicUrl='x')
+        self.assertRegex(reply['Content'], '^（图片没有下载成：.*media_id')
+        reply = self.wecom.deliver(self.callback_url, MsgType='video', MediaId='M')
+        self.assertEqual(reply['Content'], '只看得懂文字和图片')
+
+    def test_an_intelligent_robot_grows_a_bubble_and_sees_pictures_among_words(self):
+        server = WeChatServer('test', **self.wecom.bot_settings)
+        self.begin(server)
+        server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+        bot = self.wecom.bot
+        self.assertTrue(self.until(lambda: bot.connected))
+        self.llm.script = [['一', '\n\n二', None, '三']]
+        bot.say(mixed=['这是什么', b'\xff\xd8' + b'x' * 99])
+        self.assertTrue(self.until(lambda: bot.bubbles and bot.bubbles[0]['text'] == '一\n\n二'))
+        self.llm.gate.set()
+        self.assertTrue(self.until(lambda: bot.bubbles[0]['finished']))
+        self.assertEqual((bot.bubbles[0]['text'], len(bot.bubbles)), ('一\n\n二三', 1))
+        text, picture = self.llm.asked[-1][-1]
+        self.assertEqual((text['text'], picture['type']), ('这是什么', 'image_url'))
+        bot.say(voice='清除。')
+        self.assertTrue(self.until(lambda: len(bot.bubbles) == 2 and bot.bubbles[1]['finished']))
+        self.assertEqual(bot.bubbles[1]['text'], '好，都忘了')
+
+    def test_the_model_may_look_at_the_machine_for_its_owner_only(self):
+        self.bot(self.begin, {'machine_state': monkey_monitor.status}, touser='ZhangSan')
+        ask = ['{"choices": [{"delta": {"tool_calls": [{"index": 0, %s}]}, "finish_reason": %s}]}' % pair for pair in (
+            ('"id": "c", "function": {"name": "machine_state", "arguments": ""}', 'null'),
+            ('"function": {"arguments": "{}"}', '"tool_calls"'))]
+        self.llm.script = [['看看。'] + ask, ['很闲']]
+        self.assertEqual(self.say('机器怎么样'), '看看。很闲')
+        first, second = self.llm.bodies
+        self.assertEqual(first['tools'][0]['function']['name'], 'machine_state')
+        self.assertEqual(second['messages'][-2]['tool_calls'], [
+            {'id': 'c', 'type': 'function', 'function': {'name': 'machine_state', 'arguments': '{}'}}])
+        self.assertEqual((second['messages'][-1]['role'], second['messages'][-1]['tool_call_id']), ('tool', 'c'))
+        self.assertIn('负载：', second['messages'][-1]['content'])
+        self.llm.script = [ask] * 4                     # 没完没了地看
+        self.assertIn('没有回答', self.say('再看'))
+        self.assertEqual([('tools' in body) for body in self.llm.bodies[2:]], [True, True, True, False])
+        self.say('我呢', user='lisi')
+        self.assertNotIn('tools', self.llm.bodies[-1])
+        self.llm.script = [[ask[0].replace('machine_state', 'rm'), ask[1]]]
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertIn('看不懂', self.say('删掉'))
 
     def test_a_trickle_ends_at_the_limit(self):
         endpoint = llm_bot.Endpoint('k', stand_in(self, trickle), 'm')
@@ -2220,7 +2285,7 @@ class LlmTests(ExampleCase):
         railway.timeout = 0.2
         begin = time.monotonic()
         with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(llm_bot.Trouble):
-            list(endpoint.stream([]))
+            list(endpoint.stream([], {}))
         with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(ticket_watcher.Refused):
             railway.load()
         self.assertLess(time.monotonic() - begin, 4)
@@ -2235,7 +2300,7 @@ class LlmTests(ExampleCase):
         now[0] += 1801
         self.say('三')
         self.assertEqual(self.llm.asked[-1], ['system', '三'])
-        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.assertEqual(self.say('清除。'), '好，都忘了')
         self.say('四')
         self.assertEqual(self.llm.asked[-1], ['system', '四'])
         self.chat.turns = 2
@@ -2259,14 +2324,12 @@ class LlmTests(ExampleCase):
         thread = threading.Thread(target=self.say, args=('讲讲',))
         thread.start()
         self.until(lambda: self.llm.asked)
-        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.assertEqual(self.say('清除。'), '好，都忘了')
         self.llm.gate.set()
         thread.join()
         self.assertEqual(self.wecom.inbox['zhangsan'][-1], ('text', '一二'))
         self.say('好')
         self.assertEqual(self.llm.asked[-1], ['system', '好'])
-        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='M')
-        self.assertEqual(reply['Content'], '只看得懂文字')
 
     def test_the_last_answer_is_remembered_however_long(self):
         self.chat.characters = 100
@@ -2286,8 +2349,7 @@ class LlmTests(ExampleCase):
     def test_the_section_of_the_file_comes_before_the_environment(self):
         self.config('[llm]\napi_key = "%s"\nbase_url = %s/\n' % (self.llm.key, self.llm.url))
         with environment(**dict(os.environ, OPENAI_API_KEY='x', OPENAI_MODEL='m')):
-            self.chat._stream = llm_bot.find_endpoint().stream
-        self.assertEqual(self.say('在吗'), '答 1')
+            self.assertEqual(llm_bot.find_settings(), [self.llm.key, 'm', self.llm.url + '/', 'no'])
 
 
 class ExampleTests(ExampleCase):
@@ -2303,7 +2365,7 @@ class ExampleTests(ExampleCase):
         for example in examples:
             got, err = self.run_main(example.main, *args, **env)
             self.assertEqual((got, err.count('\n')), (code, 1), err)
-            self.assertRegex(err, '^%s: .*%s' % (example.__name__, words))
+            self.assertRegex(err, '^(%s:|EasyWeChat) .*%s' % (example.__name__, words))
 
     def test_a_missing_key_is_named(self):
         for example, keys in self.needed.items():
@@ -2314,21 +2376,46 @@ class ExampleTests(ExampleCase):
 
     def test_what_else_is_wrong_is_one_line(self):
         self.config('[nas]\nreport =\n')
-        self.check(2, 'port must be 0-65535', '--port', '99999')
+        self.check(2, '不能监听 0.0.0.0 的 99999 端口，.*端口是 0 到 65535', '--port', '99999')
         with socket.socket() as s:
             s.bind(('0.0.0.0', 0))
             s.listen(1)
             port = str(s.getsockname()[1])
-            self.check(3, 'cannot listen on 0.0.0.0 port %s: .*; --port takes another\n' % port, '--port', port)
-        self.check(2, '--base takes http', '--base', 'kyfw.12306.cn', examples=[ticket_watcher])
-        self.check(2, 'cannot write ', examples=[ticket_watcher], XDG_STATE_HOME=os.path.join(os.devnull, 'x'))
-        self.check(2, r'OPENAI_API_KEY is missing: set it, or api_key in \[llm\] of config.ini\n',
-                   examples=[llm_bot], OPENAI_API_KEY='')
-        self.check(2, 'OPENAI_BASE_URL is not as it should be', examples=[llm_bot], OPENAI_BASE_URL=PLANTED)
+            self.check(2, '不能监听 0.0.0.0 的 %s 端口，已经有程序在用：停掉它，或换一个端口\n' % port, '--port', port)
+        self.check(2, '--base 要写成 http://… 或 https://…\n', '--base', 'kyfw.12306.cn', examples=[ticket_watcher])
+        self.check(2, '写不了 .*；用环境变量 XDG_STATE_HOME 指定', examples=[ticket_watcher],
+                   XDG_STATE_HOME=os.path.join(os.devnull, 'x'))
+        self.check(2, r'api_key 没有写：.*写进 config.ini 的 \[llm\]，或环境变量 OPENAI_API_KEY\n', examples=[llm_bot],
+                   OPENAI_API_KEY='')
+        self.check(2, 'base_url 不对：', examples=[llm_bot], OPENAI_BASE_URL=PLANTED)
+        self.check(2, 'tools 不对：', examples=[llm_bot], OPENAI_TOOLS='maybe')
         self.config('x')
         self.check(2, 'config.ini 第 [0-9]+ 行')
         os.unlink(os.environ['EASYWECHAT_CONFIG'])
         self.check(2, '没有找到配置，找过：')
+
+    def test_they_import_on_a_small_system_and_say_what_is_missing(self):
+        """OpenWrt 的 python3-light 没有的：示例都能导入；https 连不上，说装什么。"""
+        code = """import sys
+for name in '%s'.split():
+    sys.modules[name] = None
+sys.path[:0] = ['.', 'examples']
+import easywechat, llm_bot, monkey_monitor, nas_monitor, ticket_watcher, demo
+sys.stdout = open(1, 'w', encoding='utf-8')
+try:
+    list(llm_bot.Endpoint('k', 'https://127.0.0.1:9', 'm').stream([], {}))
+except llm_bot.Trouble as e:
+    print(e)
+try:
+    ticket_watcher.Railway('https://127.0.0.1:9').load()
+except ticket_watcher.Refused as e:
+    print(e)
+print(monkey_monitor.status())""" % (
+            'asyncio bz2 cgitb ctypes curses dbm decimal distutils email.mime gdbm logging lzma multiprocessing pydoc '
+            'readline sqlite3 ssl _ssl unicodedata unittest uuid venv zoneinfo')
+        out = subprocess.check_output([sys.executable, '-c', code], cwd=HERE, stderr=subprocess.DEVNULL).decode('utf-8')
+        self.assertEqual(len(re.findall('连不上 127.0.0.1:9：这个 Python 没有 ssl.*python3-openssl', out)), 2, out)
+        self.assertIn('磁盘：可用', out)
 
     def test_help_needs_no_terminal_that_can_show_chinese(self):
         env = dict(os.environ, PYTHONIOENCODING='ascii')

@@ -492,7 +492,7 @@ class Watcher:
 
 def watch(watcher, stop):
     """看票，直到 ``stop`` (Event)。"""
-    pause = 0
+    pause = 1               # 没有监听成的，不去问 12306
     while not stop.wait(pause):
         try:
             watcher.step()
