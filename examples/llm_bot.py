@@ -35,11 +35,11 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import easywechat  # noqa: E402
-import monkey_monitor  # noqa: E402
+import nas_monitor  # noqa: E402
 
 SYSTEM = '你在企业微信里和人聊天。用纯文本回答，不用 Markdown，能短就短。'
 #: 模型可以用的工具，都没有参数：名字 → 函数，它的 docstring 是给模型的说明。
-TOOLS = {'machine_state': monkey_monitor.status}
+TOOLS = {'machine_state': nas_monitor.report}
 
 logger = easywechat.logger
 

@@ -10,9 +10,7 @@ secret 和 agentid。装了哪个相机程序就用哪个（见 PHOTO、VIDEO，
 
 import argparse
 import contextlib
-import glob
 import os
-import platform
 import re
 import shutil
 import struct
@@ -27,6 +25,7 @@ import zlib
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import easywechat  # noqa: E402
+import nas_monitor  # noqa: E402
 
 logger = easywechat.logger
 
@@ -48,7 +47,7 @@ VIDEO = (
      'ffmpeg -nostdin -loglevel error -r 25 -i clip.h264 -c copy clip.mp4'],
     ['ffmpeg -nostdin -loglevel error -f v4l2 -i /dev/video0 -t 5 -pix_fmt yuv420p clip.mp4'],
 )
-#: 一条命令最多跑多少秒；相机正忙时也等这么久。
+#: 一条命令最多跑多少秒。
 PATIENCE = 30
 
 HELP = '可以说：\n拍照\n视频（五秒，要等一会儿）\n状态'
@@ -91,15 +90,16 @@ def run(command, folder):
         raise CameraError('%s 出错了（退出码 %d）' % (program, code))
 
 
-def try_all(recipes, path):
+def shoot(recipes, path):
     """依次试，写出 ``path`` 为止；一个也没有装返回 False，装了的都不成抛 `CameraError`。"""
     troubles = []
     for commands in recipes:
         if not all(map(is_here, commands)):
             continue
         try:
-            for command in commands:
-                run(command, os.path.dirname(path))
+            with camera:
+                for command in commands:
+                    run(command, os.path.dirname(path))
             if os.path.exists(path) and os.path.getsize(path) > 5:
                 return True
             logger.error('%s wrote no %s', commands[0], os.path.basename(path))
@@ -111,16 +111,6 @@ def try_all(recipes, path):
     if troubles:
         raise CameraError('；'.join(troubles))
     return False
-
-
-def shoot(recipes, path):
-    """同 `try_all`，一个人用完了再给下一个。"""
-    if not camera.acquire(timeout=PATIENCE):
-        raise CameraError('相机正忙')
-    try:
-        return try_all(recipes, path)
-    finally:
-        camera.release()
 
 
 # ---- 测试图 -----------------------------------------------------------------------------------
@@ -172,40 +162,9 @@ def video(client):
         return {'MsgType': 'video', 'MediaId': client.upload(path), 'Title': title}
 
 
-def read(path):
-    """一个小文件的内容 (str)；没有就是空的。"""
-    try:
-        with open(path, encoding='utf-8', errors='replace') as f:
-            return f.read()
-    except OSError:
-        return ''
-
-
-def status(client=None):
-    """「状态」：这台机器的，读得到什么说什么。"""
-    lines = ['%s（%s %s）' % (platform.node(), platform.system(), platform.machine())]
-    uptime = read('/proc/uptime').split()
-    if uptime:
-        minutes = int(float(uptime[0])) // 60
-        lines.append('开机：%d 天 %d 小时 %d 分' % (minutes // 1440, minutes // 60 % 24, minutes % 60))
-    if hasattr(os, 'getloadavg'):
-        lines.append('负载：%.2f %.2f %.2f（%d 核）' % (os.getloadavg() + (os.cpu_count() or 1,)))
-    memory = dict(line.split()[:2] for line in read('/proc/meminfo').splitlines())
-    if 'MemAvailable:' in memory:
-        lines.append('内存：可用 %d MB，共 %d MB' % (
-            int(memory['MemAvailable:']) >> 10, int(memory['MemTotal:']) >> 10))
-    disk = shutil.disk_usage(os.path.abspath(os.sep))
-    lines.append('磁盘：可用 %.1f GB，共 %.1f GB' % (disk.free / 1e9, disk.total / 1e9))
-    sensors = map(read, glob.glob('/sys/class/thermal/*/temp'))
-    degrees = [int(text) / 1000 for text in sensors if text.strip()]
-    if degrees:
-        lines.append('温度：%.0f °C' % max(degrees))
-    return '\n'.join(lines)
-
-
 # ---- 机器人 -----------------------------------------------------------------------------------
 
-COMMANDS = {'拍照': photo, '视频': video, '状态': status}
+COMMANDS = {'拍照': photo, '视频': video, '状态': lambda client: nas_monitor.report()}
 
 
 def register(server):

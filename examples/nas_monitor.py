@@ -53,41 +53,32 @@ PROGRAMS = 'usr/sbin', 'sbin', 'usr/local/sbin', 'usr/local/bin', 'opt/sbin', 'o
 #: 一个程序最多跑多少秒。
 PATIENCE = 10
 
-DEFAULTS = {'disk': 90, 'disk_ok': 85, 'load': 2, 'load_ok': 1, 'temperature': 80,
-            'temperature_ok': 70, 'interval': 60, 'report': 8}
+DEFAULTS = {'disk': 90, 'disk_ok': 85, 'load': 2, 'load_ok': 1, 'temperature': 80, 'temperature_ok': 70,
+            'interval': 60, 'report': 8}
 #: 发警报要的键。
 NEEDS = 'corpid', 'secret', 'agentid', 'touser'
 
 
 # ---- 配置 -------------------------------------------------------------------------------------
 
-def number(name, text):
-    """``[nas]`` 里的一个值；不像样的抛 `ConfigError`。"""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if name == 'report':
-        good, form = value in range(24), '0 到 23 的一个钟点，空着就不发日报'
-    else:
-        least = 1 if name == 'interval' else 0
-        good, form = least <= value < 1e6, '一个数，%d 以上，不带单位' % least
-    if not good:
-        raise easywechat.ConfigError('config.ini 的 [nas] 里 %s 要写%s，现在是 %.40r' % (name, form, text))
-    return value
+#: 键 → (怎样写, 一句话)；别的键是一个数。
+FORMS = {'report': ('([01]?[0-9]|2[0-3])?', '写 0 到 23 的一个钟点，空着就不发日报'),
+         'interval': ('[1-9][0-9]{0,5}', '写隔多少秒，1 以上')}
 
 
 def thresholds():
-    """``[nas]`` 一节 (dict)，没写的是默认值；``report`` 是 None 就没有日报。"""
-    settings = dict(DEFAULTS)
+    """``[nas]`` 一节 (dict)，没写的是默认值，``report`` 是 None 就没有日报；写错了的抛 `ConfigError`。"""
+    settings, where = dict(DEFAULTS), 'config.ini 的 [nas] 里'
     for name, text in easywechat.get_section('nas').items():
         if name not in DEFAULTS:
-            raise easywechat.ConfigError('config.ini 的 [nas] 里没有 %.40r 这个键，有的是：%s' % (
-                name, '、'.join(DEFAULTS)))
-        settings[name] = number(name, text) if text or name != 'report' else None
+            raise easywechat.ConfigError('%s没有 %.40r 这个键，有的是：%s' % (where, name, '、'.join(DEFAULTS)))
+        form, words = FORMS.get(name, (r'[0-9]{1,5}(\.[0-9]+)?', '写一个数，不带单位'))
+        if not re.fullmatch(form, text):
+            raise easywechat.ConfigError('%s %s 不能是 %.40r：%s' % (where, name, text, words))
+        settings[name] = float(text) if text else None
     for name in 'disk', 'load', 'temperature':
         if settings[name + '_ok'] >= settings[name]:
-            raise easywechat.ConfigError('config.ini 的 [nas] 里 %s_ok 要比 %s 小' % (name, name))
+            raise easywechat.ConfigError('%s %s_ok 要比 %s 小' % (where, name, name))
     return settings
 
 
@@ -110,9 +101,8 @@ def output_of(program, *arguments):
     command = shutil.which(program, path=path)
     if command:
         try:
-            done = subprocess.run((command,) + arguments, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                  timeout=PATIENCE)
+            done = subprocess.run((command,) + arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, timeout=PATIENCE)
             return done.returncode, done.stdout.decode('utf-8', 'replace')
         except (OSError, subprocess.TimeoutExpired) as e:
             logger.warning('%s: %s', program, e)
@@ -148,6 +138,16 @@ def find_load(settings):
     for text in read('proc/loadavg').split()[1:2]:
         load = float(text) / (os.cpu_count() or 1)
         yield '负载', '每核 %.2f' % load, level(settings, 'load', load)
+
+
+def find_memory(settings):
+    """开机多久，还有多少内存：只说，不报警。"""
+    for seconds in read('proc/uptime').split()[:1]:
+        minutes = int(float(seconds)) // 60
+        yield '开机', '%d 天 %d 小时 %d 分' % (minutes // 1440, minutes // 60 % 24, minutes % 60), None
+    memory = dict(re.findall(r'(?m)^(Mem\w+): *(\d+) kB', read('proc/meminfo')))
+    if 'MemAvailable' in memory:
+        yield '内存', '可用 %d MB，共 %d MB' % (int(memory['MemAvailable']) >> 10, int(memory['MemTotal']) >> 10), None
 
 
 def find_temperature(settings):
@@ -225,15 +225,14 @@ def find_smart(settings):
 
 def look(settings, smart=True):
     """所有的 (名字, 一句话, 坏不坏)；``smart`` 为假时没有 SMART。"""
-    finders = [find_disks, find_load, find_temperature, find_raid, find_ups] + [find_smart] * smart
+    finders = [find_memory, find_load, find_disks, find_temperature, find_raid, find_ups] + [find_smart] * smart
     return [finding for find in finders for finding in find(settings)]
 
 
-def report(state, settings):
-    """「状态」和日报；报过警还没有恢复的前面有 ⚠。"""
-    return easywechat.plain_text('\n'.join([platform.node() + ' 的状态'] + [
-        '%s%s：%s' % ('⚠ ' if bad or name in state['alerts'] else '', name, text)
-        for name, text, bad in look(settings)]))
+def report(alerts=(), settings=DEFAULTS):
+    """这台机器的状态：开机多久，负载、内存、磁盘、温度、RAID、UPS、SMART。不好的、在 ``alerts`` 里的前面有 ⚠。"""
+    lines = ['%s%s：%s' % ('⚠ ' if bad or name in alerts else '', name, text) for name, text, bad in look(settings)]
+    return easywechat.plain_text('\n'.join([platform.node() + ' 的状态'] + lines))
 
 
 # ---- 记着的 -----------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def check(client, state, settings, now):
     deliver(client, state)
     if is_due(state, settings, now):
         try:
-            client.send(report(state, settings))
+            client.send(report(state['alerts'], settings))
         except easywechat.APIError as e:
             logger.error('no report: %s', e)
             if not getattr(e, 'maybe_sent', False):
@@ -357,7 +356,7 @@ def check(client, state, settings, now):
 def register(server, state, settings):
     """把回调登记到 ``server``。"""
     server.register_callback('text', lambda msg: '可以说：状态')
-    server.register_callback('text', lambda msg: report(state, settings), pattern=r'\W*状态\W*')
+    server.register_callback('text', lambda msg: report(state['alerts'], settings), pattern=r'\W*状态\W*')
 
 
 def watch(client, state, settings, stop):
@@ -393,7 +392,7 @@ def main(argv=None):
     args, settings = parser.parse_args(argv), thresholds()
     sender = easywechat.get_sender(easywechat.get_config('demo', needs=NEEDS))
     if args.report:
-        sender.send(report(load(), settings))
+        sender.send(report(load()['alerts'], settings))
         return 0
     with alone():
         if not args.once:

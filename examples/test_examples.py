@@ -1421,7 +1421,7 @@ class MonkeyTests(ExampleCase):
         self.assertNotEqual(*map(monkey_monitor.test_picture, times))
 
     def test_the_state_of_the_machine_and_the_help(self):
-        for content, words in ('状态！', '磁盘：可用'), ('你好', '拍照'), ('视频', '没有相机'):
+        for content, words in ('状态！', ' 的状态'), ('你好', '拍照'), ('视频', '没有相机'):
             self.assertIn(words, self.ask(content)['Content'])
         self.assertEqual(self.wecom.calls, [])
 
@@ -1495,7 +1495,7 @@ class MonkeyTests(ExampleCase):
 
     def test_it_starts(self):
         self.serve(monkey_monitor.main, lambda: self.say('状态'))
-        self.assertIn('负载', self.see(1)[0][1])
+        self.assertIn(' 的状态', self.see(1)[0][1])
 
 
 class NasTests(ExampleCase):
@@ -1682,7 +1682,9 @@ class NasTests(ExampleCase):
 
     def test_strangers_are_not_answered(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-        self.assertIn('温度：50 °C', self.status())
+        self.put('proc/uptime', '90061.5 1.0\n')
+        self.put('proc/meminfo', 'MemTotal: 2048000 kB\nMemFree: 1 kB\nMemAvailable:  1024000 kB\n')
+        self.assertIn('\n开机：1 天 1 小时 1 分\n内存：可用 1000 MB，共 2000 MB\n温度：50 °C', self.status())
         with self.assertLogs('easywechat', 'WARNING'):
             self.assertIn('把你的账号 lisi 写进 touser', self.status('lisi'))
         self.assertEqual(self.say('你好'), '可以说：状态')
@@ -1718,9 +1720,10 @@ class NasTests(ExampleCase):
             self.assertRegex(err, r'^nas_monitor: [^\n]*message/send: [^\n]+\n$')
 
     def test_a_wrong_config_is_one_line(self):
-        for text, words in (('disk = viel', 'disk 要写一个数'), ('disk = 90%', "'90%'"), ('disc = 90', "没有 'disc'"),
-                            ('report = 24', '0 到 23 的一个钟点'), ('interval = 0', '1 以上'), ('load = nan', 'load 要写'),
-                            ('disk_ok = 90', 'disk_ok 要比 disk 小'), ('disk = ', 'disk 要写'),
+        for text, words in (('disk = viel', "disk 不能是 'viel'：写一个数"), ('disk = 90%', "'90%'"),
+                            ('disc = 90', "没有 'disc'"), ('report = 24', '0 到 23 的一个钟点'), ('interval = 0', '1 以上'),
+                            ('load = nan', "load 不能是 'nan'"), ('disk_ok = 90', 'disk_ok 要比 disk 小'),
+                            ('disk = ', "disk 不能是 ''"), ('load = -1', "'-1'"),
                             ('disk = 1\ndisk = 2', '第 12 行已经写过')):
             self.config('[nas]\n%s\n' % text)
             code, err = self.once()
@@ -2257,7 +2260,7 @@ class LlmTests(ExampleCase):
         self.assertEqual(bot.bubbles[1]['text'], '好，都忘了')
 
     def test_the_model_may_look_at_the_machine_for_its_owner_only(self):
-        self.bot(self.begin, {'machine_state': monkey_monitor.status}, touser='ZhangSan')
+        self.bot(self.begin, {'machine_state': nas_monitor.report}, touser='ZhangSan')
         ask = ['{"choices": [{"delta": {"tool_calls": [{"index": 0, %s}]}, "finish_reason": %s}]}' % pair for pair in (
             ('"id": "c", "function": {"name": "machine_state", "arguments": ""}', 'null'),
             ('"function": {"arguments": "{}"}', '"tool_calls"'))]
@@ -2268,7 +2271,7 @@ class LlmTests(ExampleCase):
         self.assertEqual(second['messages'][-2]['tool_calls'], [
             {'id': 'c', 'type': 'function', 'function': {'name': 'machine_state', 'arguments': '{}'}}])
         self.assertEqual((second['messages'][-1]['role'], second['messages'][-1]['tool_call_id']), ('tool', 'c'))
-        self.assertIn('负载：', second['messages'][-1]['content'])
+        self.assertIn(' 的状态', second['messages'][-1]['content'])
         self.llm.script = [ask] * 4                     # 没完没了地看
         self.assertIn('没有回答', self.say('再看'))
         self.assertEqual([('tools' in body) for body in self.llm.bodies[2:]], [True, True, True, False])
@@ -2287,7 +2290,7 @@ class LlmTests(ExampleCase):
         with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(llm_bot.Trouble):
             list(endpoint.stream([], {}))
         with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(ticket_watcher.Refused):
-            railway.load()
+            railway.ask()
         self.assertLess(time.monotonic() - begin, 4)
 
     def test_it_forgets_when_told_and_after_a_while_and_the_oldest(self):
@@ -2407,15 +2410,15 @@ try:
 except llm_bot.Trouble as e:
     print(e)
 try:
-    ticket_watcher.Railway('https://127.0.0.1:9').load()
+    ticket_watcher.Railway('https://127.0.0.1:9').ask()
 except ticket_watcher.Refused as e:
     print(e)
-print(monkey_monitor.status())""" % (
+print(nas_monitor.report())""" % (
             'asyncio bz2 cgitb ctypes curses dbm decimal distutils email.mime gdbm logging lzma multiprocessing pydoc '
             'readline sqlite3 ssl _ssl unicodedata unittest uuid venv zoneinfo')
         out = subprocess.check_output([sys.executable, '-c', code], cwd=HERE, stderr=subprocess.DEVNULL).decode('utf-8')
         self.assertEqual(len(re.findall('连不上 127.0.0.1:9：这个 Python 没有 ssl.*python3-openssl', out)), 2, out)
-        self.assertIn('磁盘：可用', out)
+        self.assertIn(' 的状态\n', out)
 
     def test_help_needs_no_terminal_that_can_show_chinese(self):
         env = dict(os.environ, PYTHONIOENCODING='ascii')

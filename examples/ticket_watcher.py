@@ -25,7 +25,6 @@ import collections
 import contextlib
 import datetime
 import difflib
-import http.cookies
 import json
 import os
 import random
@@ -45,10 +44,8 @@ BASE = 'https://kyfw.12306.cn'
 CHINA = datetime.timezone(datetime.timedelta(hours=8))
 #: 监控存在这个名字下。
 NAME = 'ticket_watcher'
-#: 今天算在内，卖几天以内的票。
-PRESALE = 15
-#: 每个人最多监控几个。
-MOST = 10
+#: 今天算在内，卖几天以内的票；每个人最多监控几个。
+PRESALE, MOST = 15, 10
 #: 席别 → 一行里的第几列。
 SEATS = {'商务座': 32, '优选一等座': 20, '特等座': 25, '一等座': 31, '二等座': 30, '高级软卧': 21,
          '动卧': 33, '软卧': 23, '硬卧': 28, '软座': 24, '硬座': 29, '无座': 26}
@@ -118,7 +115,7 @@ class Railway:
 
     def _forget(self):
         """下次从头来：新的 cookie，新的路径。"""
-        self._path, self._cookies = None, http.cookies.SimpleCookie()
+        self._path, self._cookies = None, {}
 
     def _wait(self, seconds):
         self.not_before = self._now() + seconds * random.uniform(1, 1.5)
@@ -130,19 +127,20 @@ class Railway:
         headers = {'User-Agent': 'Mozilla/5.0', 'Accept-Encoding': 'gzip', 'Cache-Control': 'no-cache',
                    'Referer': self.base + '/otn/leftTicket/init'}
         if self._cookies:
-            headers['Cookie'] = '; '.join('%s=%s' % (c.key, c.coded_value) for c in self._cookies.values())
+            headers['Cookie'] = '; '.join('%s=%s' % item for item in self._cookies.items())
         try:
             with easywechat.fetch(url.rstrip('?'), None, headers, self.timeout) as answer:
                 if answer.status != 200:        # 12306 用转到错误页面来拒绝
                     raise Refused('%s 返回 HTTP %d' % (path, answer.status))
                 for cookie in answer.headers.get_all('Set-Cookie', ()):
-                    self._cookies.load(cookie)
+                    name, _, value = cookie.partition(';')[0].partition('=')
+                    self._cookies[name.strip()] = value.strip()
                 data = answer.read(self.most)
                 if answer.headers.get('Content-Encoding') == 'gzip':
                     data = zlib.decompressobj(31).decompress(data, self.most + 1)
         except easywechat.NetworkError as e:
             raise Refused(e.hint) from None
-        except (http.cookies.CookieError, zlib.error) as e:
+        except zlib.error as e:
             raise Refused('%s 的回答读不懂（%s）' % (path, e)) from None
         finally:
             self._wait(self.pause)
@@ -156,6 +154,7 @@ class Railway:
         self._path = path
 
     def _query(self, date, start, end):
+        """这一天从 ``start`` 到 ``end``（电报码）的车 → [`Train`]。"""
         if not self._path:
             page = self._get('leftTicket/init')
             self._follow((re.findall(r"CLeftTicketUrl\s*=\s*'([^']*)'", page) or [None])[0])
@@ -173,10 +172,16 @@ class Railway:
                 raise Refused('不像余票的回答 %.100r' % text) from None
         raise Refused('余票的路径一直在换')
 
-    def _carefully(self, job, *args):
-        """跑 ``job``；被拒绝了，下次越等越久。"""
+    def _load(self):
+        """取车站表。"""
+        self.stations = parse_stations(self._get('resources/js/framework/station_name.js'))
+        if not self.stations:
+            raise Refused('车站表是空的')
+
+    def ask(self, *route):
+        """`_query` 一条路线，没有就 `_load`；不成抛 `Refused`，下次越等越久。"""
         try:
-            result = job(*args)
+            result = self._query(*route) if route else self._load()
         except Refused as e:
             self.failures, self.trouble = self.failures + 1, str(e)
             self._forget()
@@ -186,20 +191,6 @@ class Railway:
             raise
         self.failures = 0
         return result
-
-    def query(self, date, start, end):
-        """这一天从 ``start`` 到 ``end``（电报码）的车 → [`Train`]；不成抛 `Refused`。"""
-        return self._carefully(self._query, date, start, end)
-
-    def _load(self):
-        stations = parse_stations(self._get('resources/js/framework/station_name.js'))
-        if not stations:
-            raise Refused('车站表是空的')
-        self.stations = stations
-
-    def load(self):
-        """取车站表；不成抛 `Refused`。"""
-        self._carefully(self._load)
 
 
 # ---- 监控 --------------------------------------------------------------------------------------
@@ -232,16 +223,9 @@ def day_of(match, today):
         for m in [month] if month else range(1, 13):
             with contextlib.suppress(ValueError):
                 dates.append(datetime.date(int(y), int(m), int(day or only)))
-    if not dates:
-        raise ValueError('没有「%s」这一天' % match.group())
-    if dates[-1] < today:
-        raise ValueError('%s 已经过了' % dates[-1])
+    if not dates or dates[-1] < today:
+        raise ValueError('%s 已经过了' % dates[-1] if dates else '没有「%s」这一天' % match.group())
     return min(date for date in dates if date >= today)
-
-
-def places_of(word, stations):
-    """「从北京到上海」→ ['北京', '上海']；站名里本来就有「到」的不分。"""
-    return [word] if word.rstrip('站') in stations else list(filter(None, re.split('[从到至]', word)))
 
 
 def parse_watch(text, stations, today):
@@ -255,7 +239,7 @@ def parse_watch(text, stations, today):
         elif word in SEATS or word + '座' in SEATS:
             watch['seats'].append(word if word in SEATS else word + '座')
         else:
-            places += places_of(word, stations)
+            places += [word] if word.rstrip('站') in stations else filter(None, re.split('[从到至]', word))
     if len(places) > 2:
         raise ValueError('看不懂「%s」：车次写 G 或 G1，席别有%s' % (places[2], '、'.join(SEATS)))
     if len(places) < 2 or len(days) != 1:
@@ -282,19 +266,13 @@ def describe(watch):
 
 
 def wanted(watch, trains):
-    """这个监控要的车，只留要的席别。"""
-    found = []
+    """这个监控要的车，只留要的席别（生成器）。"""
     for train in trains:
-        places = zip(watch['exact'], watch['codes'], (train.start[0], train.end[0]))
-        if any(exact and code != place for exact, code, place in places):
-            continue
-        if watch['trains'] and not any(train.code == t or t.isalpha() and train.code.startswith(t)
-                                       for t in watch['trains']):
-            continue
-        found.append(train._replace(seats={
-            name: left for name, left in train.seats.items()
-            if not watch['seats'] or name in watch['seats']}))
-    return found
+        ends = zip(watch['exact'], watch['codes'], (train.start[0], train.end[0]))
+        if all(code == place or not exact for exact, code, place in ends) and (not watch['trains'] or any(
+                train.code == t or t.isalpha() and train.code.startswith(t) for t in watch['trains'])):
+            yield train._replace(seats={name: left for name, left in train.seats.items()
+                                        if not watch['seats'] or name in watch['seats']})
 
 
 def alert(watch, trains, clock):
@@ -446,7 +424,7 @@ class Watcher:
 
     def _look(self, watch, trains, clock):
         """``trains`` 里新有票的发出去；没有发成的不记作看到过，下次再发。"""
-        trains = wanted(watch, trains)
+        trains = list(wanted(watch, trains))
         count = len([t for t in trains if t.seats])
         watch['note'] = '%s 看过，%d 趟车，%d 趟有票' % (clock, len(trains), count)
         old = [(code, seat) for code, seat in watch['seen']]
@@ -461,7 +439,7 @@ class Watcher:
     def _visit(self, route):
         """看一条路线，它的监控都用这一次的结果。一趟车也没有不算票没了：卖完的车也在里面。"""
         self._due[route] = self._now() + self.every
-        trains = self.railway.query(*route)
+        trains = self.railway.ask(*route)
         clock = self._china().strftime('%H:%M')
         for watch in self.watches:
             if route == route_of(watch) and trains:
@@ -487,7 +465,7 @@ class Watcher:
             if due and (self.railway.stations or self.railway.failures):
                 self._visit(min(due, key=self._due.get))
             elif not self.railway.stations:
-                self.railway.load()
+                self.railway.ask()
 
 
 def watch(watcher, stop):
