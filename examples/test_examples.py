@@ -1252,7 +1252,7 @@ class ExampleCase(ClientCase):
         self.config()
 
     def config(self, text='', **settings):
-        """写 config.ini (GB18030):[demo] 连着模拟器,后面是 ``text``。"""
+        """写 config.ini (GB18030)：[demo] 连着模拟器，后面是 ``text``。"""
         settings = dict(self.wecom.settings, api_base=self.url, **settings)
         with open(os.environ['EASYWECHAT_CONFIG'], 'w', encoding='gb18030') as f:
             f.write('# 设置\n[demo]\n%s\n%s' % ('\n'.join('%s = %s' % i for i in settings.items()), text))
@@ -1265,22 +1265,22 @@ class ExampleCase(ClientCase):
         os.chmod(path, 0o755)
 
     def bot(self, register, *args, cls=WeChatServer, **settings):
-        """开始服务;``register`` 登记回调。"""
+        """开始服务；``register`` 登记回调。"""
         self.server = cls('test', **dict(self.wecom.settings, api_base=self.url, **settings))
         register(self.server, *args)
         self.addCleanup(self.server.stop)
         self.callback_url = 'http://%s:%d/weixin' % self.server.start('127.0.0.1', 0)
 
     def ask(self, text, user='zhangsan'):
-        """用户说一句 → 被动回复,没有是 {}。"""
+        """用户说一句 → 被动回复，没有是 {}。"""
         return self.wecom.deliver(self.callback_url, user=user, Content=text)
 
     def say(self, text, user='zhangsan'):
-        """用户说一句 → 被动回复的文本,没有是 None。"""
+        """用户说一句 → 被动回复的文本，没有是 None。"""
         return self.ask(text, user).get('Content')
 
     def until(self, condition):
-        """等 ``condition()`` 成立,最多 10 秒 → 成立了没有。"""
+        """等 ``condition()`` 成立，最多 10 秒 → 成立了没有。"""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             if condition():
@@ -1303,7 +1303,7 @@ class ExampleCase(ClientCase):
         return end.exception.code, err.getvalue()
 
     def serve(self, main, talk, *args, **env):
-        """``main`` 在服务的时候,在另一条线程里 ``talk()``,然后像 systemd 那样请它停下。"""
+        """``main`` 在服务的时候，在另一条线程里 ``talk()``，然后像 systemd 那样请它停下。"""
         def conversation():
             if self.until(lambda: signal.getsignal(signal.SIGTERM) is signal.default_int_handler):
                 port = re.search(':([0-9]+)/weixin', sys.stderr.getvalue()).group(1)
@@ -1334,7 +1334,8 @@ class DemoTests(ExampleCase):
         demo.register(self.server)
         self.addCleanup(self.server.stop)
         address = self.server.start('127.0.0.1', 0)
-        self.assertTrue(self.until(lambda: not bot.verify('http://%s:%d/weixin' % address) if address else bot.connected))
+        self.assertTrue(self.until(lambda: bot.connected if mode == 'ws' else not bot.verify(
+            'http://%s:%d/weixin' % address)))
 
     def shown(self, **said):
         """说一句 → 写完了的气泡。"""
@@ -1499,7 +1500,7 @@ class MonkeyTests(ExampleCase):
 
 
 class NasTests(ExampleCase):
-    """每一遍都是新的 --once,中间隔着一次重启;/proc、/sys 和程序都在自己的目录里。"""
+    """每一遍都是新的 --once，中间隔着一次重启；/proc、/sys 和程序都在自己的目录里。"""
 
     def setUp(self):
         super().setUp()
@@ -1517,7 +1518,7 @@ class NasTests(ExampleCase):
         return self.run_main(nas_monitor.main, '--once', **env)
 
     def sent(self):
-        """用户到现在收到的,每条的第一行;收过的不再算。"""
+        """用户到现在收到的，每条的第一行；收过的不再算。"""
         messages, self.wecom.messages[:] = list(self.wecom.messages), []
         return [m['text']['content'].partition('\n')[0] for m in messages]
 
@@ -1537,8 +1538,8 @@ class NasTests(ExampleCase):
         self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
         self.assertEqual(self.heat(70), ['恢复正常：温度，70 °C（cpu）'])
         self.assertEqual(self.heat(75, 79), [])
-        self.assertEqual(self.heat(81), ['⚠ 温度：81 °C（cpu）'])     # 同一秒的同一句,企业微信只送一次
-        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
+        self.assertEqual(self.heat(81), ['⚠ 温度：81 °C（cpu）'])     # 同一秒的同一句，企业微信只送一次
+        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到，不是恢复
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
     def test_it_alerts_through_the_running_intelligent_robot(self):
@@ -1655,7 +1656,8 @@ class NasTests(ExampleCase):
         for hour, answer, expected in (
                 (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
                 (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda：要坏了，快换']), (4, 'exit 2', []),
-                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常：SMART sda，正常']),
+                (5, 'echo x; kill -2 $$', []),
+                (6, 'echo "test result: PASSED"; exit 64', ['恢复正常：SMART sda，正常']),
                 (2, 'echo "result: OK"; kill -2 $$', [])):
             self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n'
                      'echo x >> %s\n%s' % (asked, answer))
@@ -1703,7 +1705,7 @@ class NasTests(ExampleCase):
         self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'}, 'lost')
         with self.assertLogs('easywechat', 'ERROR'):
             self.assertEqual([at(11, 8, 0), at(11, 8, 1), at(11, 8, 2)], [0, 1, 0])
-        for year in 1970, 2040:                 # 没有校过的时钟;错了的时钟改回来,不会等到那一天
+        for year in 1970, 2040:                 # 没有校过的时钟；错了的时钟改回来，不会等到那一天
             nas_monitor.check(client, nas_monitor.load(), settings, time.mktime((year, 5, 5, 9, 0, 0, 0, 0, -1)))
         self.assertEqual([len(self.sent()), at(12, 8, 0), at(12, 8, 1)], [1, 1, 0])
         settings['report'] = None
@@ -1721,10 +1723,9 @@ class NasTests(ExampleCase):
 
     def test_a_wrong_config_is_one_line(self):
         for text, words in (('disk = viel', "disk 不能是 'viel'：写一个数"), ('disk = 90%', "'90%'"),
-                            ('disc = 90', "没有 'disc'"), ('report = 24', '0 到 23 的一个钟点'), ('interval = 0', '1 以上'),
-                            ('load = nan', "load 不能是 'nan'"), ('disk_ok = 90', 'disk_ok 要比 disk 小'),
-                            ('disk = ', "disk 不能是 ''"), ('load = -1', "'-1'"),
-                            ('disk = 1\ndisk = 2', '第 12 行已经写过')):
+                            ('disc = 90', "没有 'disc'"), ('report = 24', '0 到 23 的一个钟点'),
+                            ('interval = 0', '1 以上'), ('load = nan', "load 不能是 'nan'"),
+                            ('disk_ok = 90', 'disk_ok 要比 disk 小'), ('disk = ', "disk 不能是 ''"), ('load = -1', "'-1'"), ('disk = 1\ndisk = 2', '第 12 行已经写过')):
             self.config('[nas]\n%s\n' % text)
             code, err = self.once()
             self.assertEqual(code, 2, text)
@@ -1813,7 +1814,7 @@ class NasTests(ExampleCase):
 
 
 class Fake12306:
-    """12306 的三个地址。没有先到 init 领 cookie 的,得到的是错误页面。"""
+    """12306 的三个地址。没有先到 init 领 cookie 的，得到的是错误页面。"""
 
     stations = ("var station_names ='@bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||"
                 '@bjd|北京东|BOP|beijingdong|bjd|1|0357|北京|||'
@@ -1827,7 +1828,7 @@ class Fake12306:
         self.url = stand_in(case, self.answer)
 
     def row(self, code, start='VNP', end='AOH', can='Y', **seats):
-        """一行余票;``seats`` 是 {'二等座': '有'}。"""
+        """一行余票；``seats`` 是 {'二等座': '有'}。"""
         cells = [''] * 57
         cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, 'HBB', 'SNH', start, end, '07:00', '11:32',
                        '04:32', can, 'x', '20261231']
@@ -1866,6 +1867,11 @@ class Fake12306:
         handler.wfile.write(data)
 
 
+def wide(text):
+    """半角的 → 手机上打出来的全角的。"""
+    return text.translate({n: n + 0xfee0 for n in range(0x21, 0x7f)})
+
+
 class TicketTests(ExampleCase):
 
     def setUp(self):
@@ -1879,7 +1885,7 @@ class TicketTests(ExampleCase):
         self.clock = datetime.datetime(year, 12, 20, 10, tzinfo=ticket_watcher.CHINA).timestamp()
 
     def restart(self):
-        """新的进程,同一个状态文件。"""
+        """新的进程，同一个状态文件。"""
         railway = ticket_watcher.Railway(self.railway.url)
         self.state, watches = ticket_watcher.open_state()
         self.watcher = ticket_watcher.Watcher(
@@ -1895,7 +1901,7 @@ class TicketTests(ExampleCase):
         self.clock += seconds
 
     def look(self, *rows, after=90):
-        """``after`` 秒以后 12306 上是 ``rows``;看一次 → 新收到的。"""
+        """``after`` 秒以后 12306 上是 ``rows``；看一次 → 新收到的。"""
         self.railway.rows = list(rows)
         before = len(self.wecom.messages)
         self.clock += after
@@ -1918,11 +1924,11 @@ class TicketTests(ExampleCase):
         self.assertEqual(self.look(*seats), [])             # 还在
         more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
         self.assertIn('11:32：商务座 1 张\n', more)            # 只说新的
-        self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
+        self.assertEqual(self.look(), [])                   # 一趟车也没有，什么都不算
         self.assertIn('没有直达的车', self.say('列表'))
         self.assertEqual(self.look(row('G1', 二等座='5', 一等座='2', 商务座='1')), [])
         self.assertEqual(self.look(*sold), [])
-        self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
+        self.assertEqual(len(self.look(*seats)), 1)         # 没了，又有了
         self.restart()
         self.assertEqual(self.look(*seats), [])
         self.assertIn('1. 北京 → 上海 2026-12-31 G（10:', self.say('列表'))
@@ -1947,10 +1953,10 @@ class TicketTests(ExampleCase):
         self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan'])
         self.look(row('G1', 二等座='有', 一等座='2'), row('G7', 'BJP', 一等座='2'), after=16)
         self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32：一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
-        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南,不是北京
+        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南，不是北京
         self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan', 'lisi'])
         before = len(self.railway.paths)
-        self.look(after=16)                                 # 两条路线都看过了,没到一分钟
+        self.look(after=16)                                 # 两条路线都看过了，没到一分钟
         self.assertEqual(len(self.railway.paths), before)
 
     def test_requests_keep_their_distance_and_a_new_path_is_followed(self):
@@ -2008,19 +2014,23 @@ class TicketTests(ExampleCase):
         for said, date in [
                 ('2026-12-31', 0), ('2026/12/31', 0), ('2026.12.31', 0), ('2026年12月31日', 0), ('20261231', 0),
                 ('12-31', 0), ('12/31', 0), ('12.31', 0), ('12月31日', 0), ('12月31号', 0), ('31号', 0), ('31日', 0),
-                ('１２－３１', 0), ('２０２６／１２／３１', 0), ('12。31', 0), ('1-5', '2027-01-05'), ('5号', '2027-01-05'),
-                ('12-19', '2027-12-19'), ('今天', '2026-12-20'), ('明天', '2026-12-21'), ('后天', '2026-12-22'),
-                ('大后天', '2026-12-23'), ('周日', '2026-12-20'), ('周五', '2026-12-25'), ('星期六', '2026-12-26'),
-                ('礼拜天', '2026-12-20'), ('下周五', '2026-12-25'), ('下下周一', '2026-12-28'), ('这周日', '2026-12-20')]:
-            text = self.say('监控 北京 上海 %s' % said)
-            self.assertTrue(text.startswith('开始监控 北京 → 上海 %s，' % (date or '2026-12-31')), (said, text))
-            self.say('取消')
+                ('1-5', '2027-01-05'), ('5号', '2027-01-05'), ('12-19', '2027-12-19'), ('今天', '2026-12-20'),
+                ('明天', '2026-12-21'), ('后天', '2026-12-22'), ('大后天', '2026-12-23'), ('周日', '2026-12-20'),
+                ('周五', '2026-12-25'), ('星期六', '2026-12-26'), ('礼拜天', '2026-12-20'), ('下周五', '2026-12-25'),
+                ('下下周一', '2026-12-28'), ('这周日', '2026-12-20'), ('12\u300231', 0)]:
+            for typed in said, wide(said):
+                text = self.say('监控 北京 上海 ' + typed)
+                self.assertTrue(text.startswith('开始监控 北京 → 上海 %s，' % (date or '2026-12-31')), (typed, text))
+                self.say('取消')
         for said in [
-                '监控 北京 上海 12-31 G1 二等座。', '监控 北京，上海，12-31，g1，二等', '监控：北京、上海；12月31日 Ｇ１次 二等座！',
-                '监控　北京到上海　12-31　G1　二等座', '监控从北京到上海12月31号的G1二等座', ' 监控 12-31 G1 北京—上海 二等座',
-                '监控 北京站 上海站 2026-12-31 G1 二等座\n', '监控 北京－上海-12-31 G1 二等', '监控 G1 二等 12/31 北京至上海?']:
-            self.assertIn('开始监控 北京 → 上海 2026-12-31 G1 二等座，', self.say(said), said)
-            self.say('取消全部。')
+                '监控 北京 上海 12-31 G1 二等座\u3002', '监控 北京,上海,12-31,g1,二等',
+                '监控\uff1a北京\u3001上海;12月31日 G1次 二等座!',
+                '监控\u3000北京到上海\u300012-31\u3000G1\u3000二等座', '监控从北京到上海12月31号的G1二等座',
+                ' 监控 12-31 G1 北京\u2014上海 二等座', '监控 北京站 上海站 2026-12-31 G1 二等座\n',
+                '监控 北京-上海-12-31 G1 二等', '监控 G1 二等 12/31 北京至上海?']:
+            for typed in said, wide(said):
+                self.assertIn('开始监控 北京 → 上海 2026-12-31 G1 二等座，', self.say(typed), typed)
+                self.say('取消全部。')
         self.assertIn('2026-12-31 G 1461，', self.say('监控 北京 上海 31号 高铁 1461'))
         self.railway_stations('到保', '从江')
         self.assertIn('到保 → 从江', self.say('监控 到保 从江 31号'))
@@ -2031,17 +2041,19 @@ class TicketTests(ExampleCase):
     def test_wrong_input_gets_a_sentence(self):
         usage = '写成：监控 北京 上海 12-31，'
         for text, answer in [
-                ('你好', '监控 北京 上海 12-31：有票了'), ('监控 北京', usage), ('监控', usage), ('监控 北京 上海', usage),
-                ('监控 北京 上海 12-30 12-31', usage), ('监控 12-31 G1', usage), ('', '监控 北京 上海 12-31：有票了'),
+                ('你好', '监控 北京 上海 12-31：有票了'), ('', '监控 北京 上海 12-31：有票了'), ('监控', usage),
+                ('监控 北京', usage), ('监控 北京 上海', usage), ('监控 北京 上海 12-30 12-31', usage),
+                ('监控 12-31 G1', usage),
                 ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站，有：上海虹桥'),
-                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '没有「2026-02-30」这一天'),
+                ('监控 北京站 北京 2026-12-31', '同一个车站'),
+                ('监控 北京 上海 2026-02-30', '没有「2026-02-30」这一天'),
                 ('监控 北京 上海 12-32', '没有「12-32」这一天'), ('监控 北京 上海 13月1日', '没有「13月1日」这一天'),
                 ('监控 北京 上海 32号', '没有「32号」这一天'), ('监控 北京 上海 20261301', '没有「20261301」这一天'),
                 ('监控 北京 上海 2026-12-19', '2026-12-19 已经过了'), ('监控 北京 上海 这周六', '2026-12-19 已经过了'),
                 ('监控 北京 上海 12-1-2026', '看不懂「12」：车次写 G'), ('监控 北京 上海 26-12-31', '看不懂「26」'),
                 ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」：车次写 G'),
                 ('监控 北京 上海 12-31 8:00', '看不懂「8:00」：车次写 G'),
-                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京，上海，2026-12-31，g1，二等', '开始监控'),
+                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京 上海 2026-12-31 g1 二等', '开始监控'),
                 ('监控 北京 上海 12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'), ('取消 0', '写成：取消 2'),
                 ('取消 北京', '写成：取消 2'), ('取消 十一', '写成：取消 2'), ('取消 二', '写成：取消 2')]:
             self.assertIn(answer, self.say(text), text)
@@ -2095,7 +2107,7 @@ class TicketTests(ExampleCase):
 
 
 class FakeLlm:
-    """OpenAI 兼容的接口:下一个回答在 ``script`` 里,一个一个片段地流出来;没有了就数这是第几问。"""
+    """OpenAI 兼容的接口：下一个回答在 ``script`` 里，一个一个片段地流出来；没有了就数这是第几问。"""
 
     key = 'sk-' + PLANTED
 
@@ -2136,7 +2148,7 @@ class FakeLlm:
         handler.wfile.write(b'0\r\n\r\n')
 
     def send(self, handler, data):
-        """一个事件,七个字节一块:总有断在一个字中间的。"""
+        """一个事件，七个字节一块：总有断在一个字中间的。"""
         data = ('data: %s\r\n\r\n' % data).encode('utf-8')
         for n in range(0, len(data), 7):
             handler.wfile.write(b'%x\r\n%s\r\n' % (len(data[n:n + 7]), data[n:n + 7]))
@@ -2363,7 +2375,7 @@ class ExampleTests(ExampleCase):
               nas_monitor: 'corpid token secret agentid touser'}
 
     def check(self, code, words, *args, examples=needed, **env):
-        """都以 ``code`` 结束,说一行,里面有 ``words`` (正则式)。"""
+        """都以 ``code`` 结束，说一行，里面有 ``words``（正则式）。"""
         env = dict(dict(OPENAI_API_KEY='k', OPENAI_MODEL='m', OPENAI_BASE_URL=''), **env)
         for example in examples:
             got, err = self.run_main(example.main, *args, **env)

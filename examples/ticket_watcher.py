@@ -8,7 +8,7 @@
 在看哪些记在 ~/.local/state/easywechat（或在 $XDG_STATE_HOME 里），只有自己能写；重启以后接着看。
 
 12306 没有公开的接口：这里用的是它的网页自己查余票的那个，没有文档，随时会变。所以问得慢（`Railway.pause`、
-`Watcher.every`)，被拒绝就越等越久，不用来抢票。用到的：
+`Watcher.every`），被拒绝就越等越久，不用来抢票。用到的：
 
     /otn/leftTicket/init
         会话的 cookie，和余票的路径：var CLeftTicketUrl = 'leftTicket/queryX'
@@ -17,7 +17,7 @@
     /otn/leftTicket/queryX?leftTicketDTO.train_date=…
         {"data": {"result": ["…|…", …], "map": {"VNP": "北京南"}}}
         或 {"c_url": "leftTicket/queryY"}：路径换了
-        result 的每一行：3 车次，6、7 上下车的站，8、9 时刻，11 能不能买 (Y),20–33 座位 (`SEATS`)
+        result 的每一行：3 车次，6、7 上下车的站，8、9 时刻，11 能不能买 (Y)，20–33 座位 (`SEATS`)
 """
 
 import argparse
