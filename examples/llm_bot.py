@@ -38,8 +38,8 @@ import easywechat  # noqa: E402
 import nas_monitor  # noqa: E402
 
 SYSTEM = '你在企业微信里和人聊天。用纯文本回答，不用 Markdown，能短就短。'
-#: 模型可以用的工具，都没有参数：名字 → 函数，它的 docstring 是给模型的说明。
-TOOLS = {'machine_state': nas_monitor.report}
+#: 模型可以用的工具，都没有参数：名字 → (给模型的说明, 函数)。
+TOOLS = {'machine_state': ('运行你的这台机器：开机多久，负载、内存、磁盘、温度、RAID', nas_monitor.report)}
 
 logger = easywechat.logger
 
@@ -95,7 +95,7 @@ class Endpoint:
         body = {'model': self.model, 'messages': messages, 'stream': True}
         if tools:
             body['tools'] = [{'type': 'function', 'function': {
-                'name': name, 'description': tools[name].__doc__, 'parameters': {'type': 'object', 'properties': {}}}}
+                'name': name, 'description': tools[name][0], 'parameters': {'type': 'object', 'properties': {}}}}
                 for name in tools]
         data = json.dumps(body).encode('ascii')
         headers = {'Authorization': 'Bearer ' + self._key, 'Content-Type': 'application/json'}
@@ -122,7 +122,7 @@ class Endpoint:
             if not calls:
                 return
             messages = messages + [{'role': 'assistant', 'content': '', 'tool_calls': calls}] + [
-                {'role': 'tool', 'tool_call_id': call['id'], 'content': tools[call['function']['name']]()}
+                {'role': 'tool', 'tool_call_id': call['id'], 'content': tools[call['function']['name']][1]()}
                 for call in calls]
 
     def stream(self, messages, tools):

@@ -78,16 +78,14 @@ def run(command, folder):
             code = subprocess.run(command.split(), cwd=folder, stdin=subprocess.DEVNULL,
                                   stdout=output, stderr=output, timeout=PATIENCE).returncode
         except subprocess.TimeoutExpired:
-            logger.error('%s was killed after %g s', program, PATIENCE)
             raise CameraError('%s 过了 %g 秒还没有拍完' % (program, PATIENCE)) from None
         except OSError as e:
-            logger.error('cannot run %s: %s', program, e)
-            raise CameraError('%s 跑不起来' % program) from None
+            raise CameraError('%s 跑不起来（%s）' % (program, e.strerror)) from None
         output.seek(0)
         last = output.read().decode('utf-8', 'replace').strip().rpartition('\n')[2]
     if code:
-        logger.error('%s failed with %d: %.200r', program, code, last)
-        raise CameraError('%s 出错了（退出码 %d）' % (program, code))
+        said = ''.join(filter(str.isprintable, last))[:200]
+        raise CameraError('%s 出错了（退出码 %d）%s' % (program, code, said and '：' + said))
 
 
 def shoot(recipes, path):
@@ -102,9 +100,9 @@ def shoot(recipes, path):
                     run(command, os.path.dirname(path))
             if os.path.exists(path) and os.path.getsize(path) > 5:
                 return True
-            logger.error('%s wrote no %s', commands[0], os.path.basename(path))
             raise CameraError('%s 什么也没有拍到' % commands[0].split()[0])
         except CameraError as e:
+            logger.error('camera: %s', e)
             troubles.append(str(e))
             with contextlib.suppress(OSError):      # 半个文件：下一个程序不肯盖过它
                 os.unlink(path)

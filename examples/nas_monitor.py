@@ -168,30 +168,24 @@ def find_temperature(settings):
 RAID_WORK = {'recovery': '重建', 'resync': '同步', 'reshape': '扩容', 'check': '检查', 'repair': '修复'}
 
 
-def read_raid():
-    """/proc/mdstat → [(阵列, 它的那几行, 方括号里的 'U_'，没有是 '', 没有坏的盘 (set))]。"""
-    arrays = []
-    for block in re.findall(r'^md\S* : .*(?:\n .*)*', read('proc/mdstat'), re.M):
-        slots, parts = re.search(r'\[([U_]+)\]', block), re.findall(r'(\w+)\[\d+\](?!\(F\))', block)
-        disks = {re.sub(r'(?<=\d)p\d+$|(?<=[a-z])\d+$', '', part) for part in parts}
-        arrays.append((block.split()[0], block, slots.group(1) if slots else '', disks))
-    return arrays
-
-
 def find_raid(settings):
-    """停了的、有盘坏了 (F)、缺了盘 `_` 的是坏；在重建的，说到哪里了。
+    """/proc/mdstat：停了的、有盘坏了 (F)、缺了盘 `_` 的是坏；在重建的，说到哪里了。
 
     有的 NAS 把系统盘的阵列建在所有槽位上，空的槽位一直是 `_`：它的盘在别的阵列里都是全的，就不算缺。
     """
-    arrays = read_raid()
-    whole = set().union(*(disks for _, block, slots, disks in arrays if set(slots) == {'U'} and '(F)' not in block))
-    for name, block, slots, disks in arrays:
+    arrays = []
+    for block in re.findall(r'^md\S* : .*(?:\n .*)*', read('proc/mdstat'), re.M):
+        good = re.findall(r'(\w+)\[\d+\](?!\(F\))', block)          # 分区；去掉后面的号，就是盘
+        disks = {re.sub(r'(?<=\d)p\d+$|(?<=[a-z])\d+$', '', part) for part in good}
+        arrays.append((block, (re.findall(r'\[[U_]+\]', block) or [''])[0], disks))
+    whole = set().union(*(disks for block, slots, disks in arrays if set(slots) == set('[U]') and '(F)' not in block))
+    for block, slots, disks in arrays:
         stopped = ' : inactive' in block
         bad = stopped or '(F)' in block or '_' in slots and not disks <= whole
-        doing = re.search(r'(\w+) *= *([0-9.]+%)', block)
-        yield 'RAID ' + name, ' '.join(filter(None, [
-            '停了' if stopped else '降级' if bad else '正常', slots and '[%s]' % slots,
-            doing and '%s %s' % (RAID_WORK.get(doing.group(1), doing.group(1)), doing.group(2))])), bad
+        words = ['停了' if stopped else '降级' if bad else '正常', slots]
+        words += [RAID_WORK.get(what, what) + ' ' + percent for what, percent in re.findall(
+            r'(\w+) *= *([0-9.]+%)', block)]
+        yield 'RAID ' + block.split()[0], ' '.join(filter(None, words)), bad
 
 
 #: ups.status 里不好的几种：(标志, 说的是什么, 坏的时候, 好的时候)。

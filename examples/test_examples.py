@@ -1447,7 +1447,7 @@ class MonkeyTests(ExampleCase):
             data = self.picture(self.ask('拍照'))
         self.assertEqual(data, b'\xff\xd8\xff by raspistill -n -t 1000 -w 1280 -h 720 -o photo.jpg')
         self.assertEqual(len(logs.output), 2)
-        self.assertIn("rpicam-still failed with 255: 'no cameras available'", logs.output[0])
+        self.assertIn('rpicam-still 出错了（退出码 255）：no cameras available', logs.output[0])
         self.assertEqual(os.listdir(self.tmp), [])
 
     def test_a_failing_and_a_hanging_camera_are_told(self):
@@ -1725,7 +1725,9 @@ class NasTests(ExampleCase):
         for text, words in (('disk = viel', "disk 不能是 'viel'：写一个数"), ('disk = 90%', "'90%'"),
                             ('disc = 90', "没有 'disc'"), ('report = 24', '0 到 23 的一个钟点'),
                             ('interval = 0', '1 以上'), ('load = nan', "load 不能是 'nan'"),
-                            ('disk_ok = 90', 'disk_ok 要比 disk 小'), ('disk = ', "disk 不能是 ''"), ('load = -1', "'-1'"), ('disk = 1\ndisk = 2', '第 12 行已经写过')):
+                            ('disk_ok = 90', 'disk_ok 要比 disk 小'),
+                            ('disk = ', "disk 不能是 ''"), ('load = -1', "'-1'"),
+                            ('disk = 1\ndisk = 2', '第 12 行已经写过')):
             self.config('[nas]\n%s\n' % text)
             code, err = self.once()
             self.assertEqual(code, 2, text)
@@ -2272,7 +2274,7 @@ class LlmTests(ExampleCase):
         self.assertEqual(bot.bubbles[1]['text'], '好，都忘了')
 
     def test_the_model_may_look_at_the_machine_for_its_owner_only(self):
-        self.bot(self.begin, {'machine_state': nas_monitor.report}, touser='ZhangSan')
+        self.bot(self.begin, llm_bot.TOOLS, touser='ZhangSan')
         ask = ['{"choices": [{"delta": {"tool_calls": [{"index": 0, %s}]}, "finish_reason": %s}]}' % pair for pair in (
             ('"id": "c", "function": {"name": "machine_state", "arguments": ""}', 'null'),
             ('"function": {"arguments": "{}"}', '"tool_calls"'))]

@@ -286,21 +286,6 @@ def alert(watch, trains, clock):
     return easywechat.plain_text('有票了，%s\n%s\n（%s 看到的）' % (describe(watch), '\n'.join(lines), clock))
 
 
-def load_watches(store):
-    """存下的监控 (list)。读不懂的写进日志，从头来。"""
-    data = store.get(NAME) or b'{"watches": []}'
-    try:
-        watches = json.loads(data.decode('utf-8'))['watches']
-        for watch in watches:
-            describe(watch), sale_begins(watch), dict(watch['seen']), watch['user'] + ''
-            (_, _), (_, _) = watch['codes'], watch['exact']
-        return watches
-    except (ValueError, LookupError, TypeError) as e:
-        store.set(NAME + '.broken', data)
-        logger.error('the state is broken (%r), kept as %s.broken', e, NAME)
-        return []
-
-
 def as_text(watches):
     """存下的内容。note 里有钟点，每看一次都变，不在里面。"""
     kept = [{k: v for k, v in watch.items() if k != 'note'} for watch in watches]
@@ -308,10 +293,19 @@ def as_text(watches):
 
 
 def open_state():
-    """→ (存储, 里面的监控)；读写不了的现在就说 (`ConfigError`)。"""
+    """→ (存储, 里面的监控)；读不懂的另外留着，从头来；读写不了的现在就说 (`ConfigError`)。"""
     try:
         store = easywechat.FileStore(easywechat.state_folder())
-        watches = load_watches(store)
+        data = store.get(NAME) or b'{"watches": []}'
+        try:
+            watches = json.loads(data.decode('utf-8'))['watches']
+            for watch in watches:
+                describe(watch), sale_begins(watch), dict(watch['seen']), watch['user'] + ''
+                (_, _), (_, _) = watch['codes'], watch['exact']
+        except (ValueError, LookupError, TypeError) as e:
+            logger.error('the state is broken：从头开始记，原来的留在 %s.broken（%r）', NAME, e)
+            store.set(NAME + '.broken', data)
+            watches = []
         store.set(NAME, as_text(watches).encode('utf-8'))
         return store, watches
     except OSError as e:
