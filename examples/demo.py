@@ -74,10 +74,10 @@ def register(server):
                 'template_card': card('今天吃%s' % msg['EventKey'], msg['TaskId'])}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description='第一个机器人：回同一句话，还有菜单、按钮、文件。')
     parser.add_argument('--port', type=int, default=8000, help='端口（默认 8000）')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     server = easywechat.WeChatServer('demo')
     register(server)
     server.run(host='0.0.0.0', port=args.port, debug=False)
