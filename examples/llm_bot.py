@@ -257,7 +257,7 @@ def find_settings():
 
 def register(server, chat):
     """登记回调。"""
-    for kind in 'text', 'image', 'mixed', 'voice', 'video', 'location', 'link', 'file':
+    for kind in 'text', 'image', 'voice', 'video', 'location', 'link', 'file':      # 图文是 text
         server.register_callback(kind, chat.answer)
 
 

@@ -1279,6 +1279,12 @@ class ExampleCase(ClientCase):
         """用户说一句 → 被动回复的文本，没有是 None。"""
         return self.ask(text, user).get('Content')
 
+    def refused(self, text, user='lisi'):
+        """不在 touser 里的人说一句：他得到一句话，日志里有他。"""
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertIn('把你的账号 %s 写进 touser' % user, self.say(text, user))
+        self.assertIn('refused %s: not in touser' % user, logs.output[0])
+
     def until(self, condition):
         """等 ``condition()`` 成立，最多 10 秒 → 成立了没有。"""
         deadline = time.monotonic() + 10
@@ -1429,10 +1435,7 @@ class MonkeyTests(ExampleCase):
     def test_a_stranger_gets_one_sentence_and_no_picture(self):
         self.program('rpicam-still', 'echo "$PWD" >> %s/asked; echo a picture > photo.jpg' % self.folder)
         for content in '拍照', '视频', '状态', '你好':
-            with self.assertLogs('easywechat', 'WARNING') as logs:
-                reply = self.ask(content, 'lisi')
-            self.assertIn('把你的账号 lisi 写进 touser', reply['Content'])
-            self.assertIn('refused lisi', logs.output[0])
+            self.refused(content)
         self.assertEqual((self.wecom.media, os.path.exists(self.folder + '/asked')), ({}, False))
         for user, users in ('lisi', '@all'), ('LiSi', 'zhangsan | lisi'):
             self.touser(users)
@@ -1495,8 +1498,9 @@ class MonkeyTests(ExampleCase):
         self.assertEqual(os.listdir(self.tmp), [])
 
     def test_it_starts(self):
-        self.serve(monkey_monitor.main, lambda: self.say('状态'))
+        self.serve(monkey_monitor.main, lambda: (self.say('状态'), self.refused('拍照')))
         self.assertIn(' 的状态', self.see(1)[0][1])
+        self.assertEqual(len(self.wecom.inbox['lisi']), 1)
 
 
 class NasTests(ExampleCase):
@@ -1678,17 +1682,16 @@ class NasTests(ExampleCase):
             '⚠ 磁盘 /', '⚠ 磁盘 /volume 1', '⚠ 磁盘 /tank'])
         self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1：用了 [0-9]+%，还有 [0-9.]+ GB')
 
-    def status(self, user='zhangsan'):
+    def status(self):
         self.bot(nas_monitor.register, nas_monitor.load(), dict(nas_monitor.DEFAULTS), only_touser=True)
-        return self.say(' 状态。', user)
+        return self.say(' 状态。')
 
     def test_strangers_are_not_answered(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
         self.put('proc/uptime', '90061.5 1.0\n')
         self.put('proc/meminfo', 'MemTotal: 2048000 kB\nMemFree: 1 kB\nMemAvailable:  1024000 kB\n')
         self.assertIn('\n开机：1 天 1 小时 1 分\n内存：可用 1000 MB，共 2000 MB\n温度：50 °C', self.status())
-        with self.assertLogs('easywechat', 'WARNING'):
-            self.assertIn('把你的账号 lisi 写进 touser', self.status('lisi'))
+        self.refused('状态')
         self.assertEqual(self.say('你好'), '可以说：状态')
 
     def test_the_daily_report_comes_once_a_day(self):
@@ -1802,10 +1805,11 @@ class NasTests(ExampleCase):
 
     def test_it_watches_and_answers_in_one_process(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.serve(nas_monitor.main, lambda: (self.see(1), self.say('状态')))
+        self.serve(nas_monitor.main, lambda: (self.see(1), self.say('状态'), self.refused('状态')))
         (_, alert), (_, answer) = self.see(2)
         self.assertIn('⚠ 温度：90 °C', alert)
         self.assertIn('\n⚠ 温度：90 °C', answer)
+        self.assertEqual(len(self.wecom.inbox['lisi']), 1)
 
     def test_alerts_need_no_aes_and_no_callback(self):
         code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "
@@ -2274,12 +2278,12 @@ class LlmTests(ExampleCase):
         self.assertEqual(bot.bubbles[1]['text'], '好，都忘了')
 
     def test_the_model_may_look_at_the_machine_for_its_owner_only(self):
-        self.bot(self.begin, llm_bot.TOOLS, touser='ZhangSan')
+        self.bot(self.begin, llm_bot.TOOLS, touser='ZhangSan|wangwu')
         ask = ['{"choices": [{"delta": {"tool_calls": [{"index": 0, %s}]}, "finish_reason": %s}]}' % pair for pair in (
             ('"id": "c", "function": {"name": "machine_state", "arguments": ""}', 'null'),
             ('"function": {"arguments": "{}"}', '"tool_calls"'))]
         self.llm.script = [['看看。'] + ask, ['很闲']]
-        self.assertEqual(self.say('机器怎么样'), '看看。很闲')
+        self.assertEqual(self.say('机器怎么样', user='ZhangSan'), '看看。很闲')
         first, second = self.llm.bodies
         self.assertEqual(first['tools'][0]['function']['name'], 'machine_state')
         self.assertEqual(second['messages'][-2]['tool_calls'], [
@@ -2374,7 +2378,7 @@ class ExampleTests(ExampleCase):
 
     needed = {llm_bot: 'corpid token', ticket_watcher: 'corpid token secret agentid',
               monkey_monitor: 'corpid token secret agentid touser',
-              nas_monitor: 'corpid token secret agentid touser'}
+              nas_monitor: 'corpid secret agentid touser'}
 
     def check(self, code, words, *args, examples=needed, **env):
         """都以 ``code`` 结束，说一行，里面有 ``words``（正则式）。"""
@@ -2388,8 +2392,9 @@ class ExampleTests(ExampleCase):
         for example, keys in self.needed.items():
             for key in keys.split():
                 self.config(**{key: ''})
-                self.check(2, r'没有写 %s：写进 config.ini.*，或环境变量 EASYWECHAT_%s\n' % (key, key.upper()),
-                           examples=[example])
+                for args in [], ['--once'] * (example is nas_monitor):
+                    self.check(2, r'没有写 %s：写进 config.ini.*，或环境变量 EASYWECHAT_%s\n' % (key, key.upper()),
+                               *args, examples=[example])
 
     def test_what_else_is_wrong_is_one_line(self):
         self.config('[nas]\nreport =\n')
