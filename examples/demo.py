@@ -4,6 +4,7 @@
     python examples/simulator.py examples/demo.py       # 没有账号，在本机的聊天页里试
     python examples/demo.py --port 8001                 # 用自己的 config.ini；不写就是 8000 端口
 """
+
 import argparse
 import os
 import pathlib
@@ -61,7 +62,7 @@ def register(server):
         try:
             server.client.call('menu/create', MENU, agentid=server.settings['agentid'])
             return '菜单建好了，点一下试试'
-        except easywechat.APIError as e:
+        except easywechat.WeChatError as e:
             return '菜单没有建成：%s' % e
 
     @server.register_callback('text', pattern='按钮')

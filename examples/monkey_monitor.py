@@ -143,11 +143,9 @@ def photo(client):
     """「拍照」。"""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'photo.jpg')
-        if not shoot(PHOTO, path):
-            path = os.path.join(folder, 'test.png')
-            with open(path, 'wb') as f:
-                f.write(test_picture(time.localtime()))
-        return {'MsgType': 'image', 'MediaId': client.upload(path)}
+        media = client.upload(path) if shoot(PHOTO, path) else client.upload(
+            test_picture(time.localtime()), name='test.png')
+        return {'MsgType': 'image', 'MediaId': media}
 
 
 def video(client):
