@@ -190,7 +190,7 @@ class Chat:
                 path = self._server.download(part, folder)
                 url = 'data:%s;base64,%s' % (mimetypes.guess_type(path.name)[0] or 'image/jpeg',
                                              base64.b64encode(path.read_bytes()).decode())
-        except (easywechat.WeChatError, OSError, ValueError) as e:
+        except (easywechat.WeChatError, ImportError, OSError, ValueError) as e:    # 没有 AES，磁盘满了
             logger.error('no picture: %s', e)
             raise Trouble('图片没有下载成：%s' % e) from None
         return {'type': 'image_url', 'image_url': {'url': url}}
@@ -242,7 +242,7 @@ class Chat:
 # ---- 设置 --------------------------------------------------------------------------------------
 
 def find_settings():
-    """[llm] 和环境变量 OPENAI_… → (密钥, 地址, 模型, 用不用工具)；缺了、不对的抛 `ConfigError`。"""
+    """[llm] 和环境变量 OPENAI_… → (密钥, 模型, 地址, 用不用工具)；缺了、不对的抛 `ConfigError`。"""
     section, values = easywechat.get_section('llm'), []
     for key, form, default in (('api_key', '[A-Za-z0-9_.+/=~:-]+', ''), ('model', '.+', ''),
                                ('base_url', 'https?://[!-~]+', 'https://api.openai.com/v1'), ('tools', 'yes|no', 'no')):

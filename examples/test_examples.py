@@ -2273,9 +2273,15 @@ class LlmTests(ExampleCase):
         self.assertEqual((bot.bubbles[0]['text'], len(bot.bubbles)), ('一\n\n二三', 1))
         text, picture = self.llm.asked[-1][-1]
         self.assertEqual((text['text'], picture['type']), ('这是什么', 'image_url'))
+        def no_aes():
+            raise ImportError('没有 AES')
+        with self.assertLogs('easywechat', 'ERROR'), swapped(easywechat, '_aes', no_aes):
+            bot.say(image=b'\xff\xd8' + b'x' * 99)
+            self.assertTrue(self.until(lambda: len(bot.bubbles) == 2 and bot.bubbles[1]['finished']))
+        self.assertRegex(bot.bubbles[1]['text'], '^（图片没有下载成：.*没有 AES')
         bot.say(voice='清除。')
-        self.assertTrue(self.until(lambda: len(bot.bubbles) == 2 and bot.bubbles[1]['finished']))
-        self.assertEqual(bot.bubbles[1]['text'], '好，都忘了')
+        self.assertTrue(self.until(lambda: len(bot.bubbles) == 3 and bot.bubbles[2]['finished']))
+        self.assertEqual(bot.bubbles[2]['text'], '好，都忘了')
 
     def test_the_model_may_look_at_the_machine_for_its_owner_only(self):
         self.bot(self.begin, llm_bot.TOOLS, touser='ZhangSan|wangwu')
