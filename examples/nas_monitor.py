@@ -236,6 +236,11 @@ def report(alerts=(), settings=DEFAULTS):
 NAME = 'nas_monitor'
 
 
+def kept():
+    """记事情的存储：别人改不了，也换不成符号链接；没有地方抛 `OSError`。"""
+    return easywechat.FileStore(easywechat.state_folder())
+
+
 def load():
     """上一次的 state；没有，或者坏了，是新的。"""
     state = {'alerts': [], 'unsent': [], 'reported': '', 'smart': None}
@@ -259,11 +264,6 @@ def save(state):
     except OSError as e:
         logger.error('cannot save the state：%s；看磁盘满了没有', e)
         return False
-
-
-def kept():
-    """记事情的存储：别人改不了，也换不成符号链接；没有地方抛 `OSError`。"""
-    return easywechat.FileStore(easywechat.state_folder())
 
 
 @contextlib.contextmanager
