@@ -7028,7 +7028,7 @@ class CommandTests(unittest.TestCase):
         server.register_callback('text', space['Counter']().reply)
         for n in 1, 2:
             reply = opened(server.handle(*delivery(message(Content='嗨')))[2])
-            self.assertEqual(reply['Content'], '嗨(第 %d 句)' % n)
+            self.assertEqual(reply['Content'], '嗨（第 %d 句）' % n)
         reply = opened(server.handle(*delivery(message(MsgType='image', MediaId='M')))[2])
         self.assertEqual(reply['Image'], {'MediaId': 'M'})
 

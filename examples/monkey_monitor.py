@@ -1,20 +1,17 @@
 #!/usr/bin/env python3
-"""程序猿监控器:对它说「拍照」「视频」「状态」。
+"""程序猿监控器：对它说「拍照」「视频」「状态」。
 
-    python examples/simulator.py examples/monkey_monitor.py     # 没有账号,没有相机,也能试
-    python examples/monkey_monitor.py [--port 8000]             # 用自己的 config.ini
+    python examples/simulator.py examples/monkey_monitor.py     # 没有账号、没有相机也能试
+    python examples/monkey_monitor.py                           # 用自己的 config.ini；[--port 8000]
 
-只回答 config.ini 里 touser 写的人(`a|b`;`@all` 是可见范围里的所有人),别人只得到一句话,什么也不做。
-要 corpid、secret、agentid、touser、token、encoding_aes_key:照片要上传,所以 secret 也要。
-
-装了哪个相机程序就用哪个(见 PHOTO、VIDEO,依次试);一个也没有,「拍照」得到一张写着时间的测试图。
+只回答 config.ini 里 touser 写的人（`a|b`；`@all` 是可见范围里的所有人），别人只得到一句话。照片要上传，所以应用还要写
+secret 和 agentid。装了哪个相机程序就用哪个（见 PHOTO、VIDEO，依次试）；一个也没有，「拍照」得到一张写着时间的测试图。
 """
 
 import argparse
 import contextlib
-import glob
 import os
-import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -24,15 +21,16 @@ import threading
 import time
 import zlib
 
-# 在自己的项目里,easywechat.py 就放在程序旁边,不需要这一行。
+# 在自己的项目里，easywechat.py 就放在程序旁边，不需要这一行。
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import easywechat  # noqa: E402
+import nas_monitor  # noqa: E402
 
 logger = easywechat.logger
 
-#: 依次试的相机程序,每行是先后要跑的几条命令;装齐了、提到的 /dev/… 也在,才试。
-#: 它们在一个临时目录里跑,要写出 photo.jpg、clip.mp4。
+#: 依次试的相机程序，每行是先后要跑的几条命令；装齐了、提到的 /dev/… 也在，才试。
+#: 它们在一个临时目录里跑，要写出 photo.jpg、clip.mp4。
 PHOTO = (
     ['rpicam-still -n -t 1000 --width 1280 --height 720 -o photo.jpg'],
     ['libcamera-still -n -t 1000 --width 1280 --height 720 -o photo.jpg'],
@@ -49,10 +47,10 @@ VIDEO = (
      'ffmpeg -nostdin -loglevel error -r 25 -i clip.h264 -c copy clip.mp4'],
     ['ffmpeg -nostdin -loglevel error -f v4l2 -i /dev/video0 -t 5 -pix_fmt yuv420p clip.mp4'],
 )
-#: 一条命令最多跑多少秒;相机正忙时也等这么久。
+#: 一条命令最多跑多少秒。
 PATIENCE = 30
 
-HELP = '可以说:\n拍照\n视频(五秒,要等一会儿)\n状态'
+HELP = '可以说：\n拍照\n视频（五秒，要等一会儿）\n状态'
 
 #: 同时只有一个人用相机。
 camera = threading.Lock()
@@ -61,216 +59,135 @@ camera = threading.Lock()
 # ---- 相机 -------------------------------------------------------------------------------------
 
 class CameraError(Exception):
-    """没有拍成;``str()`` 是给用户的原因。"""
+    """没有拍成；``str()`` 是给用户的原因。"""
 
 
 def is_here(command):
-    """这条命令的程序装了,提到的设备也在。"""
+    """这条命令的程序装了，提到的设备也在。"""
     program, *arguments = command.split()
     devices = [a for a in arguments if a.startswith('/dev/')]
     return shutil.which(program) and all(map(os.path.exists, devices))
 
 
 def run(command, folder):
-    """在 ``folder`` 里跑一条命令;失败、超时抛 `CameraError`。"""
+    """在 ``folder`` 里跑一条命令；失败、超时抛 `CameraError`。"""
     program = command.split()[0]
     with open(os.path.join(folder, 'output'), 'w+b') as output:
-        # 输出进文件,不进管道:程序被杀以后,它的子进程还会占着管道
+        # 输出进文件，不进管道：程序被杀以后，它的子进程还会占着管道
         try:
             code = subprocess.run(command.split(), cwd=folder, stdin=subprocess.DEVNULL,
                                   stdout=output, stderr=output, timeout=PATIENCE).returncode
         except subprocess.TimeoutExpired:
-            logger.error('%s was killed after %g s', program, PATIENCE)
             raise CameraError('%s 过了 %g 秒还没有拍完' % (program, PATIENCE)) from None
         except OSError as e:
-            logger.error('cannot run %s: %s', program, e)
-            raise CameraError('%s 跑不起来' % program) from None
+            raise CameraError('%s 跑不起来（%s）' % (program, e.strerror)) from None
         output.seek(0)
         last = output.read().decode('utf-8', 'replace').strip().rpartition('\n')[2]
     if code:
-        logger.error('%s failed with %d: %.200r', program, code, last)
-        raise CameraError('%s 出错了(退出码 %d)' % (program, code))
+        said = ''.join(filter(str.isprintable, last))[:200]
+        raise CameraError('%s 出错了（退出码 %d）%s' % (program, code, said and '：' + said))
 
 
-def try_all(recipes, path):
-    """依次试,写出 ``path`` 为止;一个也没有装返回 False,装了的都不成抛 `CameraError`。"""
+def shoot(recipes, path):
+    """依次试，写出 ``path`` 为止；一个也没有装返回 False，装了的都不成抛 `CameraError`。"""
     troubles = []
     for commands in recipes:
         if not all(map(is_here, commands)):
             continue
         try:
-            for command in commands:
-                run(command, os.path.dirname(path))
+            with camera:
+                for command in commands:
+                    run(command, os.path.dirname(path))
             if os.path.exists(path) and os.path.getsize(path) > 5:
                 return True
-            logger.error('%s wrote no %s', commands[0], os.path.basename(path))
             raise CameraError('%s 什么也没有拍到' % commands[0].split()[0])
         except CameraError as e:
+            logger.error('camera: %s', e)
             troubles.append(str(e))
-            with contextlib.suppress(OSError):      # 半个文件:下一个程序不肯盖过它
+            with contextlib.suppress(OSError):      # 半个文件：下一个程序不肯盖过它
                 os.unlink(path)
     if troubles:
-        raise CameraError(';'.join(troubles))
+        raise CameraError('；'.join(troubles))
     return False
-
-
-def shoot(recipes, path):
-    """同 `try_all`,一个人用完了再给下一个。"""
-    if not camera.acquire(timeout=PATIENCE):
-        raise CameraError('相机正忙')
-    try:
-        return try_all(recipes, path)
-    finally:
-        camera.release()
 
 
 # ---- 测试图 -----------------------------------------------------------------------------------
 
-#: 3×5 点阵:每行一个八进制数字,三个二进制位是三个点。
+#: 3×5 点阵：每行一个八进制数字，三个二进制位是三个点。
 FONT = {'0': '75557', '1': '26227', '2': '71747', '3': '71717', '4': '55711', '5': '74717',
-        '6': '74757', '7': '71122', '8': '75757', '9': '75717', ':': '02020', '-': '00700',
-        'T': '72222', 'E': '74647', 'S': '74717'}
-
-
-def draw(rows, text, left, top, scale):
-    """把 ``text`` 用白点写进 ``rows``:每行一个 bytearray,一个点三个字节。"""
-    for n, char in enumerate(text):
-        for y, bits in enumerate(FONT[char]):
-            for x in range(3):
-                if int(bits) & (4 >> x):
-                    begin = 3 * (left + scale * (4 * n + x))
-                    for row in rows[top + scale * y:top + scale * (y + 1)]:
-                        row[begin:begin + 3 * scale] = b'\xff' * (3 * scale)
+        '6': '74757', '7': '71122', '8': '75757', '9': '75717', ':': '02020', '-': '00700', ' ': '00000'}
 
 
 def chunk(kind, data):
-    """PNG 的一块:长度、类型、数据、校验。"""
+    """PNG 的一块：长度、类型、数据、校验。"""
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
 
 def test_picture(now):
-    """一张 PNG (bytes):渐变的底色上写着 ``now`` (struct_time)。"""
-    width, height = 480, 320
-    rows = [bytearray(b for x in range(width) for b in (x * 160 // width, y * 160 // height, 96))
-            for y in range(height)]
-    draw(rows, 'TEST', 40, 40, 6)
-    draw(rows, time.strftime('%Y-%m-%d', now), 40, 120, 10)
-    draw(rows, time.strftime('%H:%M:%S', now), 40, 210, 10)
-    pixels = b''.join(b'\0' + row for row in rows)      # 每行前面是滤波的种类:0,没有
-    return (b'\x89PNG\r\n\x1a\n'
-            + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b''))
+    """一张 PNG (bytes)，深灰底上的白字：``now`` (struct_time)。一个点放大成 10×10 个像素，字的四周空一个点。"""
+    rows = []
+    for text in time.strftime(' %Y-%m-%d ', now), time.strftime(' %H:%M:%S   ', now):
+        for y in range(-1, 6):
+            dots = ''.join(format(int(FONT[char][y]) if 0 <= y < 5 else 0, '04b') for char in text)
+            rows += 10 * [b'\0' + b''.join(10 * (b'\xff' if dot == '1' else b'\x30') for dot in dots)]
+    return (b'\x89PNG\r\n\x1a\n'       # 一个像素一个字节（灰度）；每行前面是滤波的种类：0，没有
+            + chunk(b'IHDR', struct.pack('>IIBBBBB', len(rows[0]) - 1, len(rows), 8, 0, 0, 0, 0))
+            + chunk(b'IDAT', zlib.compress(b''.join(rows))) + chunk(b'IEND', b''))
 
 
 # ---- 三句话 -----------------------------------------------------------------------------------
-# 返回一个 Path,easywechat 也会上传、回复;但拍得久了,它是在回调返回以后,从另一条线程上传的,
-# 那时临时目录已经没了。所以这里自己上传,返回 MediaId:上传完就删,回复还是推送都一样。
+# 返回一个 Path，easywechat 也会上传、回复，但那是在回调返回以后：临时目录已经没有了，上传失败也来不及告诉用户。所以自己
+# 上传，返回 MediaId。
 
 def photo(client):
     """「拍照」。"""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'photo.jpg')
-        if not shoot(PHOTO, path):
-            path = os.path.join(folder, 'test.png')
-            with open(path, 'wb') as f:
-                f.write(test_picture(time.localtime()))
-        return {'MsgType': 'image', 'MediaId': client.upload(path)}
+        media = client.upload(path) if shoot(PHOTO, path) else client.upload(
+            test_picture(time.localtime()), name='test.png')
+        return {'MsgType': 'image', 'MediaId': media}
 
 
 def video(client):
-    """「视频」:五秒录完已经过了企业微信等的时候,easywechat 会主动发过去。"""
+    """「视频」：五秒录完已经过了企业微信等的时候，easywechat 会主动发过去。"""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'clip.mp4')
         if not shoot(VIDEO, path):
-            raise CameraError('没有相机,或者没有装录像的程序(rpicam-vid、ffmpeg)')
+            raise CameraError('没有相机，或者没有装录像的程序（rpicam-vid、ffmpeg）')
         title = time.strftime('%H:%M:%S')
         return {'MsgType': 'video', 'MediaId': client.upload(path), 'Title': title}
 
 
-def read(path):
-    """一个小文件的内容 (str);没有就是空的。"""
-    try:
-        with open(path, encoding='utf-8', errors='replace') as f:
-            return f.read()
-    except OSError:
-        return ''
-
-
-def status(client):
-    """「状态」:这台机器的,读得到什么说什么。"""
-    lines = ['%s(%s %s)' % (platform.node(), platform.system(), platform.machine())]
-    uptime = read('/proc/uptime').split()
-    if uptime:
-        minutes = int(float(uptime[0])) // 60
-        lines.append('开机:%d 天 %d 小时 %d 分' % (minutes // 1440, minutes // 60 % 24, minutes % 60))
-    if hasattr(os, 'getloadavg'):
-        lines.append('负载:%.2f %.2f %.2f(%d 核)' % (os.getloadavg() + (os.cpu_count() or 1,)))
-    memory = dict(line.split()[:2] for line in read('/proc/meminfo').splitlines())
-    if 'MemAvailable:' in memory:
-        lines.append('内存:可用 %d MB,共 %d MB' % (
-            int(memory['MemAvailable:']) >> 10, int(memory['MemTotal:']) >> 10))
-    disk = shutil.disk_usage(os.path.abspath(os.sep))
-    lines.append('磁盘:可用 %.1f GB,共 %.1f GB' % (disk.free / 1e9, disk.total / 1e9))
-    sensors = map(read, glob.glob('/sys/class/thermal/*/temp'))
-    degrees = [int(text) / 1000 for text in sensors if text.strip()]
-    if degrees:
-        lines.append('温度:%.0f °C' % max(degrees))
-    return '\n'.join(lines)
-
-
 # ---- 机器人 -----------------------------------------------------------------------------------
 
-COMMANDS = {'拍照': photo, '视频': video, '状态': status}
+COMMANDS = {'拍照': photo, '视频': video, '状态': lambda client: nas_monitor.report()}
 
 
 def register(server):
     """把回调登记到 ``server``。"""
-    allowed = {user.strip().lower() for user in server.settings['touser'].split('|')} - {''}
-    for key in ['touser'] if server.settings['bot_secret'] else ['secret', 'agentid', 'touser']:
-        if not server.settings[key]:
-            raise easywechat.ConfigError(
-                '没有写 %s：写进 config.ini 的 [demo]，或环境变量 EASYWECHAT_%s' % (
-                    key, key.upper()))
-
     @server.register_callback('text')
     def answer(msg):
-        user = msg['FromUserName']
-        if not allowed & {user.lower(), '@all'}:
-            logger.warning('refused %.64r: not in touser', user)
-            return '这台机器只听它主人的话。'
-        command = COMMANDS.get(msg['Content'].strip())
+        command = COMMANDS.get(re.sub(r'\W', '', msg['Content']))
         if not command:
             return HELP
         try:
             return command(server.bot if 'aibotid' in msg else server.client)   # 从哪里来，传到哪里
         except (CameraError, OSError) as e:     # 磁盘满了
-            logger.error('no picture for %.64r: %s', user, e)
-            return '没有拍成:%s。' % e
-        except easywechat.APIError as e:
-            logger.error('not uploaded for %.64r: %s', user, e)
-            return '拍好了,传不上去:%s' % (e.hint or e.errmsg)
+            trouble = '没有拍成：%s' % e
+        except easywechat.WeChatError as e:
+            trouble = '拍好了，传不上去：%s' % e
+        logger.error('no answer for %.64r: %s', msg['FromUserName'], trouble)
+        return trouble
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='程序猿监控器:拍照、视频、状态。')
-    parser.add_argument('--port', type=int, default=8000, help='端口(默认 8000)')
+    parser = argparse.ArgumentParser(description='程序猿监控器：拍照、视频、状态。')
+    parser.add_argument('--port', type=int, default=8000, help='端口（默认 8000）')
     args = parser.parse_args(argv)
-    try:
-        server = easywechat.WeChatServer('demo')
-        register(server)
-        server.run(port=args.port)
-        return 0
-    except OSError as e:
-        code, text = 3, 'cannot listen on 0.0.0.0 port %d: %s; --port takes another' % (
-            args.port, e.strerror)
-    except (easywechat.WeChatError, ImportError, OverflowError) as e:
-        code, text = 2, getattr(e, 'errmsg', e)
-    print('monkey_monitor: %s' % text, file=sys.stderr)
-    return code
+    server = easywechat.WeChatServer('demo', needs=('secret', 'agentid', 'touser'), only_touser=True)
+    register(server)
+    server.run(port=args.port)
 
 
 if __name__ == '__main__':
-    if sys.stdout:          # 显示不了中文的终端得到转义
-        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
-                          errors='backslashreplace', buffering=1, closefd=False)
-    sys.exit(main())
+    easywechat.command(main)

@@ -1,8 +1,10 @@
 """examples/ 的测试，test_easywechat.py 会一起跑。铁路、模型、NAS 是假的，企业微信是模拟器。"""
 
+import base64
 import binascii
 import contextlib
 import datetime
+import functools
 import hashlib
 import http.client
 import io
@@ -24,6 +26,7 @@ import zlib
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
+import demo  # noqa: E402
 import llm_bot  # noqa: E402
 import monkey_monitor  # noqa: E402
 import nas_monitor  # noqa: E402
@@ -1145,7 +1148,7 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertIn('通过了校验', process.stdout.readline().decode())
         self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
         last, png = 0, b'\x89PNG\r\n\x1a\n' + b'x' * 99
-        for asked, text in (({'text': '你好'}, '你好(第 1 句)'), ({'text': '在吗', 'chat': 'group'}, None),
+        for asked, text in (({'text': '你好'}, '你好（第 1 句）'), ({'text': '在吗', 'chat': 'group'}, None),
                             ({'voice': '听写'}, '听写'), (png, '（图片）')):
             if asked is png:
                 self.http('POST', '/file?user=zhangsan&chat=zhangsan&type=image&name=a.png', png)
@@ -1153,7 +1156,7 @@ class SimulatorCommandTests(SimulatorCase):
                 self.http('POST', '/bot', json.dumps(dict(asked, do='say', user='zhangsan')))
             seen = self.events('bubble', 'grow', url=url, last=last)
             last = seen[-1]['id']
-            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '在吗(第 2 句)'))
+            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '在吗（第 2 句）'))
         seen = self.events('bubble', url=url, last=last)[-1]
         self.assertEqual((seen['type'], self.http('GET', '/media/' + seen['body']['media_id'])[2]), ('image', png))
         process.send_signal(signal.SIGTERM)
@@ -1188,9 +1191,9 @@ class SimulatorCommandTests(SimulatorCase):
         processes = []
         for script, args, code, words in (
                 ('simulator.py', ['--help'], 0, ''), ('demo.py', ['--port', port], 2, 'nosuch.ini'),
-                ('demo.py', ['--port', port], 3, 'demo: cannot listen on 0.0.0.0 port %s: ' % port)):
+                ('demo.py', ['--port', port], 2, ' %s ' % port)):
             env = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', EASYWECHAT_CONFIG=os.path.join(
-                self.folder, 'demo.ini' if code == 3 else 'nosuch.ini'))
+                self.folder, 'demo.ini' if words == ' %s ' % port else 'nosuch.ini'))
             process = subprocess.Popen([sys.executable, os.path.join(HERE, 'examples', script)] + args, env=env,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             processes.append((process, code, words))
@@ -1227,8 +1230,8 @@ def png_size(data):
     width, height, depth, colour = struct.unpack('>IIBB', chunks[0][1][:10])
     pixels = zlib.decompress(b''.join(body for kind, body in chunks if kind == b'IDAT'))
     if (data[:8], [kind for kind, _ in chunks][::len(chunks) - 1], depth, colour, len(pixels)) != (
-            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 2, height * (1 + 3 * width)):
-        raise AssertionError('no PNG of 8 bit RGB')
+            b'\x89PNG\r\n\x1a\n', [b'IHDR', b'IEND'], 8, 0, height * (1 + width)):
+        raise AssertionError('no PNG of 8 bits a pixel')
     return width, height
 
 
@@ -1249,7 +1252,7 @@ class ExampleCase(ClientCase):
         self.config()
 
     def config(self, text='', **settings):
-        """写 config.ini (GB18030):[demo] 连着模拟器,后面是 ``text``。"""
+        """写 config.ini (GB18030)：[demo] 连着模拟器，后面是 ``text``。"""
         settings = dict(self.wecom.settings, api_base=self.url, **settings)
         with open(os.environ['EASYWECHAT_CONFIG'], 'w', encoding='gb18030') as f:
             f.write('# 设置\n[demo]\n%s\n%s' % ('\n'.join('%s = %s' % i for i in settings.items()), text))
@@ -1262,22 +1265,28 @@ class ExampleCase(ClientCase):
         os.chmod(path, 0o755)
 
     def bot(self, register, *args, cls=WeChatServer, **settings):
-        """开始服务;``register`` 登记回调。"""
+        """开始服务；``register`` 登记回调。"""
         self.server = cls('test', **dict(self.wecom.settings, api_base=self.url, **settings))
         register(self.server, *args)
         self.addCleanup(self.server.stop)
         self.callback_url = 'http://%s:%d/weixin' % self.server.start('127.0.0.1', 0)
 
     def ask(self, text, user='zhangsan'):
-        """用户说一句 → 被动回复,没有是 {}。"""
+        """用户说一句 → 被动回复，没有是 {}。"""
         return self.wecom.deliver(self.callback_url, user=user, Content=text)
 
     def say(self, text, user='zhangsan'):
-        """用户说一句 → 被动回复的文本,没有是 None。"""
+        """用户说一句 → 被动回复的文本，没有是 None。"""
         return self.ask(text, user).get('Content')
 
+    def refused(self, text, user='lisi'):
+        """不在 touser 里的人说一句：他得到一句话，日志里有他。"""
+        with self.assertLogs('easywechat', 'WARNING') as logs:
+            self.assertIn('把你的账号 %s 写进 touser' % user, self.say(text, user))
+        self.assertIn('refused %s: not in touser' % user, logs.output[0])
+
     def until(self, condition):
-        """等 ``condition()`` 成立,最多 10 秒 → 成立了没有。"""
+        """等 ``condition()`` 成立，最多 10 秒 → 成立了没有。"""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             if condition():
@@ -1292,14 +1301,15 @@ class ExampleCase(ClientCase):
 
     def run_main(self, main, *args, **env):
         """→ (退出码, stderr)。"""
-        err = io.StringIO()
-        with environment(**dict(os.environ, **env)), contextlib.redirect_stderr(err):
-            code = main(list(args))
+        err, argv = io.StringIO(), [sys.modules[main.__module__].__file__]
+        with environment(**dict(os.environ, **env)), contextlib.redirect_stderr(err), swapped(sys, 'argv', argv), \
+                contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as end:
+            easywechat.command(lambda: main(list(args)))
         LOG.write(err.getvalue())
-        return code, err.getvalue()
+        return end.exception.code, err.getvalue()
 
     def serve(self, main, talk, *args, **env):
-        """``main`` 在服务的时候,在另一条线程里 ``talk()``,然后像 systemd 那样请它停下。"""
+        """``main`` 在服务的时候，在另一条线程里 ``talk()``，然后像 systemd 那样请它停下。"""
         def conversation():
             if self.until(lambda: signal.getsignal(signal.SIGTERM) is signal.default_int_handler):
                 port = re.search(':([0-9]+)/weixin', sys.stderr.getvalue()).group(1)
@@ -1316,6 +1326,76 @@ class ExampleCase(ClientCase):
         self.assertEqual((code, err.count('\n'), err[:10]), (0, 1, 'EasyWeChat'), err)
 
 
+class DemoTests(ExampleCase):
+
+    def setUp(self):
+        super().setUp()
+        self.wecom.bot.poll_every = 0.01
+
+    def robot(self, mode, **settings):
+        """开始服务，长连接 ('ws') 或回调 URL ('json')。"""
+        bot = self.wecom.bot
+        bot.mode = mode
+        self.server = WeChatServer('test', **dict(self.wecom.bot_settings, **settings))
+        demo.register(self.server)
+        self.addCleanup(self.server.stop)
+        address = self.server.start('127.0.0.1', 0)
+        self.assertTrue(self.until(lambda: bot.connected if mode == 'ws' else not bot.verify(
+            'http://%s:%d/weixin' % address)))
+
+    def shown(self, **said):
+        """说一句 → 写完了的气泡。"""
+        bot, before = self.wecom.bot, len(self.wecom.bot.bubbles)
+        bot.say(**said)
+        self.assertTrue(self.until(lambda: len(bot.bubbles) > before and bot.bubbles[-1]['finished']), said)
+        return bot.bubbles[-1]
+
+    def test_everything_it_does_in_the_app(self):
+        self.bot(demo.register)
+        self.assertEqual([self.say(text) for text in ('你好', '你好', '菜单')],
+                         ['你好（第 1 句）', '你好（第 2 句）', '菜单建好了，点一下试试'])
+        button = self.wecom.menu['button'][0]
+        reply = self.wecom.deliver(self.callback_url, MsgType='event', Event='click', EventKey=button['key'])
+        self.assertEqual(reply['Content'], '你点了菜单里的「吃什么」')
+        place = dict(Location_X='23.1', Location_Y='113.3', Scale='15', Label='广州塔')
+        reply = self.wecom.deliver(self.callback_url, MsgType='location', **place)
+        self.assertEqual(reply['Content'], '你在广州塔（23.1，113.3）')
+        self.assertEqual([self.say('按钮'), self.say('文件')], [None, None])
+        (_, card), (kind, _) = self.see(7)[-2:]
+        self.assertEqual(kind, 'file')
+        reply = self.wecom.deliver(self.callback_url, MsgType='event', Event='template_card_event', EventKey='面条',
+                                   TaskId=card['task_id'], ResponseCode='c')
+        self.assertEqual((reply['MsgType'], reply['TemplateCard']['MainTitle']['Title']),
+                         ('update_template_card', '今天吃面条'))
+        media = self.wecom.keep('image', 'a.png', b'x' * 9)
+        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId=media, PicUrl='x')
+        self.assertEqual(reply['Image']['MediaId'], media)
+
+    def test_a_menu_that_is_refused_is_told(self):
+        self.bot(demo.register)
+        self.wecom.trusted = False
+        self.assertIn('菜单没有建成：出口 IP 不可信', self.say('菜单'))
+
+    def test_the_three_keys_are_enough(self):
+        self.bot(demo.register, secret='', agentid='')
+        self.assertEqual(self.say('你好'), '你好（第 1 句）')
+        for text in '菜单', '按钮', '文件':
+            self.assertIn('写上 secret 和 agentid', self.say(text))
+
+    def test_everything_it_does_as_an_intelligent_robot(self):
+        for mode in 'ws', 'json':
+            self.robot(mode, **{k: self.wecom.settings[k] for k in ('token', 'encoding_aes_key') if mode == 'json'})
+            self.assertEqual([self.shown(text=text)['text'] for text in ('你好', '菜单')],
+                             ['你好（第 1 句）', '智能机器人没有菜单，说「按钮」试试'])
+            card = self.shown(text='按钮')
+            self.wecom.bot.press(card, '米饭')
+            self.assertTrue(self.until(functools.partial(lambda card: card['text'] == '今天吃米饭', card)))
+            self.shown(image=('a.png', b'\x89PNG' + b'x' * 99))
+            if mode == 'ws':
+                self.assertEqual(self.shown(text='文件')['kind'], 'file')
+            self.server.stop()
+
+
 class MonkeyTests(ExampleCase):
 
     def setUp(self):
@@ -1323,7 +1403,7 @@ class MonkeyTests(ExampleCase):
         self.touser('zhangsan|wangwu')
 
     def touser(self, users):
-        self.bot(monkey_monitor.register, touser=users)
+        self.bot(monkey_monitor.register, touser=users, only_touser=True)
 
     def test_it_answers_as_an_intelligent_robot_too(self):
         server = WeChatServer('demo', touser='zhangsan', **self.wecom.bot_settings)
@@ -1341,24 +1421,21 @@ class MonkeyTests(ExampleCase):
         return self.wecom.media[reply['Image']['MediaId']]['data']
 
     def test_without_a_camera_a_real_png_is_drawn(self):
-        data = self.picture(self.ask(' 拍照\n'))
-        self.assertEqual(png_size(data), (480, 320))
+        data = self.picture(self.ask(' 拍照。\n'))
+        self.assertEqual(png_size(data), (480, 140))
         self.assertEqual(os.listdir(self.tmp), [])
         times = [time.struct_time((2026, 12, 31, 23, 59, s, 0, 0, 0)) for s in (58, 59)]
         self.assertNotEqual(*map(monkey_monitor.test_picture, times))
 
     def test_the_state_of_the_machine_and_the_help(self):
-        for content, words in ('状态', '磁盘:可用'), ('你好', '拍照'), ('视频', '没有相机'):
+        for content, words in ('状态！', ' 的状态'), ('你好', '拍照'), ('视频', '没有相机'):
             self.assertIn(words, self.ask(content)['Content'])
         self.assertEqual(self.wecom.calls, [])
 
     def test_a_stranger_gets_one_sentence_and_no_picture(self):
         self.program('rpicam-still', 'echo "$PWD" >> %s/asked; echo a picture > photo.jpg' % self.folder)
         for content in '拍照', '视频', '状态', '你好':
-            with self.assertLogs('easywechat', 'WARNING') as logs:
-                reply = self.ask(content, 'lisi')
-            self.assertEqual((reply['MsgType'], reply['Content']), ('text', '这台机器只听它主人的话。'))
-            self.assertIn("refused 'lisi'", logs.output[0])
+            self.refused(content)
         self.assertEqual((self.wecom.media, os.path.exists(self.folder + '/asked')), ({}, False))
         for user, users in ('lisi', '@all'), ('LiSi', 'zhangsan | lisi'):
             self.touser(users)
@@ -1373,7 +1450,7 @@ class MonkeyTests(ExampleCase):
             data = self.picture(self.ask('拍照'))
         self.assertEqual(data, b'\xff\xd8\xff by raspistill -n -t 1000 -w 1280 -h 720 -o photo.jpg')
         self.assertEqual(len(logs.output), 2)
-        self.assertIn("rpicam-still failed with 255: 'no cameras available'", logs.output[0])
+        self.assertIn('rpicam-still 出错了（退出码 255）：no cameras available', logs.output[0])
         self.assertEqual(os.listdir(self.tmp), [])
 
     def test_a_failing_and_a_hanging_camera_are_told(self):
@@ -1384,8 +1461,8 @@ class MonkeyTests(ExampleCase):
                 self.assertLogs('easywechat', 'ERROR') as logs:
             reply = self.ask('拍照')
         self.assertLess(time.monotonic() - begin, 1.5)      # 没有等被杀的程序留下的 sleep
-        self.assertEqual(reply['Content'], '没有拍成:rpicam-still 过了 0.15 秒还没有拍完;'
-                         'raspistill 出错了(退出码 70)。')
+        self.assertEqual(reply['Content'], '没有拍成：rpicam-still 过了 0.15 秒还没有拍完；'
+                         'raspistill 出错了（退出码 70）')
         self.assertEqual((len(logs.output), self.wecom.media, os.listdir(self.tmp)), (3, {}, []))
 
     def test_a_slow_clip_is_pushed_and_nothing_stays_behind(self):
@@ -1416,17 +1493,18 @@ class MonkeyTests(ExampleCase):
     def test_a_picture_that_cannot_be_uploaded_is_told(self):
         self.wecom.trusted = False
         with self.assertLogs('easywechat', 'ERROR') as logs:
-            self.assertIn('203.0.113.9 加到「应用管理', self.ask('拍照')['Content'])
+            self.assertRegex(self.say('拍照'), '^拍好了，传不上去：.*203.0.113.9 加到「应用管理')
         self.assertIn('60020', logs.output[0])
         self.assertEqual(os.listdir(self.tmp), [])
 
     def test_it_starts(self):
-        self.serve(monkey_monitor.main, lambda: self.say('状态'))
-        self.assertIn('负载', self.see(1)[0][1])
+        self.serve(monkey_monitor.main, lambda: (self.say('状态'), self.refused('拍照')))
+        self.assertIn(' 的状态', self.see(1)[0][1])
+        self.assertEqual(len(self.wecom.inbox['lisi']), 1)
 
 
 class NasTests(ExampleCase):
-    """每一遍都是新的 --once,中间隔着一次重启;/proc、/sys 和程序都在自己的目录里。"""
+    """每一遍都是新的 --once，中间隔着一次重启；/proc、/sys 和程序都在自己的目录里。"""
 
     def setUp(self):
         super().setUp()
@@ -1444,7 +1522,7 @@ class NasTests(ExampleCase):
         return self.run_main(nas_monitor.main, '--once', **env)
 
     def sent(self):
-        """用户到现在收到的,每条的第一行;收过的不再算。"""
+        """用户到现在收到的，每条的第一行；收过的不再算。"""
         messages, self.wecom.messages[:] = list(self.wecom.messages), []
         return [m['text']['content'].partition('\n')[0] for m in messages]
 
@@ -1460,12 +1538,12 @@ class NasTests(ExampleCase):
         self.put('sys/class/hwmon/hwmon0/temp1_input', '-60000\n')
         self.put('sys/class/hwmon/hwmon0/temp2_input', '255000\n')
         self.assertEqual(self.heat(45, 75), [])
-        self.assertEqual(self.heat(80), ['⚠ 温度:80 °C(cpu)'])
+        self.assertEqual(self.heat(80), ['⚠ 温度：80 °C（cpu）'])
         self.assertEqual(self.heat(79, 81, 71, 95, 80), [])
-        self.assertEqual(self.heat(70), ['恢复正常:温度,70 °C(cpu)'])
+        self.assertEqual(self.heat(70), ['恢复正常：温度，70 °C（cpu）'])
         self.assertEqual(self.heat(75, 79), [])
-        self.assertEqual(self.heat(81), ['⚠ 温度:81 °C(cpu)'])     # 同一秒的同一句,企业微信只送一次
-        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到,不是恢复
+        self.assertEqual(self.heat(81), ['⚠ 温度：81 °C（cpu）'])     # 同一秒的同一句，企业微信只送一次
+        os.unlink(self.root + '/sys/class/thermal/thermal_zone0/temp')      # 读不到，不是恢复
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
     def test_it_alerts_through_the_running_intelligent_robot(self):
@@ -1479,7 +1557,7 @@ class NasTests(ExampleCase):
         self.heat(95, 96)
         self.heat(60)
         texts = [bubble['text'].partition('\n')[0] for bubble in self.wecom.bot.bubbles]
-        self.assertEqual(texts, ['⚠ 温度:95 °C()', '恢复正常:温度,60 °C()'])
+        self.assertEqual(texts, ['⚠ 温度：95 °C', '恢复正常：温度，60 °C'])
         self.assertEqual(self.wecom.bot.connected.number, 1)
 
     def test_the_thresholds_are_from_the_config(self):
@@ -1487,7 +1565,7 @@ class NasTests(ExampleCase):
         self.assertEqual(len(self.heat(49, 50, 41, 50, 40)), 2)
         self.put('proc/loadavg', '0.00 %.2f 0.00 1/100 1\n' % (os.cpu_count() / 2))
         self.once()
-        self.assertEqual(self.sent(), ['⚠ 负载:每核 0.50'])
+        self.assertEqual(self.sent(), ['⚠ 负载：每核 0.50'])
 
     def test_what_could_not_be_sent_is_sent_at_the_next_check(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -1500,7 +1578,7 @@ class NasTests(ExampleCase):
             self.assertEqual(self.once()[0], 3)
         self.assertEqual((len(logs.output), self.sent()), (4, []))
         self.assertEqual(self.once(), (0, ''))
-        self.assertEqual(self.sent(), ['⚠ 温度:90 °C()', '恢复正常:温度,50 °C()'])
+        self.assertEqual(self.sent(), ['⚠ 温度：90 °C', '恢复正常：温度，50 °C'])
         self.assertEqual((self.once(), self.sent()), ((0, ''), []))
 
     def test_what_may_have_arrived_is_repeated_word_for_word(self):
@@ -1519,17 +1597,17 @@ class NasTests(ExampleCase):
                 '      976630464 blocks super 1.2 [2/%d] [%s]%s\n      bitmap: 2/8 pages [8KB]\n\n'
                 'md1 : active raid0 sdc1[1] sdd1[0]\n      100 blocks 512k chunks\n\nunused devices: <none>\n')
         rows = [(('', 2, 'UU', '\n      [=>...]  check = 7.9% (1/2) finish=9.9min'), []),
-                (('(F)', 1, '_U', ''), ['⚠ RAID md0:降级 [_U]']),
+                (('(F)', 1, '_U', ''), ['⚠ RAID md0：降级 [_U]']),
                 (('', 1, '_U', '\n      [==>..]  recovery = 12.6% (37/292) finish=127.5min'), []),
-                (('', 2, 'UU', ''), ['恢复正常:RAID md0,正常 [UU]'])]
+                (('', 2, 'UU', ''), ['恢复正常：RAID md0，正常 [UU]'])]
         for values, expected in rows:
             self.put('proc/mdstat', form % values)
             self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
             if 'recovery' in values[3]:
-                self.assertIn('⚠ RAID md0:降级 [_U] recovery 12.6%\nRAID md1:正常', self.status())
+                self.assertIn('⚠ RAID md0：降级 [_U] 重建 12.6%\nRAID md1：正常', self.status())
         self.put('proc/mdstat', 'md0 : inactive sda1[0](S)\n      100 blocks super 1.2\n')
         self.once()
-        self.assertEqual(self.sent(), ['⚠ RAID md0:停了'])
+        self.assertEqual(self.sent(), ['⚠ RAID md0：停了'])
 
     def test_slots_that_were_always_empty_are_no_alarm(self):
         form = ('md2%d : active raid1 %s5[0]%s\n      9 blocks super 1.2 [2/2] [%s]\n\n'
@@ -1537,9 +1615,9 @@ class NasTests(ExampleCase):
         for n, (one, two) in enumerate((('sda', 'sdb'), ('sata1p', 'sata2p'), ('nvme0n1p', 'nvme1n1p'))):
             for rest, data, system, failed, expected in (       # 四个槽位，两块盘
                     (two, 'UU', 'UU__', '', []),
-                    ('', 'U_', 'U___', '', ['⚠ RAID md2%d:降级 [U_]', '⚠ RAID md0%d:降级 [U___]']),
-                    (two, 'UU', 'U___', '(F)', ['恢复正常:RAID md2%d,正常 [UU]']),
-                    (two, 'UU', 'UU__', '', ['恢复正常:RAID md0%d,正常 [UU__]'])):
+                    ('', 'U_', 'U___', '', ['⚠ RAID md2%d：降级 [U_]', '⚠ RAID md0%d：降级 [U___]']),
+                    (two, 'UU', 'U___', '(F)', ['恢复正常：RAID md2%d，正常 [UU]']),
+                    (two, 'UU', 'UU__', '', ['恢复正常：RAID md0%d，正常 [UU__]'])):
                 self.put('proc/mdstat', form % (n, one, rest and ' %s5[1]' % rest, data, n, one,
                                                 rest and ' %s1[1]%s' % (rest, failed), system))
                 self.assertEqual((self.once(), self.sent()), ((0, ''), [line % n for line in expected]))
@@ -1567,9 +1645,9 @@ class NasTests(ExampleCase):
 
     def test_ups(self):
         for status, charge, expected in (
-                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电:停了,电池 87%']), ('OB DISCHRG', 60, []),
-                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量:快没了,电池 9%']), ('', 0, []),
-                ('OL CHRG', 55, ['恢复正常:UPS nas 市电,有,电池 55%', '恢复正常:UPS nas 电量,够,电池 55%'])):
+                ('OL CHRG', 100, []), ('OB DISCHRG', 87, ['⚠ UPS nas 市电：停了，电池 87%']), ('OB DISCHRG', 60, []),
+                ('OB DISCHRG LB', 9, ['⚠ UPS nas 电量：快没了，电池 9%']), ('', 0, []),
+                ('OL CHRG', 55, ['恢复正常：UPS nas 市电，有，电池 55%', '恢复正常：UPS nas 电量，够，电池 55%'])):
             self.program('upsc', '[ "$1" = -l ] && echo nas && exit\n[ "$1" = nas ] && echo "battery.charge: %d"\n'
                          'echo "%s"' % (charge, status and 'ups.status: ' + status))
             self.assertEqual((self.once(), self.sent()), ((0, ''), expected))
@@ -1581,8 +1659,9 @@ class NasTests(ExampleCase):
         client, settings, asked = self.make(), dict(nas_monitor.DEFAULTS, report=None), self.folder + '/asked'
         for hour, answer, expected in (
                 (1, 'echo "test result: PASSED"', []), (1, 'exit 8', []), (2, 'exit 2', []),
-                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda:要坏了,快换']), (4, 'exit 2', []),
-                (5, 'echo x; kill -2 $$', []), (6, 'echo "test result: PASSED"; exit 64', ['恢复正常:SMART sda,正常']),
+                (3, 'echo "test result: FAILED!"; exit 8', ['⚠ SMART sda：要坏了，快换']), (4, 'exit 2', []),
+                (5, 'echo x; kill -2 $$', []),
+                (6, 'echo "test result: PASSED"; exit 64', ['恢复正常：SMART sda，正常']),
                 (2, 'echo "result: OK"; kill -2 $$', [])):
             self.put('usr/sbin/smartctl', '#!/bin/sh\n[ "$*" = "-n standby -H /dev/sda" ] || exit 8\n'
                      'echo x >> %s\n%s' % (asked, answer))
@@ -1599,19 +1678,21 @@ class NasTests(ExampleCase):
                  '/dev/loop3 /snap/x squashfs ro 0 0\ntank /tank zfs rw 0 0\ntank/home /home zfs rw 0 0\n')
         self.config('[nas]\nreport =\ndisk = 0.001\ndisk_ok = 0\n')
         self.once()
-        self.assertEqual([re.sub(':.*', '', line) for line in self.sent()], [
+        self.assertEqual([re.sub('：.*', '', line) for line in self.sent()], [
             '⚠ 磁盘 /', '⚠ 磁盘 /volume 1', '⚠ 磁盘 /tank'])
-        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1:用了 [0-9]+%,还有 [0-9.]+ GB')
+        self.assertRegex(self.status(), r'\n⚠ 磁盘 /volume 1：用了 [0-9]+%，还有 [0-9.]+ GB')
 
-    def status(self, user='zhangsan'):
-        self.bot(nas_monitor.register, nas_monitor.load(), dict(nas_monitor.DEFAULTS))
-        return self.say('状态', user)
+    def status(self):
+        self.bot(nas_monitor.register, nas_monitor.load(), dict(nas_monitor.DEFAULTS), only_touser=True)
+        return self.say(' 状态。')
 
     def test_strangers_are_not_answered(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
-        self.assertIn('温度:50 °C', self.status())
-        with self.assertLogs('easywechat', 'WARNING'):
-            self.assertEqual(self.status('lisi'), '这台机器只听它主人的话。')
+        self.put('proc/uptime', '90061.5 1.0\n')
+        self.put('proc/meminfo', 'MemTotal: 2048000 kB\nMemFree: 1 kB\nMemAvailable:  1024000 kB\n')
+        self.assertIn('\n开机：1 天 1 小时 1 分\n内存：可用 1000 MB，共 2000 MB\n温度：50 °C', self.status())
+        self.refused('状态')
+        self.assertEqual(self.say('你好'), '可以说：状态')
 
     def test_the_daily_report_comes_once_a_day(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
@@ -1627,7 +1708,7 @@ class NasTests(ExampleCase):
         self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'}, 'lost')
         with self.assertLogs('easywechat', 'ERROR'):
             self.assertEqual([at(11, 8, 0), at(11, 8, 1), at(11, 8, 2)], [0, 1, 0])
-        for year in 1970, 2040:                 # 没有校过的时钟;错了的时钟改回来,不会等到那一天
+        for year in 1970, 2040:                 # 没有校过的时钟；错了的时钟改回来，不会等到那一天
             nas_monitor.check(client, nas_monitor.load(), settings, time.mktime((year, 5, 5, 9, 0, 0, 0, 0, -1)))
         self.assertEqual([len(self.sent()), at(12, 8, 0), at(12, 8, 1)], [1, 1, 0])
         settings['report'] = None
@@ -1636,7 +1717,7 @@ class NasTests(ExampleCase):
     def test_the_report_now(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '50000')
         self.assertEqual(self.run_main(nas_monitor.main, '--report'), (0, ''))
-        self.assertIn('\n温度:50 °C', self.wecom.messages[0]['text']['content'])
+        self.assertIn('\n温度：50 °C', self.wecom.messages[0]['text']['content'])
         self.wecom.script('message/send', 'close', {'errcode': 60020, 'errmsg': 'x'})
         for code in 3, 1:
             got, err = self.run_main(nas_monitor.main, '--report')
@@ -1644,9 +1725,11 @@ class NasTests(ExampleCase):
             self.assertRegex(err, r'^nas_monitor: [^\n]*message/send: [^\n]+\n$')
 
     def test_a_wrong_config_is_one_line(self):
-        for text, words in (('disk = viel', 'disk must be a number'), ('disk = 90%', "'90%'"), ('disc = 90', "'disc'"),
-                            ('report = 24', 'an hour'), ('interval = 0', 'from 1'), ('disk_ok = 90', 'less than disk'),
-                            ('load = nan', 'load must'), ('disk = ', 'disk must'),
+        for text, words in (('disk = viel', "disk 不能是 'viel'：写一个数"), ('disk = 90%', "'90%'"),
+                            ('disc = 90', "没有 'disc'"), ('report = 24', '0 到 23 的一个钟点'),
+                            ('interval = 0', '1 以上'), ('load = nan', "load 不能是 'nan'"),
+                            ('disk_ok = 90', 'disk_ok 要比 disk 小'),
+                            ('disk = ', "disk 不能是 ''"), ('load = -1', "'-1'"),
                             ('disk = 1\ndisk = 2', '第 12 行已经写过')):
             self.config('[nas]\n%s\n' % text)
             code, err = self.once()
@@ -1657,7 +1740,7 @@ class NasTests(ExampleCase):
 
     def test_only_one_looks_at_a_time(self):
         with nas_monitor.alone():
-            self.assertEqual(self.once(), (1, 'nas_monitor: another one is running already\n'))
+            self.assertEqual(self.once(), (2, 'nas_monitor: 已经有一个在看着：不用再开一个；要换掉它，先停掉那一个\n'))
 
     def test_a_state_that_cannot_be_kept_stops_no_alert(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -1669,7 +1752,7 @@ class NasTests(ExampleCase):
             self.put('sys/class/thermal/thermal_zone0/temp', '%d000' % degrees)
             with self.assertLogs('easywechat', 'ERROR') as logs:
                 self.assertEqual(self.once()[0], 0)
-            self.assertEqual(self.sent(), ['⚠ 温度:%d °C()' % degrees])
+            self.assertEqual(self.sent(), ['⚠ 温度：%d °C' % degrees])
             self.assertIn(words, logs.output[0])
             if words == 'damaged':
                 os.unlink(store._path(nas_monitor.NAME))
@@ -1707,7 +1790,7 @@ class NasTests(ExampleCase):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
         self.put('sys/class/thermal/thermal_zone0/type', '<a href="http://evil.example">点我</a>')
         self.once()
-        self.assertIn('温度:90 °C(点我)', '\n'.join(self.sent()))
+        self.assertIn('温度：90 °C（点我）', '\n'.join(self.sent()))
 
     def test_without_a_place_for_the_state_alerts_still_come(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
@@ -1717,15 +1800,16 @@ class NasTests(ExampleCase):
             self.assertEqual(self.once(XDG_STATE_HOME=nowhere), (0, ''))
             self.assertEqual(self.run_main(nas_monitor.main, '--report', XDG_STATE_HOME=nowhere), (0, ''))
         self.assertEqual(len(logs.output), 1)
-        self.assertIn('set XDG_STATE_HOME', logs.output[0])
+        self.assertIn('XDG_STATE_HOME', logs.output[0])
         self.assertEqual([line[:3] for line in self.sent()], ['⚠ 温', (platform.node() + ' 的')[:3]])
 
     def test_it_watches_and_answers_in_one_process(self):
         self.put('sys/class/thermal/thermal_zone0/temp', '90000')
-        self.serve(nas_monitor.main, lambda: (self.see(1), self.say('状态')))
+        self.serve(nas_monitor.main, lambda: (self.see(1), self.say('状态'), self.refused('状态')))
         (_, alert), (_, answer) = self.see(2)
-        self.assertIn('⚠ 温度:90 °C', alert)
-        self.assertIn('\n⚠ 温度:90 °C', answer)
+        self.assertIn('⚠ 温度：90 °C', alert)
+        self.assertIn('\n⚠ 温度：90 °C', answer)
+        self.assertEqual(len(self.wecom.inbox['lisi']), 1)
 
     def test_alerts_need_no_aes_and_no_callback(self):
         code = ("import sys; sys.modules['Crypto'] = sys.modules['Cryptodome'] = None; sys.path.insert(0, 'examples'); "
@@ -1736,7 +1820,7 @@ class NasTests(ExampleCase):
 
 
 class Fake12306:
-    """12306 的三个地址。没有先到 init 领 cookie 的,得到的是错误页面。"""
+    """12306 的三个地址。没有先到 init 领 cookie 的，得到的是错误页面。"""
 
     stations = ("var station_names ='@bjb|北京北|VAP|beijingbei|bjb|0|0357|北京|||"
                 '@bjd|北京东|BOP|beijingdong|bjd|1|0357|北京|||'
@@ -1750,7 +1834,7 @@ class Fake12306:
         self.url = stand_in(case, self.answer)
 
     def row(self, code, start='VNP', end='AOH', can='Y', **seats):
-        """一行余票;``seats`` 是 {'二等座': '有'}。"""
+        """一行余票；``seats`` 是 {'二等座': '有'}。"""
         cells = [''] * 57
         cells[0:14] = ['c2VjcmV0%2B', '预订', '24000000%s0' % code, code, 'HBB', 'SNH', start, end, '07:00', '11:32',
                        '04:32', can, 'x', '20261231']
@@ -1789,6 +1873,11 @@ class Fake12306:
         handler.wfile.write(data)
 
 
+def wide(text):
+    """半角的 → 手机上打出来的全角的。"""
+    return text.translate({n: n + 0xfee0 for n in range(0x21, 0x7f)})
+
+
 class TicketTests(ExampleCase):
 
     def setUp(self):
@@ -1802,7 +1891,7 @@ class TicketTests(ExampleCase):
         self.clock = datetime.datetime(year, 12, 20, 10, tzinfo=ticket_watcher.CHINA).timestamp()
 
     def restart(self):
-        """新的进程,同一个状态文件。"""
+        """新的进程，同一个状态文件。"""
         railway = ticket_watcher.Railway(self.railway.url)
         self.state, watches = ticket_watcher.open_state()
         self.watcher = ticket_watcher.Watcher(
@@ -1818,7 +1907,7 @@ class TicketTests(ExampleCase):
         self.clock += seconds
 
     def look(self, *rows, after=90):
-        """``after`` 秒以后 12306 上是 ``rows``;看一次 → 新收到的。"""
+        """``after`` 秒以后 12306 上是 ``rows``；看一次 → 新收到的。"""
         self.railway.rows = list(rows)
         before = len(self.wecom.messages)
         self.clock += after
@@ -1836,19 +1925,19 @@ class TicketTests(ExampleCase):
             ('leftTicketDTO.to_station', 'SHH'), ('purpose_codes', 'ADULT')])
         seats = row('G1', 二等座='有', 一等座='3'), row('D3', 二等座='有')
         text, = self.look(*seats)
-        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 3 张,二等座有\n', text)
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32：一等座 3 张，二等座有\n', text)
         self.assertNotIn('D3', text)
         self.assertEqual(self.look(*seats), [])             # 还在
         more, = self.look(row('G1', 二等座='5', 一等座='2', 商务座='1'))
-        self.assertIn('11:32:商务座 1 张\n', more)            # 只说新的
-        self.assertEqual(self.look(), [])                   # 一趟车也没有,什么都不算
+        self.assertIn('11:32：商务座 1 张\n', more)            # 只说新的
+        self.assertEqual(self.look(), [])                   # 一趟车也没有，什么都不算
         self.assertIn('没有直达的车', self.say('列表'))
         self.assertEqual(self.look(row('G1', 二等座='5', 一等座='2', 商务座='1')), [])
         self.assertEqual(self.look(*sold), [])
-        self.assertEqual(len(self.look(*seats)), 1)         # 没了,又有了
+        self.assertEqual(len(self.look(*seats)), 1)         # 没了，又有了
         self.restart()
         self.assertEqual(self.look(*seats), [])
-        self.assertIn('1. 北京 → 上海 2026-12-31 G(10:', self.say('列表'))
+        self.assertIn('1. 北京 → 上海 2026-12-31 G（10:', self.say('列表'))
         self.assertEqual(stat.S_IMODE(os.stat(self.state_file()).st_mode), 0o600)
 
     def test_an_alert_that_was_not_sent_is_sent_later(self):
@@ -1869,11 +1958,11 @@ class TicketTests(ExampleCase):
         self.assertEqual(self.railway.paths.count('leftTicket/queryA'), 1)
         self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan'])
         self.look(row('G1', 二等座='有', 一等座='2'), row('G7', 'BJP', 一等座='2'), after=16)
-        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32:一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
-        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南,不是北京
+        self.assertIn('G1 北京南 07:00 → 上海虹桥 11:32：一等座 2 张\n', self.wecom.messages[-1]['text']['content'])
+        self.assertNotIn('G7', self.wecom.messages[-1]['text']['content'])      # 北京南，不是北京
         self.assertEqual([m['touser'] for m in self.wecom.messages], ['zhangsan', 'lisi'])
         before = len(self.railway.paths)
-        self.look(after=16)                                 # 两条路线都看过了,没到一分钟
+        self.look(after=16)                                 # 两条路线都看过了，没到一分钟
         self.assertEqual(len(self.railway.paths), before)
 
     def test_requests_keep_their_distance_and_a_new_path_is_followed(self):
@@ -1902,7 +1991,7 @@ class TicketTests(ExampleCase):
                 self.look(after=90 if not waits else 0)
             self.assertIn('12306 refused %d times' % (len(waits) + 1), logs.output[0])
             waits.append(self.watcher.railway.not_before - self.clock)
-            self.assertIn('12306 现在不答应', self.say('列表'))
+            self.assertRegex(self.say('列表'), '12306 现在不答应：.+。[0-9]+ 秒以后再问')
             self.look(after=waits[-1] - 1)                  # 还没到时候
             self.assertEqual(len(self.railway.paths), 3 + len(waits))
             self.clock += 61
@@ -1923,26 +2012,66 @@ class TicketTests(ExampleCase):
         self.wecom.script('message/send', {'errcode': 45009, 'errmsg': 'x'})
         with self.assertLogs('easywechat', 'ERROR'):
             self.look(after=15 * 86400)
-        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了,不再监控'])
+        self.assertEqual(self.look(), ['北京 → 上海 2027-01-05 过了，不再监控'])
         self.assertEqual(self.say('列表'), '没有在监控的')
 
+    def test_what_people_type(self):
+        """今天是 2026-12-20，星期天。"""
+        for said, date in [
+                ('2026-12-31', 0), ('2026/12/31', 0), ('2026.12.31', 0), ('2026年12月31日', 0), ('20261231', 0),
+                ('12-31', 0), ('12/31', 0), ('12.31', 0), ('12月31日', 0), ('12月31号', 0), ('31号', 0), ('31日', 0),
+                ('1-5', '2027-01-05'), ('5号', '2027-01-05'), ('12-19', '2027-12-19'), ('今天', '2026-12-20'),
+                ('明天', '2026-12-21'), ('后天', '2026-12-22'), ('大后天', '2026-12-23'), ('周日', '2026-12-20'),
+                ('周五', '2026-12-25'), ('星期六', '2026-12-26'), ('礼拜天', '2026-12-20'), ('下周五', '2026-12-25'),
+                ('下下周一', '2026-12-28'), ('这周日', '2026-12-20'), ('12\u300231', 0)]:
+            for typed in said, wide(said):
+                text = self.say('监控 北京 上海 ' + typed)
+                self.assertTrue(text.startswith('开始监控 北京 → 上海 %s，' % (date or '2026-12-31')), (typed, text))
+                self.say('取消')
+        for said in [
+                '监控 北京 上海 12-31 G1 二等座\u3002', '监控 北京,上海,12-31,g1,二等',
+                '监控\uff1a北京\u3001上海;12月31日 G1次 二等座!',
+                '监控\u3000北京到上海\u300012-31\u3000G1\u3000二等座', '监控从北京到上海12月31号的G1二等座',
+                ' 监控 12-31 G1 北京\u2014上海 二等座', '监控 北京站 上海站 2026-12-31 G1 二等座\n',
+                '监控 北京-上海-12-31 G1 二等', '监控 G1 二等 12/31 北京至上海?']:
+            for typed in said, wide(said):
+                self.assertIn('开始监控 北京 → 上海 2026-12-31 G1 二等座，', self.say(typed), typed)
+                self.say('取消全部。')
+        self.assertIn('2026-12-31 G 1461，', self.say('监控 北京 上海 31号 高铁 1461'))
+        self.railway_stations('到保', '从江')
+        self.assertIn('到保 → 从江', self.say('监控 到保 从江 31号'))
+
+    def railway_stations(self, *names):
+        self.watcher.railway.stations.update({name: (name, name) for name in names})
+
     def test_wrong_input_gets_a_sentence(self):
+        usage = '写成：监控 北京 上海 12-31，'
         for text, answer in [
-                ('你好', '监控 北京 上海 2026-12-31:有票了'), ('监控 北京', '写成:监控 北京 上海'),
-                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站,有:上海虹桥'),
-                ('监控 北京站 北京 2026-12-31', '同一个车站'), ('监控 北京 上海 2026-02-30', '「2026-02-30」不对'),
-                ('监控 北京 上海 2026-12-19', '已经过了'), ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」'),
-                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京,上海,2026-12-31,g1,二等', '开始监控'),
-                ('监控 北京 上海 2026-12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'),
-                ('取消 一', '写成:取消 2')]:
+                ('你好', '监控 北京 上海 12-31：有票了'), ('', '监控 北京 上海 12-31：有票了'), ('监控', usage),
+                ('监控 北京', usage), ('监控 北京 上海', usage), ('监控 北京 上海 12-30 12-31', usage),
+                ('监控 12-31 G1', usage),
+                ('监控 北京 虹桥 2026-12-31', '没有「虹桥」这个车站，有：上海虹桥'),
+                ('监控 北京站 北京 2026-12-31', '同一个车站'),
+                ('监控 北京 上海 2026-02-30', '没有「2026-02-30」这一天'),
+                ('监控 北京 上海 12-32', '没有「12-32」这一天'), ('监控 北京 上海 13月1日', '没有「13月1日」这一天'),
+                ('监控 北京 上海 32号', '没有「32号」这一天'), ('监控 北京 上海 20261301', '没有「20261301」这一天'),
+                ('监控 北京 上海 2026-12-19', '2026-12-19 已经过了'), ('监控 北京 上海 这周六', '2026-12-19 已经过了'),
+                ('监控 北京 上海 12-1-2026', '看不懂「12」：车次写 G'), ('监控 北京 上海 26-12-31', '看不懂「26」'),
+                ('监控 北京 上海 2026-12-31 最快', '看不懂「最快」：车次写 G'),
+                ('监控 北京 上海 12-31 8:00', '看不懂「8:00」：车次写 G'),
+                ('取消', '没有在监控的'), ('列表', '没有在监控的'), ('监控 北京 上海 2026-12-31 g1 二等', '开始监控'),
+                ('监控 北京 上海 12-31 G1 二等座', '已经在看了'), ('取消 2', '现在有 1 个'), ('取消 0', '写成：取消 2'),
+                ('取消 北京', '写成：取消 2'), ('取消 十一', '写成：取消 2'), ('取消 二', '写成：取消 2')]:
             self.assertIn(answer, self.say(text), text)
         for n in range(9):
             self.say('监控 天津 上海 2026-12-31 G%d' % n)
         self.assertIn('最多监控 10 个', self.say('监控 天津 上海 2026-12-31 K1'))
         self.assertIn('开始监控', self.say('监控 天津 上海 2026-12-31 K1', user='lisi'))
-        self.assertEqual(self.say('取消 2'), '取消了:\n天津 → 上海 2026-12-31 G0')
-        self.assertEqual(self.say('取消').count('\n'), 9)
-        self.assertEqual((self.say('列表'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
+        self.assertEqual(self.say('取消2。'), '取消了：\n天津 → 上海 2026-12-31 G0')
+        self.assertEqual(self.say('取消 第一个'), '取消了：\n北京 → 上海 2026-12-31 G1 二等座')
+        self.assertEqual(self.say('取消1和第3个'), '取消了：\n天津 → 上海 2026-12-31 G1\n天津 → 上海 2026-12-31 G3')
+        self.assertEqual(self.say('取消').count('\n'), 6)
+        self.assertEqual((self.say('列表。'), self.say('列表', user='lisi')[:2]), ('没有在监控的', '1.'))
 
     def test_a_broken_state_file_is_set_aside(self):
         for text in '{', '{"watches": [{"user": "x"}]}', '[]':
@@ -1956,7 +2085,8 @@ class TicketTests(ExampleCase):
         self.railway.mode = 500, '', 'text/html'
         with self.assertLogs('easywechat', 'WARNING'):
             self.restart()
-        self.assertIn('没有车站表', self.say('监控 北京 上海 2026-12-31'))
+        self.assertIn('还没有 12306 的车站表：resources/js/framework/station_name.js 返回 HTTP 500。过几分钟',
+                      self.say('监控 北京 上海 2026-12-31'))
 
     def test_the_state_is_written_when_it_changed(self):
         self.say('监控 北京 上海 2026-12-31')
@@ -1977,18 +2107,18 @@ class TicketTests(ExampleCase):
         self.config(touser='')                  # 谁的监控就发给谁
         self.serve(ticket_watcher.main, lambda: (
             self.see(2), self.until(lambda: '开始监控' in self.say(command))), '--base', self.railway.url + '/')
-        self.assertEqual(self.see(3)[1], ('text', '北京 → 上海 2020-12-31 过了,不再监控'))
+        self.assertEqual(self.see(3)[1], ('text', '北京 → 上海 2020-12-31 过了，不再监控'))
         self.restart()
         self.assertEqual([ticket_watcher.describe(watch) for watch in self.watcher.watches], [route])
 
 
 class FakeLlm:
-    """OpenAI 兼容的接口:下一个回答在 ``script`` 里,一个一个片段地流出来;没有了就数这是第几问。"""
+    """OpenAI 兼容的接口：下一个回答在 ``script`` 里，一个一个片段地流出来；没有了就数这是第几问。"""
 
     key = 'sk-' + PLANTED
 
     def __init__(self, case):
-        self.script, self.asked, self.gate = [], [], threading.Event()
+        self.script, self.asked, self.bodies, self.gate = [], [], [], threading.Event()
         self.url = stand_in(case, self.answer) + '/v1'
         case.addCleanup(self.gate.set)
 
@@ -1997,6 +2127,7 @@ class FakeLlm:
         if handler.headers['Authorization'] != 'Bearer ' + self.key or body['stream'] is not True:
             handler.send_error(418)
             return
+        self.bodies.append(body)
         self.asked.append([m['content'] for m in body['messages']])
         step = self.script.pop(0) if self.script else ['答 %d' % len(self.asked)]
         if isinstance(step, int):
@@ -2023,7 +2154,7 @@ class FakeLlm:
         handler.wfile.write(b'0\r\n\r\n')
 
     def send(self, handler, data):
-        """一个事件,七个字节一块:总有断在一个字中间的。"""
+        """一个事件，七个字节一块：总有断在一个字中间的。"""
         data = ('data: %s\r\n\r\n' % data).encode('utf-8')
         for n in range(0, len(data), 7):
             handler.wfile.write(b'%x\r\n%s\r\n' % (len(data[n:n + 7]), data[n:n + 7]))
@@ -2035,13 +2166,18 @@ class LlmTests(ExampleCase):
         super().setUp()
         self.llm = FakeLlm(self)
         self.endpoint = llm_bot.Endpoint(self.llm.key, self.llm.url, 'm')
-        self.chat = llm_bot.Chat(self.endpoint.stream, 'system')
-        self.bot(llm_bot.register, self.chat)
+        self.bot(self.begin)
 
-    def pushed(self, count):
-        """等到主动发来了 ``count`` 条。"""
-        self.until(lambda: len(self.wecom.messages) >= count)
-        return [m['text']['content'] for m in self.wecom.messages]
+    def begin(self, server, tools=None):
+        self.chat = llm_bot.Chat(server, self.endpoint.stream, 'system', tools)
+        llm_bot.register(server, self.chat)
+
+    def hear(self, text, count=1, user='zhangsan'):
+        """说一句，等到 ``count`` 条 → 它们的文字。"""
+        inbox, before = self.wecom.inbox[user], len(self.wecom.inbox[user])
+        self.say(text, user)
+        self.until(lambda: len(inbox) >= before + count)
+        return [content for _, content in inbox[before:]]
 
     def test_a_short_answer_is_the_passive_reply_and_the_history_is_sent(self):
         self.llm.script = [['你', '好', '😀', '!'], ['', '再见']]
@@ -2051,59 +2187,123 @@ class LlmTests(ExampleCase):
         self.assertEqual(self.llm.asked[1:], [['system', '在吗', '你好😀!', '走了'], ['system', '谁']])
         self.assertEqual(self.wecom.messages, [])
 
-    def test_a_long_answer_comes_in_parts_while_it_is_written(self):
-        parts = ['第 %d 段。%s' % (n, '长长的话,' * 60) for n in range(4)]
+    def test_a_long_answer_comes_in_paragraphs_while_it_is_written(self):
+        parts = ['第 %d 段。%s' % (n, '长长的话，' * 60) for n in range(4)]
         parts[2] = '```\n' + 'a\n\n' * 200 + '```'
         pieces = [piece for part in parts for piece in (part[:99], part[99:], '\n', '\n')]
         self.llm.script = [pieces[:8] + [None] + pieces[8:]]
-        self.assertIsNone(self.say('讲讲'))
-        self.assertEqual(self.pushed(2), parts[:2])             # 后面的还没有写
+        self.assertEqual(self.hear('讲讲', 2), parts[:2])        # 后面的还没有写
         self.assertIn('还没答完', self.say('快点'))
         self.assertEqual(self.say('你呢', user='lisi'), '答 2')
         self.llm.gate.set()
-        self.assertEqual(self.pushed(4), parts)
+        self.assertTrue(self.until(lambda: '\n\n'.join(m['text']['content'] for m in self.wecom.messages)
+                                   == '\n\n'.join(parts)))
+        self.assertTrue(self.until(lambda: not self.chat._busy))
         self.say('然后')
         self.assertEqual(self.llm.asked[-1][1:], ['讲讲', ''.join(pieces), '然后'])
 
-    def test_an_endless_paragraph_is_cut_between_sentences(self):
-        text = ''.join('第 %d 句话在这里,没有空行。' % n for n in range(200))
-        self.llm.script = [[text[n:n + 10] for n in range(0, len(text), 10)]]
-        self.say('讲讲')
-        self.assertTrue(self.until(lambda: ''.join(self.pushed(5)) == text))
-        for part in self.pushed(0):
-            self.assertTrue(part.endswith('。') and len(part.encode('utf-8')) <= 2048, part)
-
     def test_trouble_is_a_sentence_and_what_came_is_delivered(self):
         key, cut = self.llm.key, '{"choices": [{"delta": {}, "finish_reason": "length"}]}'
-        for step, sentence in [
-                (401, '(接口不认这个密钥 (401)'), (429, '(问得太快,或额度用完了 (429)'), (503, '(接口出错了 (503)'),
-                (302, '(接口不收这个问题 (302)'), (400, '(接口不收这个问题 (400)'), ([...], '(回答没有完就断了)'),
-                (['一半', ...], '一半\n\n(回答没有完就断了)'), (['一半', cut], '一半\n\n(太长,没有说完)'),
-                (['{"error": {"message": "%s"}}' % key], '(接口出错了)'), (['{x'], '(接口答的看不懂)'),
-                (['{"choices": ["%s"]}' % key], '(接口答的看不懂)')]:
+        for step, *expected in [
+                (401, '（密钥不对：改 config.ini 里 [llm] 的 api_key，或环境变量 OPENAI_API_KEY，再重新启动）'),
+                (429, '（问得太快，或额度用完了：过一会儿再问）'), (503, '（接口出错了 (503)：过一会儿再问）'),
+                (404, '（没有这个接口或模型：看 [llm] 的 base_url 和 model）'),
+                (302, '（接口不收这个问题 (302)：模型也许不会看图片、用工具，为什么在日志里）'),
+                ([...], '（回答没有完就断了：再问一次）'), (['一半', ...], '一半', '（回答没有完就断了：再问一次）'),
+                (['一半', cut], '一半', '（太长，没有说完：可以说「接着说」）'),
+                (['{"error": {"message": "%s"}}' % key], '（接口出错了：过一会儿再问）'),
+                (['{x'], '（接口答的看不懂：看 [llm] 的 base_url 对不对）'),
+                (['{"choices": ["%s"]}' % key], '（接口答的看不懂：看 [llm] 的 base_url 对不对）')]:
             self.llm.script = [step]
             with self.assertLogs('easywechat', 'ERROR') as logs:
-                self.assertIn(sentence, self.say('在吗'))
+                self.assertEqual(self.hear('在吗', len(expected)), expected)
             self.assertEqual(len(logs.output), 1)
             self.assertNotIn(PLANTED, logs.output[0])
         self.assertEqual(self.llm.asked[-1][1:], ['在吗', '一半'] * 2 + ['在吗'])      # 没有答的不记
         self.llm.script = [['']]
-        self.assertEqual(self.say('在吗'), '(没有回答)')
+        self.assertEqual(self.say('在吗'), '（没有回答：再问一次）')
 
     def test_a_silent_or_missing_endpoint_is_a_sentence(self):
         self.endpoint.timeout = 0.1
         self.llm.script = [['一半', None]]
         with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(self.say('在吗'), '一半\n\n(接口太久没有回答)')
+            self.assertEqual(self.hear('在吗', 2), ['一半', '（接口太久没有回答：再问一次）'])
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))        # 没有人听
-            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % s.getsockname()[1], 'm').stream
+            port = s.getsockname()[1]
+            self.chat._stream = llm_bot.Endpoint('k', 'http://127.0.0.1:%d' % port, 'm').stream
             with self.assertLogs('easywechat', 'ERROR'):
-                self.assertEqual(self.say('在吗'), '(和接口的连接断了)')
+                self.assertIn('（连不上 127.0.0.1:%d：' % port, self.say('在吗'))
         self.chat._stream = self.endpoint.stream
         self.endpoint.most = 3
         self.llm.script = [['一二三', '四', '五']]
-        self.assertEqual(self.say('在吗'), '一二三四\n\n(太长了,后面的不要了)')
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertEqual(self.hear('在吗', 2), ['一二三四', '（太长了，后面的不要了）'])
+
+    def test_a_picture_is_seen_once_and_its_words_are_kept(self):
+        png = b'\x89PNG\r\n\x1a\n' + b'x' * 99
+        media = self.wecom.keep('image', 'a.png', png)
+        self.llm.script = [['一只猫']]
+        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId=media, PicUrl='x')
+        self.assertEqual(reply['Content'], '一只猫')
+        text, picture = self.llm.asked[-1][-1]
+        url = 'data:image/png;base64,' + base64.b64encode(png).decode()
+        self.assertEqual((text['text'], picture['image_url']), ('（一张图片）', {'url': url}))
+        self.say('什么颜色')
+        self.assertEqual(self.llm.asked[-1], ['system', '（一张图片）', '一只猫', '什么颜色'])
+        self.assertEqual(os.listdir(self.tmp), [])
+        with self.assertLogs('easywechat', 'ERROR'):
+            reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='nosuch', PicUrl='x')
+        self.assertRegex(reply['Content'], '^（图片没有下载成：.*media_id')
+        reply = self.wecom.deliver(self.callback_url, MsgType='video', MediaId='M')
+        self.assertEqual(reply['Content'], '只看得懂文字和图片')
+
+    def test_an_intelligent_robot_grows_a_bubble_and_sees_pictures_among_words(self):
+        server = WeChatServer('test', **self.wecom.bot_settings)
+        self.begin(server)
+        server.start('127.0.0.1', 0)
+        self.addCleanup(server.stop)
+        bot = self.wecom.bot
+        self.assertTrue(self.until(lambda: bot.connected))
+        self.llm.script = [['一', '\n\n二', None, '三']]
+        bot.say(mixed=['这是什么', b'\xff\xd8' + b'x' * 99])
+        self.assertTrue(self.until(lambda: bot.bubbles and bot.bubbles[0]['text'] == '一\n\n二'))
+        self.llm.gate.set()
+        self.assertTrue(self.until(lambda: bot.bubbles[0]['finished']))
+        self.assertEqual((bot.bubbles[0]['text'], len(bot.bubbles)), ('一\n\n二三', 1))
+        text, picture = self.llm.asked[-1][-1]
+        self.assertEqual((text['text'], picture['type']), ('这是什么', 'image_url'))
+        def no_aes():
+            raise ImportError('没有 AES')
+        with self.assertLogs('easywechat', 'ERROR'), swapped(easywechat, '_aes', no_aes):
+            bot.say(image=b'\xff\xd8' + b'x' * 99)
+            self.assertTrue(self.until(lambda: len(bot.bubbles) == 2 and bot.bubbles[1]['finished']))
+        self.assertRegex(bot.bubbles[1]['text'], '^（图片没有下载成：.*没有 AES')
+        bot.say(voice='清除。')
+        self.assertTrue(self.until(lambda: len(bot.bubbles) == 3 and bot.bubbles[2]['finished']))
+        self.assertEqual(bot.bubbles[2]['text'], '好，都忘了')
+
+    def test_the_model_may_look_at_the_machine_for_its_owner_only(self):
+        self.bot(self.begin, llm_bot.TOOLS, touser='ZhangSan|wangwu')
+        ask = ['{"choices": [{"delta": {"tool_calls": [{"index": 0, %s}]}, "finish_reason": %s}]}' % pair for pair in (
+            ('"id": "c", "function": {"name": "machine_state", "arguments": ""}', 'null'),
+            ('"function": {"arguments": "{}"}', '"tool_calls"'))]
+        self.llm.script = [['看看。'] + ask, ['很闲']]
+        self.assertEqual(self.say('机器怎么样', user='ZhangSan'), '看看。很闲')
+        first, second = self.llm.bodies
+        self.assertEqual(first['tools'][0]['function']['name'], 'machine_state')
+        self.assertEqual(second['messages'][-2]['tool_calls'], [
+            {'id': 'c', 'type': 'function', 'function': {'name': 'machine_state', 'arguments': '{}'}}])
+        self.assertEqual((second['messages'][-1]['role'], second['messages'][-1]['tool_call_id']), ('tool', 'c'))
+        self.assertIn(' 的状态', second['messages'][-1]['content'])
+        self.llm.script = [ask] * 4                     # 没完没了地看
+        self.assertIn('没有回答', self.say('再看'))
+        self.assertEqual([('tools' in body) for body in self.llm.bodies[2:]], [True, True, True, False])
+        self.say('我呢', user='lisi')
+        self.assertNotIn('tools', self.llm.bodies[-1])
+        self.llm.script = [[ask[0].replace('machine_state', 'rm'), ask[1]]]
+        with self.assertLogs('easywechat', 'ERROR'):
+            self.assertIn('看不懂', self.say('删掉'))
 
     def test_a_trickle_ends_at_the_limit(self):
         endpoint = llm_bot.Endpoint('k', stand_in(self, trickle), 'm')
@@ -2112,9 +2312,9 @@ class LlmTests(ExampleCase):
         railway.timeout = 0.2
         begin = time.monotonic()
         with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(llm_bot.Trouble):
-            list(endpoint.stream([]))
+            list(endpoint.stream([], {}))
         with self.assertLogs('easywechat', 'WARNING'), self.assertRaises(ticket_watcher.Refused):
-            railway.load()
+            railway.ask()
         self.assertLess(time.monotonic() - begin, 4)
 
     def test_it_forgets_when_told_and_after_a_while_and_the_oldest(self):
@@ -2127,7 +2327,7 @@ class LlmTests(ExampleCase):
         now[0] += 1801
         self.say('三')
         self.assertEqual(self.llm.asked[-1], ['system', '三'])
-        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.assertEqual(self.say('清除。'), '好，都忘了')
         self.say('四')
         self.assertEqual(self.llm.asked[-1], ['system', '四'])
         self.chat.turns = 2
@@ -2151,14 +2351,12 @@ class LlmTests(ExampleCase):
         thread = threading.Thread(target=self.say, args=('讲讲',))
         thread.start()
         self.until(lambda: self.llm.asked)
-        self.assertEqual(self.say('清除'), '好,都忘了')
+        self.assertEqual(self.say('清除。'), '好，都忘了')
         self.llm.gate.set()
         thread.join()
         self.assertEqual(self.wecom.inbox['zhangsan'][-1], ('text', '一二'))
         self.say('好')
         self.assertEqual(self.llm.asked[-1], ['system', '好'])
-        reply = self.wecom.deliver(self.callback_url, MsgType='image', MediaId='M')
-        self.assertEqual(reply['Content'], '只看得懂文字')
 
     def test_the_last_answer_is_remembered_however_long(self):
         self.chat.characters = 100
@@ -2178,8 +2376,7 @@ class LlmTests(ExampleCase):
     def test_the_section_of_the_file_comes_before_the_environment(self):
         self.config('[llm]\napi_key = "%s"\nbase_url = %s/\n' % (self.llm.key, self.llm.url))
         with environment(**dict(os.environ, OPENAI_API_KEY='x', OPENAI_MODEL='m')):
-            self.chat._stream = llm_bot.find_endpoint().stream
-        self.assertEqual(self.say('在吗'), '答 1')
+            self.assertEqual(llm_bot.find_settings(), [self.llm.key, 'm', self.llm.url + '/', 'no'])
 
 
 class ExampleTests(ExampleCase):
@@ -2187,40 +2384,66 @@ class ExampleTests(ExampleCase):
 
     needed = {llm_bot: 'corpid token', ticket_watcher: 'corpid token secret agentid',
               monkey_monitor: 'corpid token secret agentid touser',
-              nas_monitor: 'corpid token secret agentid touser'}
+              nas_monitor: 'corpid secret agentid touser'}
 
     def check(self, code, words, *args, examples=needed, **env):
-        """都以 ``code`` 结束,说一行,里面有 ``words`` (正则式)。"""
+        """都以 ``code`` 结束，说一行，里面有 ``words``（正则式）。"""
         env = dict(dict(OPENAI_API_KEY='k', OPENAI_MODEL='m', OPENAI_BASE_URL=''), **env)
         for example in examples:
             got, err = self.run_main(example.main, *args, **env)
             self.assertEqual((got, err.count('\n')), (code, 1), err)
-            self.assertRegex(err, '^%s: .*%s' % (example.__name__, words))
+            self.assertRegex(err, '^(%s:|EasyWeChat) .*%s' % (example.__name__, words))
 
     def test_a_missing_key_is_named(self):
         for example, keys in self.needed.items():
             for key in keys.split():
                 self.config(**{key: ''})
-                self.check(2, r'没有写 %s：写进 config.ini.*，或环境变量 EASYWECHAT_%s\n' % (key, key.upper()),
-                           examples=[example])
+                for args in [], ['--once'] * (example is nas_monitor):
+                    self.check(2, r'没有写 %s：写进 config.ini.*，或环境变量 EASYWECHAT_%s\n' % (key, key.upper()),
+                               *args, examples=[example])
 
     def test_what_else_is_wrong_is_one_line(self):
         self.config('[nas]\nreport =\n')
-        self.check(2, 'port must be 0-65535', '--port', '99999')
+        self.check(2, '不能监听 0.0.0.0 的 99999 端口，.*端口是 0 到 65535', '--port', '99999')
         with socket.socket() as s:
             s.bind(('0.0.0.0', 0))
             s.listen(1)
             port = str(s.getsockname()[1])
-            self.check(3, 'cannot listen on 0.0.0.0 port %s: .*; --port takes another\n' % port, '--port', port)
-        self.check(2, '--base takes http', '--base', 'kyfw.12306.cn', examples=[ticket_watcher])
-        self.check(2, 'cannot write ', examples=[ticket_watcher], XDG_STATE_HOME=os.path.join(os.devnull, 'x'))
-        self.check(2, r'OPENAI_API_KEY is missing: set it, or api_key in \[llm\] of config.ini\n',
-                   examples=[llm_bot], OPENAI_API_KEY='')
-        self.check(2, 'OPENAI_BASE_URL is not as it should be', examples=[llm_bot], OPENAI_BASE_URL=PLANTED)
+            self.check(2, '不能监听 0.0.0.0 的 %s 端口，已经有程序在用：停掉它，或换一个端口\n' % port, '--port', port)
+        self.check(2, '--base 要写成 http://… 或 https://…\n', '--base', 'kyfw.12306.cn', examples=[ticket_watcher])
+        self.check(2, '写不了 .*；用环境变量 XDG_STATE_HOME 指定', examples=[ticket_watcher],
+                   XDG_STATE_HOME=os.path.join(os.devnull, 'x'))
+        self.check(2, r'api_key 没有写：.*写进 config.ini 的 \[llm\]，或环境变量 OPENAI_API_KEY\n', examples=[llm_bot],
+                   OPENAI_API_KEY='')
+        self.check(2, 'base_url 不对：', examples=[llm_bot], OPENAI_BASE_URL=PLANTED)
+        self.check(2, 'tools 不对：', examples=[llm_bot], OPENAI_TOOLS='maybe')
         self.config('x')
         self.check(2, 'config.ini 第 [0-9]+ 行')
         os.unlink(os.environ['EASYWECHAT_CONFIG'])
         self.check(2, '没有找到配置，找过：')
+
+    def test_they_import_on_a_small_system_and_say_what_is_missing(self):
+        """OpenWrt 的 python3-light 没有的：示例都能导入；https 连不上，说装什么。"""
+        code = """import sys
+for name in '%s'.split():
+    sys.modules[name] = None
+sys.path[:0] = ['.', 'examples']
+import easywechat, llm_bot, monkey_monitor, nas_monitor, ticket_watcher, demo
+sys.stdout = open(1, 'w', encoding='utf-8')
+try:
+    list(llm_bot.Endpoint('k', 'https://127.0.0.1:9', 'm').stream([], {}))
+except llm_bot.Trouble as e:
+    print(e)
+try:
+    ticket_watcher.Railway('https://127.0.0.1:9').ask()
+except ticket_watcher.Refused as e:
+    print(e)
+print(nas_monitor.report())""" % (
+            'asyncio bz2 cgitb ctypes curses dbm decimal distutils email.mime gdbm logging lzma multiprocessing pydoc '
+            'readline sqlite3 ssl _ssl unicodedata unittest uuid venv zoneinfo')
+        out = subprocess.check_output([sys.executable, '-c', code], cwd=HERE, stderr=subprocess.DEVNULL).decode('utf-8')
+        self.assertEqual(len(re.findall('连不上 127.0.0.1:9：这个 Python 没有 ssl.*python3-openssl', out)), 2, out)
+        self.assertIn(' 的状态\n', out)
 
     def test_help_needs_no_terminal_that_can_show_chinese(self):
         env = dict(os.environ, PYTHONIOENCODING='ascii')
