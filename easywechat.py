@@ -2205,10 +2205,10 @@ _NETWORK_ADVICE = (
     ('certificate (is not yet valid|has expired)', '多半是这台机器的时钟不对：先校时 (NTP)'),
     ('unable to get (local )?issuer|self.signed', '没有 CA 证书：opkg install ca-bundle，或 apt / apk '
      'install ca-certificates；中转用自己的证书时，在 config.ini 里写 ca_file'),
-    ('(?i)mismatch|hostname', '证书不是这个域名的：看 api_base 写对没有'),
-    ('CERTIFICATE_VERIFY_FAILED', '证书验证不了：时钟不对 (NTP)，没有 CA 证书 (ca-bundle、ca-certificates)，api_base '
+    ('(?i)mismatch|hostname', '证书不是这个域名的：看地址写对没有'),
+    ('CERTIFICATE_VERIFY_FAILED', '证书验证不了：时钟不对 (NTP)，没有 CA 证书 (ca-bundle、ca-certificates)，地址'
      '不是这个域名，或中转用自己的证书 (ca_file)'),
-    ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到：看网络通不通，api_base 写对没有'),
+    ('getaddrinfo|Name or service|name resolution|not known', 'DNS 查不到：看网络通不通，地址写对没有'),
     ('(?i)SOCKS|代理不行', '代理 (https_proxy、all_proxy) 要是 http:// 的，例如 privoxy；'
      '或把 qyapi.weixin.qq.com 写进 no_proxy'),
     ('WRONG_VERSION_NUMBER|RECORD_LAYER', '那里是明文的 http，不是 https：看网址写对没有'),
@@ -3747,6 +3747,9 @@ class Replies(_Results):
             if reply:
                 del rest[n]
                 break
+        if self._owner.debug and rest and not reply and self._can_send() is False:
+            why = _message_of('（这条答复要主动发送：配上 secret、agentid 和可信IP）', 'text')
+            reply = parcel.passive(why, self._owner._now())
         if not run.conclude(reply or b'') and reply:
             logger.warning('no delivery waited：消息 %s（%s）的答复用了 %.0f 秒，企业微信已经不等了；'
                            '配上 secret、agentid 和可信IP，就能主动发送', _show(parcel.id), _show(parcel.user),
@@ -3861,7 +3864,7 @@ class Dispatcher:
             raise ConfigError('route_name 只能用 A-Z a-z 0-9 _ . ~ - 和 /，例如 weixin')
         #: 加解密，`WXBizMsgCrypt`；只连长连接的没有。
         self.wxcpt = next(iter(self._crypts.values()), None)    # type: ignore[assignment]
-        #: 为真时，回调出错会把 traceback 的最后一行作为文本回给用户。
+        #: 为真时，出错的那一行（traceback 的最后一行）、为什么送不到，作为文本回给用户。
         self.debug = False
         #: 认领过的消息放在哪里。
         self.store = MemoryStore() if store is None else _steady(store, self)
@@ -5529,6 +5532,7 @@ def _bot_download(caller, handle, folder):
         key = binascii.a2b_base64(aeskey + '=' * (-len(aeskey) % 4))
     if len(key) != 32:
         raise CryptoError(ierror.WXBizMsgCrypt_IllegalAesKey, 'no aeskey：这个文件没有带着能用的 aeskey')
+    _aes()                              # 没有装，现在就说
     attempt = _Attempt(_FETCHES, caller._urllib(), url, None, {}, caller.media_within, caller.connect_within, 3)
 
     def write(f):

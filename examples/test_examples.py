@@ -1373,14 +1373,18 @@ class DemoTests(ExampleCase):
 
     def test_a_menu_that_is_refused_is_told(self):
         self.bot(demo.register)
-        self.wecom.trusted = False
-        self.assertIn('菜单没有建成：出口 IP 不可信', self.say('菜单'))
+        self.server.debug, self.wecom.trusted = True, False
+        self.assertIn('出口 IP 不可信', self.say('菜单'))
 
     def test_the_three_keys_are_enough(self):
         self.bot(demo.register, secret='', agentid='')
+        self.server.debug = True
         self.assertEqual(self.say('你好'), '你好（第 1 句）')
-        for text in '菜单', '按钮', '文件':
-            self.assertIn('写上 secret 和 agentid', self.say(text))
+        self.assertIn('没有写 secret', self.say('菜单'))
+        for text in '按钮', '文件':
+            self.assertEqual(self.say(text), '（这条答复要主动发送：配上 secret、agentid 和可信IP）')
+        self.server.debug = False
+        self.assertIsNone(self.say('按钮'))
 
     def test_everything_it_does_as_an_intelligent_robot(self):
         for mode in 'ws', 'json':
