@@ -1087,7 +1087,7 @@ def _sources(appname, path, settings, unknown):
     if path:
         ini = _read_ini(path)
         if appname not in ini and not settings:
-            names = ['[%s]' % name for name in ini if re.fullmatch(r'[\w .-]{1,32}', name)]
+            names = ['[%s]' % name for name in ini if re.fullmatch(r'(?!system$)[\w .-]{1,32}', name)]
             raise ConfigError('%s 里没有 [%s] 这一节，%s' % (
                 path, appname, '有的是 %s：节名和程序里的名字要一样，大小写也是' % '、'.join(names) if ini else
                 '是空的；删掉它，再执行 ' + _command('--init')))
@@ -6939,11 +6939,11 @@ def _check_settings(settings):
     yield from _check_files(settings)
     for text in settings.unknown:
         yield False, text
-    for keys, use in (('corpid token encoding_aes_key bot_id', WeChatServer), ('secret', WeChatClient),
+    for keys, use in (('corpid token encoding_aes_key bot_id', WeChatServer), ('corpid secret', WeChatClient),
                       ('robot', functools.partial(WeChatRobot, None)),
                       ('log_path', lambda settings: _log_file(settings).close())):
         try:
-            if any(settings[key] for key in keys.split()[-3:]) and not bad & set(keys.split()):
+            if any(settings[key] for key in keys.split() if key != 'corpid') and not bad & set(keys.split()):
                 use(settings)
         except ImportError:
             yield None, _AES_INSTALL

@@ -756,6 +756,52 @@ class ConfigTests(unittest.TestCase):
                 self.assertEqual(easywechat.get_section('nas'), {})
 
 
+    def test_the_first_hour(self):
+        """人会写错的：(把什么换成什么，开始服务时说的一句，--check 说的一句)；空的是照常。"""
+        key = SETTINGS['encoding_aes_key']
+        good = ('[demo]\ncorpid = wwABCDEF0123456789\ntoken = QDG6eK\nencoding_aes_key = %s\n'
+                'agentid = 1000002\nsecret = %s\ntouser = zhangsan\n[system]\nlog_path =\n' % (key, 's' * 43))
+        wide = str.maketrans({chr(c): chr(c + 0xfee0) for c in range(33, 127)})
+        odd = '（含空白、全角或不可见字符）'
+        for old, new, start, check in (
+                ('', '', '', ''),
+                ('wwABCDEF0123456789', '', '没有写 corpid：写进 config.ini 的 [demo]', 'corpid 没有写'),
+                ('wwABCDEF0123456789', 'wwABCDEF0123456789'.translate(wide), '', odd + '：应以 ww 开头'),
+                ('wwABCDEF0123456789', 'ww你的企业ID', '', odd + '：应以 ww 开头'),
+                (key, key.translate(wide), '现在是 0 个，还有 43 个别的字符', odd + '：应该恰好是 43'),
+                (key, key[:42], '恰好是 43 个字母和数字，现在是 42 个', '现在有 42 个字符'),
+                (key, key + '=', '现在是 43 个，还有 1 个别的字符', '现在有 44 个字符'),
+                (key, key[:20] + ' ' + key[20:], '现在是 43 个，还有 1 个别的字符', odd), (key, key + '\u200b', '', ''),
+                ('QDG6eK', '"QDG6eK"', '', ''), ('QDG6eK', '\u201cQDG6eK\u201d', '', ''),
+                ('QDG6eK', 'QDG6eK # 注释', '', ''), ('QDG6eK', 't' * 40, '', '至多 32 个字母和数字，现在有 40 个'),
+                ('QDG6eK', '令牌', '', odd + '：应该是至多 32'), ('1000002', '应用', '', odd + '：应该是一个数字'),
+                ('agentid', 'appid', '', ''), ('zhangsan', '张三', '', '应该是「账号」，不是姓名'),
+                ('zhangsan', 'a, b', '', ''), ('encoding_aes_key', 'EncodingAESKey', '', ''),
+                ('secret =', 'CorpSecret =', '', ''),
+                ('token =', 'tokem =', '没有写 token', '没有 tokem 这个键，是不是 token'),
+                ('[demo]', '[Demo]', '没有 [demo] 这一节，有的是 [Demo]：节名和程序里的名字要一样', None),
+                ('log_path =', 'route_name = /weixin/', '', ''),
+                ('log_path =', 'route_name = 微信', 'route_name 只能用', 'route_name 只能用'),
+                ('log_path =', 'log_path = /nosuch/dir', '', '写不了日志 /nosuch/dir/easywechat.log：'),
+                ('agentid', 'robot = 693a91f6-7xxx\nagentid', '', 'Webhook 地址'),
+                ('agentid', 'api_base = vps.example.com\nagentid', '', ''),
+                ('agentid', 'api_base = https://vps example.com\nagentid', 'api_base 应该像', 'api_base 应该像'),
+                ('agentid', 'api_base = https://vps.example.com/?a=1\nagentid', 'api_base 应该像', 'api_base 应该像')):
+            with self.subTest(new[:30]):
+                self.write(good.replace(old, new, 1))
+                said = ''
+                try:
+                    WeChatServer('demo', self.path)
+                except WeChatError as e:
+                    said = str(e)
+                self.assertIn(start, said)
+                self.assertEqual(bool(start), bool(said), said)
+                if check is not None:
+                    found = easywechat._check_settings(get_config('demo', self.path))
+                    bad = [text for fine, text in found if fine is False]
+                    self.assertEqual(len(bad), bool(check) + (new == 'tokem ='), bad)
+                    self.assertIn(check, '\n'.join(bad))
+
     def test_what_a_program_needs_is_named(self):
         self.write('[监控]\ncorpid = ww1\nsecret = s\nbot_id = aib1\n')
         self.assertEqual(get_config('监控', self.path, needs=('corpid', 'secret'))['secret'], 's')
@@ -7125,7 +7171,13 @@ class SendCommandTests(ClientCase):
         for args, code, words in (
                 (['--send', ''], 2, '没有要发的文字'), (['--send-file', '/nosuch'], 2, 'nosuch'),
                 (['--send', 'x', '--to', 'nobody'], 1, '可见范围'),
-                (['--send', 'x', '--robot', '--party', '1'], 2, '--party')):
+                (['--send', 'x', '--robot', '--party', '1'], 2, '--party'),
+                (['--send-file', os.curdir], 2, '这是一个目录'),
+                (['--sned', 'x'], 2, '没有 --sned 这个选项，是不是 --send；'), ([], 2, '没有写要做什么'),
+                (['--send', 'x', '--to'], 2, '--to 后面少了一个值'),
+                (['--explain', 'x'], 2, '--explain 后面应该是数字'),
+                (['--send-file', SOURCE, '--markdown'], 2, '不能和 --send-file 一起用'),
+                (['--echo', '--init'], 2, '不能一起用'), (['--send', 'x', 'y'], 2, '不认得 y；有哪些：')):
             got, out, err = self.run_cli(*args)
             self.assertEqual((got, out), (code, ''), err)
             self.assertRegex(err, r'^easywechat: [^\n]+\n$')
