@@ -1,5 +1,5 @@
-// The bot of interop_aibot.py in Node: interop_aibot.js node URL BOT_ID SECRET is npm's @wecom/aibot-node-sdk,
-// interop_aibot.js json TOKEN KEY answers JSON callbacks with npm's @wecom/crypto and prints its URL.
+// The bot of sdks.py in Node: sdks.js node URL BOT_ID SECRET is npm's @wecom/aibot-node-sdk,
+// sdks.js json TOKEN KEY answers JSON callbacks with npm's @wecom/crypto and prints its URL.
 const crypto = require('crypto');
 const http = require('http');
 

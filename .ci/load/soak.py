@@ -15,7 +15,7 @@ import time
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir, 'examples'))
+sys.path.insert(0, os.path.join(HERE, os.pardir, os.pardir, 'examples'))
 
 import simulator  # noqa: E402
 
@@ -30,7 +30,7 @@ kinds = {'slow': lambda: time.sleep(5) or 'slow', 'fail': lambda: 1 / 0, 'five':
 server.register_callback('*', lambda msg: kinds.get(msg['Content'], lambda: msg)())
 easywechat.logging.getLogger('easywechat').setLevel('CRITICAL')
 server.run('127.0.0.1', 0)
-''' % os.path.join(HERE, os.pardir)
+''' % os.path.join(HERE, os.pardir, os.pardir)
 
 
 def figures(pid):

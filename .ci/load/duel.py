@@ -11,7 +11,7 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir, 'examples'))
+sys.path.insert(0, os.path.join(HERE, os.pardir, os.pardir, 'examples'))
 
 import simulator  # noqa: E402
 
@@ -31,7 +31,7 @@ if sys.argv[1] == 'second':
     start = server.bot._session.start
     server.bot._session.start = lambda door=True: start(False)
 server.run()
-''' % (os.path.join(HERE, os.pardir), SCALE)
+''' % (os.path.join(HERE, os.pardir, os.pardir), SCALE)
 
 
 def main():

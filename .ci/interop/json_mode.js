@@ -1,4 +1,4 @@
-// npm's @wecom/crypto plays WeCom against a running bot in JSON mode: interop_json.js PORT TOKEN KEY BOT_ID.
+// npm's @wecom/crypto plays WeCom against a running bot in JSON mode: json_mode.js PORT TOKEN KEY BOT_ID.
 const { getSignature, encrypt, decrypt } = require('@wecom/crypto');
 const [port, token, key, bot] = process.argv.slice(2);
 const url = `http://127.0.0.1:${port}/weixin?`;

@@ -1,8 +1,8 @@
-"""Other people's SDKs as the bot of examples/simulator.py: interop_aibot.py NODE_MODULES.
+"""Other people's SDKs as the bot of examples/simulator.py: sdks.py NODE_MODULES.
 
 Each is a process of its own that connects to the simulator and answers what members say: text, a stream, a card and its
 update, a welcome, a push, an upload, a download. A fourth speaks JSON callbacks with npm's @wecom/crypto.
-interop_aibot.py SDK URL BOT_ID SECRET is such a process; interop_aibot.js the one for Node.
+sdks.py SDK URL BOT_ID SECRET is such a process; sdks.js the one for Node.
 """
 import asyncio
 import hashlib
@@ -179,8 +179,8 @@ def run(name, command, node_modules, uploads=True):
 
 
 def main(node_modules):
-    sys.path[:0] = [os.path.join(HERE, os.pardir), os.path.join(HERE, os.pardir, 'examples')]
-    python, node = [sys.executable, os.path.abspath(__file__)], ['node', os.path.join(HERE, 'interop_aibot.js')]
+    sys.path[:0] = [os.path.join(HERE, os.pardir, os.pardir), os.path.join(HERE, os.pardir, os.pardir, 'examples')]
+    python, node = [sys.executable, os.path.abspath(__file__)], ['node', os.path.join(HERE, 'sdks.js')]
     passed = [run('official', python, node_modules, uploads=False), run('community', python, node_modules),
               run('node', node, node_modules), run('json', node, node_modules)]
     print('SDKs of 智能机器人: %s passed (official Python, community Python, official Node, JSON with @wecom/crypto)'

@@ -1,4 +1,4 @@
-"""The bot that .ci/cluster.py runs behind gunicorn.
+"""The bot that cluster.py runs behind gunicorn.
 
 STORE is a folder or redis:<socket>, RUNS the file where each run of the callback is a line. The message says how long
 the callback takes (Seconds) and what it gives (Kind).
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir))
 
 import easywechat  # noqa: E402
 

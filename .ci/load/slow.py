@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir)
+sys.path.insert(0, ROOT)
 
 import easywechat  # noqa: E402
 
@@ -117,7 +117,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, COUNT + 1000), hard))
     with tempfile.TemporaryDirectory() as folder:
         server = subprocess.Popen(
-            [sys.executable, os.path.join(HERE, os.pardir, 'easywechat.py'), '--echo', '--port', '0'], cwd=folder,
+            [sys.executable, os.path.join(ROOT, 'easywechat.py'), '--echo', '--port', '0'], cwd=folder,
             env=dict(os.environ, PYTHONIOENCODING='utf-8'), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)))
         line = next(line for line in server.stdout if '在监听'.encode() in line)

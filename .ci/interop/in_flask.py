@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir))
+sys.path.insert(0, os.path.join(HERE, os.pardir, os.pardir))
 
 import easywechat  # noqa: E402
 
@@ -20,7 +20,7 @@ def serve():
     app.add_url_rule('/', view_func=lambda: 'the rest of the program')
     server = easywechat.WeChatServer('demo', **easywechat._DEMO)
     server.register_callback('text', lambda msg: msg)
-    with open(os.path.join(HERE, os.pardir, 'README.md'), encoding='utf-8') as f:
+    with open(os.path.join(HERE, os.pardir, os.pardir, 'README.md'), encoding='utf-8') as f:
         block = re.search('```py\n(from werkzeug.*?)```', f.read(), re.S).group(1)
     exec(block, {'app': app, 'server': server})
     web = make_server('127.0.0.1', 0, app, threaded=True)

@@ -15,7 +15,7 @@ import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.join(HERE, os.pardir), os.path.join(HERE, os.pardir, 'examples')]
+sys.path[:0] = [os.path.join(HERE, os.pardir, os.pardir), os.path.join(HERE, os.pardir, os.pardir, 'examples')]
 
 import easywechat  # noqa: E402
 import simulator  # noqa: E402
@@ -44,7 +44,7 @@ class Machine:
     def __init__(self, folder):
         self.folder, self.wecom = folder, simulator.WeCom()
         self.wecom.start()
-        shutil.copy(os.path.join(HERE, os.pardir, 'easywechat.py'), folder)
+        shutil.copy(os.path.join(HERE, os.pardir, os.pardir, 'easywechat.py'), folder)
         self.bot = self.wecom.bot
         self.bot.met.add('zhangsan')
         self.bot.per_minute = self.bot.subscribes = 10 ** 9

@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.join(HERE, os.pardir)
+ROOT = os.path.join(HERE, os.pardir, os.pardir)
 
 
 def run(args, env, folder, stdin=os.devnull):

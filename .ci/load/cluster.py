@@ -19,7 +19,7 @@ import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir, 'examples'))
+sys.path.insert(0, os.path.join(HERE, os.pardir, os.pardir, 'examples'))
 
 import simulator  # noqa: E402
 

@@ -17,7 +17,7 @@ import tempfile
 import websockets
 from websockets.asyncio.server import serve
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir))
 
 import easywechat  # noqa: E402
 

@@ -1,4 +1,4 @@
-// npm's @wecom/crypto plays WeCom against a running --echo: interop_wecom.js PORT.
+// npm's @wecom/crypto plays WeCom against a running --echo: crypto_wecom.js PORT.
 const { getSignature, encrypt, decrypt } = require('@wecom/crypto');
 const token = 'EasyWeChatDemo';
 const key = 'EasyWeChatDemoKeyIsPublicDoNotUseItAnywhere';

@@ -1,7 +1,7 @@
-"""Other people's crypto plays WeCom against a running bot in JSON mode: interop_json.py PYTHON NODE_MODULES.
+"""Other people's crypto plays WeCom against a running bot in JSON mode: json_mode.py PYTHON NODE_MODULES.
 
 PYTHON (with pycryptodome) runs the bot, an app with the same Token and key beside it; first wechatpy talks to it, then
-npm's @wecom/crypto (interop_json.js). interop_json.py serve is the bot.
+npm's @wecom/crypto (json_mode.js). json_mode.py serve is the bot.
 """
 import contextlib
 import json
@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, os.pardir))
+sys.path.insert(0, os.path.join(HERE, os.pardir, os.pardir))
 
 TOKEN, KEY, CORP, BOT = 'JsonBotToken', 'EasyWeChatJsonKeyIsPublicDoNotUseItAnywhere', 'wwinterop', 'aibInterop'
 CARD = {'card_type': 'text_notice', 'main_title': {'title': '已确认'}, 'task_id': 'T1'}
@@ -138,7 +138,7 @@ def main(python, modules):
         try:
             port = int(bot.stdout.readline())
             failed = WeCom(port).talk()
-            failed |= subprocess.call(['node', os.path.join(HERE, 'interop_json.js'), str(port), TOKEN, KEY, BOT],
+            failed |= subprocess.call(['node', os.path.join(HERE, 'json_mode.js'), str(port), TOKEN, KEY, BOT],
                                       env=dict(os.environ, NODE_PATH=modules))
         finally:
             bot.communicate(timeout=10)

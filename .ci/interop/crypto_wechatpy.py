@@ -1,4 +1,4 @@
-"""wechatpy plays WeCom against a running --echo: interop_wechatpy.py PORT."""
+"""wechatpy plays WeCom against a running --echo: crypto_wechatpy.py PORT."""
 import os
 import random
 import sys
@@ -7,7 +7,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir))
 
 from wechatpy.enterprise.crypto import WeChatCrypto  # noqa: E402
 from wechatpy.enterprise.parser import parse_message  # noqa: E402
