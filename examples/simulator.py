@@ -43,6 +43,8 @@ import hashlib
 import heapq
 import hmac
 import http.server
+import inspect
+import itertools
 import json
 import os
 import re
@@ -924,7 +926,8 @@ class Uplink(Chats):
                 need(isinstance(req_id, str) and isinstance(cmd, str) and isinstance(body, dict), 40058, '')
             except (AttributeError, KeyError, TypeError, ValueError, Refused):
                 return self._problem(None, '机器人发来一帧看不懂的：%s' % text[:200])
-            raw = [['机器人 → 企业微信 · ' + cmd, self._record('bot', connection, frame)]]
+            said = self._asked.get(req_id, {}).get('said', {'at': time.time()})
+            raw = [step('机器人发来 ' + cmd, self._record('bot', connection, frame), said)]
             busy, errcode, errmsg, more = req_id in connection.waiting, 0, 'ok', {}
             fault = None if cmd in ('ping', 'aibot_subscribe') else self.faults.take('error', cmd)
             try:
@@ -1063,11 +1066,12 @@ class Callbacks(Uplink):
         frame = {'cmd': cmd, 'headers': {'req_id': self.corp._next('req')}, 'body': full}
         text = self._encoded(full if self.mode == 'json' else frame, full)
         what = {'items': shown, 'quote': self._quote_text(full), 'event': full.get('event')}
-        raw = [['企业微信 → 机器人', text[:20000]]] if self.mode == 'ws' else []
-        said = self.corp._log('said', chat=chat, user=user, raw=raw, body=what)
+        raw = [['企业微信发给机器人', text[:20000], 0.0]] if self.mode == 'ws' else []
+        asked['said'] = self.corp._log('said', chat=chat, user=user, raw=raw, body=what)
+        self.corp.diary.expect(asked['said'], full['msgtype'], full['msgid'], full.get('event', {}).get('eventtype'))
         if self.mode == 'json':
             need(self.callback, 40057, '还没有回调 URL')
-            threading.Thread(target=self._call_back, args=(text, full, asked, said['id']), daemon=True).start()
+            threading.Thread(target=self._call_back, args=(text, full, asked), daemon=True).start()
         elif self.connected:
             self._put(frame, text, asked)
             if self.faults.take('duplicate'):
@@ -1126,12 +1130,12 @@ class Callbacks(Uplink):
         except (KeyError, TypeError, ValueError) as e:
             raise Refused(40058, '不是信封: %r' % e) from None
 
-    def _call_back(self, text, body, asked, said):
+    def _call_back(self, text, body, asked):
         """投递到回调 URL：等不到就再来，同一个 msgid；答的是没有结束的 stream，就一秒问一次。"""
         deliveries = 1 if asked['kind'] == 'template_card_event' else self.corp.deliveries
         for n in range(1, deliveries + 1):
-            reply, raw = self.corp._attempt(self.callback, text, self._wrapped, self._unwrapped,
-                                            {'of': said, 'n': n, 'chat': asked['chat']}, deliveries)
+            reply, raw = self.corp._attempt(self.callback, text, self._wrapped, self._unwrapped, asked['said'], n,
+                                            deliveries)
             if reply is not None:
                 break
         else:
@@ -1151,12 +1155,12 @@ class Callbacks(Uplink):
         poll.update(msgid=self.corp._next('msg'), msgtype='stream', stream={'id': stream})
         text = json.dumps(poll, ensure_ascii=False)
         query, envelope = self._wrapped(text)
-        raw = [['企业微信 → 机器人 · 明文', text]]
+        raw = [step('企业微信问 stream 的全文（明文）', text, asked['said'])]
         try:
             status, answer = self.corp._exchange(self.callback, query, envelope, kind='application/json')
             need(status == 200, 40058, '答的是 %d' % status)
             opened, reply = self._unwrapped(answer, query)
-            raw.append(['机器人 → 企业微信 · 明文', opened])
+            raw.append(step('解密后的回复', opened, asked['said']))
             need((reply.get('stream') or {}).get('id') == stream, 40058, '不是这个 stream')
         except (NetworkError, WeChatError, Refused, AttributeError) as e:
             self._problem(asked['chat'], '问 stream 没有好的回答: %s' % e.args[-1], raw)
@@ -1188,7 +1192,7 @@ class Callbacks(Uplink):
         kind = message.get('msgtype')
         need(kind == 'markdown' or kind == 'template_card' and asked['chat'] not in self.groups, 40008,
              'invalid message type')
-        raw = [['机器人 → response_url', body.decode('utf-8')]]
+        raw = [step('机器人发到 response_url', body.decode('utf-8'), asked['said'])]
         self._show(asked['chat'], 'response', kind, message.get(kind), raw, msgid=asked['msgid'])
         del self._codes[code]
         return {}
@@ -1371,6 +1375,128 @@ class Bot(Callbacks):
             connection.masks = 'masked' in self.faults.armed
 
 
+# ---- 机器人的日志 ------------------------------------------------------------------------------
+# 从这里启动的机器人，easywechat 的日志每条多写一行到 stderr，前面是一个标记 (`tap`)；`Diary` 把它们变成聊天页上的事。
+
+def tap(mark):
+    """在机器人的进程里，它的程序还没有开始：记下日志，连 DEBUG 的回调在内；它自己的日志照旧，别的什么也不变。"""
+    import json
+    import logging
+    import os
+    import sys
+
+    class Logger(logging.Logger):
+        def isEnabledFor(self, level):      # noqa: N802
+            return True
+
+        def handle(self, record):
+            if record.levelno >= logging.WARNING or 'callback' in str(record.msg):
+                self.tell(record)
+            if super().isEnabledFor(record.levelno):
+                super().handle(record)
+
+        def tell(self, record):
+            try:
+                form, args = (record.msg, record.args) if isinstance(record.args, tuple) else (record.getMessage(), ())
+                args = [arg if isinstance(arg, (int, float)) else str(arg)[-3000:] for arg in args]
+                line = json.dumps([record.created, record.levelname, str(form), args], ensure_ascii=False)
+                os.write(2, (mark + line + '\n').encode('utf-8', 'replace'))
+            except Exception:       # 别人的参数：机器人自己的日志会说
+                pass
+    usual = logging.getLoggerClass()
+    logging.setLoggerClass(Logger)
+    logging.getLogger('easywechat')
+    logging.setLoggerClass(usual)
+    folder, _, rest = os.environ.pop('PYTHONPATH').partition(os.pathsep)
+    os.environ.update({'PYTHONPATH': rest} if rest else {})
+    sys.path.remove(folder)
+    del sys.modules['sitecustomize']
+
+
+def step(title, text, said):
+    """原文的一步：``said`` 那件事以后多少秒。"""
+    return [title, text, time.time() - said['at']]
+
+
+class Diary:
+    """机器人的日志 → 聊天页上的事：哪一句的回调开始、结束、出错了，没有回复，警告。"""
+
+    def __init__(self, corp):
+        self._corp, self._open = corp, collections.deque(maxlen=100)    # 投递了、回调还没有结束的
+        self.refusal = ''           # 它上一次为什么拒绝了投递
+        self._forms = {
+            'callback %s begins on %s %s from %s': self._begin,
+            'callback %s ended on %s %s from %s: %d results': self._end,
+            'callback %s failed on %s from %s%s': self._fail, 'no callback for %s': self._nobody}
+
+    def expect(self, said, kind, msgid, event):
+        """投递了 ``said``（那件事），回调会为它开始。"""
+        self._open.append({'said': said, 'kind': kind, 'user': said['user'], 'id': str(msgid or ''), 'event': event,
+                           'name': None, 'failed': False})
+
+    def heard(self, at, level, form, args):
+        """日志的一条。"""
+        with self._corp._lock:
+            if form in self._forms:
+                return self._forms[form](at, *args)
+            text, _, more = (form % tuple(args) if args else form).partition('\n')
+            if form.startswith('refused'):
+                self.refusal = text
+            self._corp._log('log', at=at, level=level, text=text, **{'more': more} if more else {})
+
+    def _find(self, **known):
+        return next((one for one in self._open if all(one[key] == value for key, value in known.items())), None)
+
+    def _step(self, one, at, what, **more):
+        self._corp._log('step', at=at, of=one['said']['id'], what=what, name=one['name'],
+                        seconds=at - one['said']['at'], **more)
+
+    def _begin(self, at, name, kind, msgid, user):
+        one = self._find(name=None, kind=kind, id=msgid, user=user)
+        if one:
+            one['name'] = name
+            self._step(one, at, 'begin')
+
+    def _end(self, at, name, kind, msgid, user, results):
+        one = self._find(name=name, kind=kind, id=msgid, user=user)
+        if one:
+            self._step(one, at, 'end', results=results)
+            if not results and not one['failed']:
+                self._silent(one, '回调 %s 返回了 None' % name)
+            self._open.remove(one)
+
+    def _fail(self, at, name, kind, user, trace):
+        """回调出错了，或者它给的东西发不出去。"""
+        one = self._find(name=name, kind=kind, user=user)
+        last = trace.rpartition('Traceback (most recent call last):')[2]
+        error = (re.findall(r'\n    (\S.*)', last) or [last.strip()])[0]
+        places = re.findall(r'\n      File "(?:[^"]*[/\\])?([^"/\\]+)", line ([0-9]+)', last)
+        own = [place for place in places if place[0] != 'easywechat.py']
+        where = '（%s 第 %s 行）' % own[-1] if own else ''
+        more = {'more': trace.strip('\n'), 'user': user}
+        if one:
+            one['failed'] = True
+            self._step(one, at, 'fail', text=error)
+            more.update({key: one['said'][key] for key in ('chat', 'user') if key in one['said']}, of=one['said']['id'])
+        self._corp._log('log', at=at, level='ERROR', text='回调出错：%s%s' % (error, where), **more)
+
+    def _nobody(self, at, kind):
+        kinds = (kind, 'voice', 'mixed') if kind == 'text' else (kind,)     # 说的话、图文里的字，也是 text
+        one = next((one for one in self._open if one['name'] is None and one['kind'] in kinds), None)
+        if one:
+            self._silent(one, '没有登记 %s 的回调' % ('event:' + one['event'] if one['event'] else one['kind']))
+            self._open.remove(one)
+
+    def _silent(self, one, why):
+        """没有回复，也没有主动发来什么。"""
+        said, who = one['said'], {key: one['said'][key] for key in ('chat', 'user') if key in one['said']}
+        since = itertools.takewhile(lambda event: event['id'] > said['id'], reversed(self._corp.events))
+        shown = [event for event in since if event['kind'] in ('out', 'bubble', 'update')]
+        where = 'chat' if 'chat' in who else 'user'
+        if not any(event.get(where) == who[where] for event in shown):
+            self._corp._log('silent', of=said['id'], text='没有回复：' + why, **who)
+
+
 # ---- 企业微信 ---------------------------------------------------------------------------------
 # 这里没有监听的套接字:一次 API 调用进来,一个回答出去 (`Corp.answer`);一条消息投递出去 (`Corp.deliver`)。
 # 发生的每件事记在 ``events`` 里,聊天页照着画。
@@ -1409,7 +1535,7 @@ class Corp:
         self._sent = {}             # msgid → 什么时候发的
         self._repeated = {}         # 查重复的消息 → 到什么时候
         self.name, self.url, self.callback = '监控', '', ''     # 应用的名字、api_base、回调 URL
-        self.events = collections.deque(maxlen=1000)
+        self.events = collections.deque(maxlen=2000)
         self.page_token = secrets.token_urlsafe(16)     # 聊天页的地址里的
         self.hosts = set()          # 除了本机的几个名字，API 还认的 Host，例如中转的
         self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
@@ -1422,6 +1548,7 @@ class Corp:
         self._count = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self.diary, self.process = Diary(self), None    # process：从这里启动的机器人，`Keeper`
         self.bot = Bot(self)
 
     @property
@@ -1436,7 +1563,7 @@ class Corp:
         """记一件事 → 它的 dict;提到的素材,把文件名和大小带上。"""
         with self._changed:
             self._serial += 1
-            event = dict(fields, id=self._serial, kind=kind, at=time.time(), files={})
+            event = dict({'at': time.time()}, **fields, id=self._serial, kind=kind, files={})
             shown = json.dumps([fields.get('body'), fields.get('message')])
             for media_id in re.findall('media[0-9]+_[0-9a-f]{20}', shown):
                 if media_id in self.media:
@@ -1455,7 +1582,8 @@ class Corp:
     def state(self):
         """聊天页一打开要知道的。"""
         names = 'users', 'name', 'callback', 'menu', 'delay', 'lost', 'wrong_token', 'trusted'
-        return dict({name: getattr(self, name) for name in names}, kind='state', run=self.run, bot=self.bot.state())
+        return dict({name: getattr(self, name) for name in names}, kind='state', run=self.run, bot=self.bot.state(),
+                    process=self.process and self.process.state())
 
     def change(self, **values):
         """改几个属性,并让聊天页知道。"""
@@ -1497,7 +1625,7 @@ class Corp:
     def answer(self, path, query, body, headers):
         """一次调用 → 回答 (dict,或下载的 (文件名, bytes)),没有这个 API 是 None。"""
         with self._lock:
-            before = self._serial
+            before, begin = self._serial, time.time()
             method = getattr(self, 'api_' + path.replace('/', '_'), None)
             if method is None:
                 return None
@@ -1511,25 +1639,24 @@ class Corp:
                 answer = self._refusal(40035, 'invalid parameter, Warning: wrong json format.')
             if isinstance(answer, dict):
                 answer = dict({'errcode': 0, 'errmsg': 'ok'}, **answer)
-                self._show_call(before, path, body, answer)
+                self._show_call(before, begin, path, body, answer)
             return answer
 
     def _refusal(self, errcode, errmsg):
         return {'errcode': errcode, 'errmsg': '%s, hint: [%d_1_ab], from ip: 203.0.113.9, more info '
                 'at https://open.work.weixin.qq.com/devtool/query?e=%d' % (errmsg, time.time(), errcode)}
 
-    def _show_call(self, before, path, body, answer):
+    def _show_call(self, before, begin, path, body, answer):
         """这次调用里发生的事都带上它的原文;被拒绝的本身也是一件事。"""
         if answer['errcode']:
             errmsg = answer['errmsg'].partition(', hint')[0]
             self._log('call', path=path, errcode=answer['errcode'], errmsg=errmsg)
         if self._serial > before:
             shown = b'(%d bytes)' % len(body) if b'\0' in body else body[:20000]
-            raw = [['机器人 → 企业微信 · /cgi-bin/' + path, shown.decode('utf-8', 'replace')],
-                   ['企业微信 → 机器人', json.dumps(answer, ensure_ascii=False)]]
-            for event in self.events:
-                if event['id'] > before:
-                    event['raw'] = raw
+            raw = [['机器人调用 /cgi-bin/' + path, shown.decode('utf-8', 'replace'), 0.0],
+                   ['企业微信的回答', json.dumps(answer, ensure_ascii=False), time.time() - begin]]
+            for event in itertools.takewhile(lambda event: event['id'] > before, reversed(self.events)):
+                event['raw'] = raw
 
     def _check_token(self, query):
         need(self.trusted, 60020, 'not allow to access from your ip')
@@ -1858,9 +1985,14 @@ class Corp:
                                             seconds=self.verify_within)
         except (NetworkError, ValueError) as e:
             return '%s 没有回答: %s' % (url, e)
-        if (status, answer) != (200, echo.encode()):
-            return '%s 答的是 %d,不是 echostr' % (url, status)
-        return ''
+        if status == 403:
+            with self._changed:         # 从这里启动的机器人，日志就要到了
+                self._changed.wait_for(lambda: self.diary.refusal, self.process and 1 or 0)
+            why = '它的日志：%s' % self.diary.refusal if self.diary.refusal else (
+                '原因在它的日志里，找这几个词：signature differs 是 Token 不一致，bad padding 是 EncodingAESKey '
+                '不一致，receive id differs 是 CorpID 不一致')
+            return '%s 返回 403。%s' % (url, why)
+        return '' if (status, answer) == (200, echo.encode()) else '%s 返回 %d，不是 echostr' % (url, status)
 
     def deliver(self, url, message=None, **fields):
         """像企业微信那样投递一条消息:等不到就断开、再投递,一共 ``deliveries`` 次 → 被动回复 (dict) 或 None。
@@ -1872,41 +2004,45 @@ class Corp:
         begin = self._asked[user] = time.monotonic()
         if message.get('ResponseCode'):
             self._codes.setdefault(message['ResponseCode'], (begin + self.code_life, {}))
-        said = self._log('in', user=user, message=message)['id']
+        said = self._log('in', user=user, message=message)
+        self.diary.expect(said, message['MsgType'], message.get('MsgId'), message.get('Event'))
         for n in range(1, self.deliveries + 1):
             reply, raw = self._attempt(url, dict_to_xml(message), lambda text: self.request(message), self._unwrapped,
-                                       {'of': said, 'n': n}, self.deliveries)
+                                       said, n, self.deliveries)
             if reply:
                 self._passive(message, reply, raw, time.monotonic() - begin)
             if reply is not None:
                 return reply
         return None
 
-    def _attempt(self, url, plain, wrap, unwrap, which, deliveries):
-        """一次投递 → (回复 dict，再投递是 None；原文)。``wrap`` 装进信封，``unwrap`` 拆开；``which`` 是哪一句的第几次。
-        """
+    def _attempt(self, url, plain, wrap, unwrap, said, n, deliveries):
+        """``said`` 的第 ``n`` 次投递 → (回复 dict，再投递是 None；原文)。``wrap`` 装进信封，``unwrap`` 拆开。"""
+        which = dict({'chat': said['chat']} if 'chat' in said else {}, of=said['id'], n=n)
+        raw = [step('企业微信写好的明文', plain, said)]
         query, body = wrap(plain)
-        raw = [['企业微信 → 机器人 · 明文', plain],
-               ['企业微信 → 机器人 · 密文', 'POST %s?%s\n\n%s' % (url, query, body.decode('utf-8'))]]
+        raw.append(step('加密、签名后的请求', 'POST %s?%s\n\n%s' % (url, query, body.decode('utf-8')), said))
         self._log('attempt', **which)
-        n, kind = which['n'], 'application/json' if body[:1] == b'{' else 'text/xml'
-        begin, status, reply, error = time.monotonic(), 0, {}, ''
+        kind = 'application/json' if body[:1] == b'{' else 'text/xml'
+        begin, status, reply, error, opened = time.monotonic(), 0, {}, '', ''
         try:
             status, answer = self._exchange(url, query, body, kind=kind)
             text = answer[:20000].decode('utf-8', 'replace')
-            raw.append(['机器人 → 企业微信 · 密文', '%d\n\n%s' % (status, text)])
+            title = '机器人的回答（密文）' if text else '机器人的回答'
+            raw.append(step(title, '%d\n\n%s' % (status, text), said))
             if n <= self.lost:
                 raise NetworkError(504, 'the answer was lost')
             opened, reply = unwrap(answer, query) if status == 200 else ('', {})
             if opened:
-                raw.append(['机器人 → 企业微信 · 明文', opened])
+                raw.append(step('解密后的回复', opened, said))
         except NetworkError as e:
-            error = '回答丢在路上' if status else '连不上' if e.errcode == 503 else '没有回答'
+            error = '响应丢失' if status else '连不上' if e.errcode == 503 else '没有响应'
             status = 0
         except (WeChatError, Refused) as e:
-            error = '回答读不懂: %s' % (e.args[-1],)
+            error = '回答读不懂：%s' % (e.args[-1],)
         self._log('answer', status=status, error=error, raw=raw, again=not status and n < deliveries,
                   seconds=time.monotonic() - begin, **which)
+        if status == 200 and not (opened or error or self.process) and said.get('message', {}).get('MsgId'):
+            self._log('silent', of=said['id'], user=said['user'], text='没有被动回复')
         return reply if status else None, raw
 
     def _passive(self, message, reply, raw, seconds):
@@ -1953,6 +2089,20 @@ class Corp:
 # ---- HTTP -------------------------------------------------------------------------------------
 # 一个端口：/cgi-bin/ 是 API，其余是聊天页。别的网站的脚本不能借浏览器的手进来（Host 防 DNS 重绑定，Origin 防跨站的
 # 请求），这台机器上别的用户也不能：聊天页的地址里有 token，API 要 secret，都只有这一次用。素材的名字猜不出来。
+#
+# 聊天页从 /events 得到发生的每件事，一件一个 JSON，都有 id、kind、at（什么时候）和 files（提到的素材）：
+#
+#   state                   现状；process 是从这里启动的机器人（`Keeper.state`），没有是 null
+#   in、said                 成员对应用、对智能机器人（有 chat，会话）说的一句；下面的 of 是它的 id
+#   attempt、answer          它的第 n 次投递，和结果
+#   step                    它的回调 name：what 是 begin、end（results 条）、fail（text 是什么错误）；seconds 离它多久
+#   silent                  它没有回复，text 说为什么
+#   log                     机器人的日志：level 是 WARNING 或 ERROR，more 是 traceback；没有 user 的不是对哪个成员的
+#   out、bubble、grow、update、recall    成员看到的；grow、update、recall 的 of 是那个气泡
+#   call、note               被拒绝的 API 调用；别的要说的
+#
+# raw 是原文，一步一个 [标题, 文字, 离那一句（没有就是离开始）多少秒]，依次；step 照 seconds 插在中间，就是一条时间线。
+# POST 的回答是 {}，或 {error: 一句话}：企业微信不收的，和做不到的；/restart 是重新启动机器人。
 
 TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
          '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
@@ -2101,7 +2251,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._events()
         elif what == 'GET /media' and path[7:] in self.server.wecom.media:
             self._media(self.server.wecom.media[path[7:]])
-        elif what in ('POST /say', 'POST /file', 'POST /switch', 'POST /bot'):
+        elif what in ('POST /say', 'POST /file', 'POST /switch', 'POST /bot', 'POST /restart'):
             try:
                 getattr(self, '_' + self.path[1:].partition('?')[0])(query, body)
                 self._json({})
@@ -2127,6 +2277,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         what = asked.pop('do')
         need(what in ('say', 'enter', 'press', 'feedback', 'event', 'fault', 'heal'), 40058, '没有这件事')
         getattr(self.server.wecom.bot, what)(**asked)
+
+    def _restart(self, query, body):
+        process = self.server.wecom.process
+        need(process, 40057, '机器人不是从这里启动的：到启动它的终端里重新启动')
+        process.restart()
 
     def _switch(self, query, body):
         asked = json.loads(body.decode('utf-8'))
@@ -2194,7 +2349,7 @@ class WeCom(Corp):
 
 
 # ---- 命令行 -----------------------------------------------------------------------------------
-# 退出码:0 是被停下,2 是用法或校验不对;机器人自己退出了,是它的。
+# 退出码：0 是被停下，2 是用法不对、端口用不了。机器人退出了，模拟器还在：聊天页上有它的最后几行。
 
 def tell(text, stream=None):
     """打印一行;没有人读就算了。"""
@@ -2204,12 +2359,16 @@ def tell(text, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
-def write_config(path, sections):
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(handle, 'w', encoding='utf-8') as f:
-        for name, values in sections.items():
-            f.write('[%s]\n' % name)
-            f.writelines('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
+def config(sections):
+    """→ config.ini 的文字。"""
+    return ''.join('[%s]\n' % name + ''.join('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
+                   for name, values in sections.items())
+
+
+def write_file(path, text):
+    """只有自己能读的文件。"""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w', encoding='utf-8') as f:
+        f.write(text)
 
 
 def child_environment(folder):
@@ -2218,7 +2377,8 @@ def child_environment(folder):
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}
     return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder,
-                XDG_STATE_HOME=folder)
+                XDG_STATE_HOME=folder,
+                PYTHONPATH=os.pathsep.join([folder] + [env[k] for k in env if k == 'PYTHONPATH']))
 
 
 def callback_url(line):
@@ -2228,88 +2388,153 @@ def callback_url(line):
     return url and url.replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
 
 
-def introduce(wecom, url, told=None):
-    """校验回调 URL → 哪里不对,'' 是通过。``told`` 是上一次说过的,不说第二遍;None 是只试一次。"""
-    problem = wecom.bot.mode == 'json' and wecom.bot.verify(url) or wecom.verify(url)
-    if not problem:
-        tell('回调 URL %s 通过了校验' % url)
-    elif problem != told:
-        again = '' if told is None else ';每秒再试'
-        tell('simulator: 回调 URL 没有通过校验: %s%s' % (problem, again), sys.stderr)
-    return problem
+class Host:
+    """机器人在这里被校验：``url`` 是它的回调 URL，每秒一次，直到通过；同样的原因不说第二遍。"""
+
+    def __init__(self, wecom, url=None):
+        self.wecom, self.url, self._told, self._next = wecom, url, '', 0
+
+    def introduce(self):
+        """通过了校验，或者还没有到时候，什么也不做。"""
+        wecom = self.wecom
+        if not self.url or wecom.callback or time.monotonic() < self._next:
+            return
+        wecom.diary.refusal = ''
+        problem = wecom.bot.mode == 'json' and wecom.bot.verify(self.url) or wecom.verify(self.url)
+        self._next = time.monotonic() + wecom.verify_within
+        if not problem:
+            tell('回调 URL %s 通过了校验' % self.url)
+        elif problem != self._told:
+            tell('simulator: 回调 URL 没有通过校验：%s；每秒再试' % problem, sys.stderr)
+            wecom._log('log', level='WARNING', text='回调 URL 没有通过校验：' + problem)
+        self._told = problem
 
 
-def relay(wecom, process, problems):
-    """机器人的 stderr 照样给用户看;从里面知道它在哪里听。"""
-    for line in process.stderr:
-        with contextlib.suppress(BrokenPipeError):      # 没有人看,也要替它读走
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
-        url = callback_url(line)
-        if url and introduce(wecom, url):
-            problems.append(url)
+class Keeper(Host):
+    """启动机器人，看着它：它退出了就说最后几行；改了文件、点了「重新启动」就再启动。聊天记录和密钥都还在。"""
 
+    def __init__(self, wecom, command, app, sections, reload):
+        super().__init__(wecom)
+        self._command, self._app, self._sections, self._reload = command, app, sections, reload
+        self._mark, self._asked = '\x1e%s ' % secrets.token_hex(8), threading.Event()
+        self.code, self._lines, self._seen = None, collections.deque(maxlen=20), {}
 
-def end(process):
-    """结束机器人:先请,8 秒以后不再等。"""
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(8)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def state(self):
+        """聊天页要知道的：在运行还是退出了，退出码，stderr 的最后几行。"""
+        return {'state': 'running' if self.code is None else 'exited', 'code': self.code, 'lines': list(self._lines),
+                'program': os.path.basename(self._command[0]), 'reload': self._reload}
 
+    def restart(self):
+        self._asked.set()
 
-def run_bot(wecom, command, app, sections, stopping):
-    """启动机器人,到它退出或被停下为止 → 退出码。"""
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(os.path.join(folder, 'config.ini'),
-                     dict(sections, **{app: dict(wecom.settings, api_base=wecom.url, **wecom.bot_settings)}))
-        process = subprocess.Popen([sys.executable] + command, env=child_environment(folder),
-                                   stderr=subprocess.PIPE, bufsize=0)
-        problems = []
-        reader = threading.Thread(target=relay, args=(wecom, process, problems), daemon=True)
+    def run(self, stopping):
+        """到被停下为止。信号只记在 stopping 里，不抛异常：没有哪个瞬间会丢下机器人不管。"""
+        with tempfile.TemporaryDirectory() as folder:
+            settings = dict(self.wecom.settings, api_base=self.wecom.url, **self.wecom.bot_settings)
+            write_file(os.path.join(folder, 'config.ini'), config(dict(self._sections, **{self._app: settings})))
+            write_file(os.path.join(folder, 'sitecustomize.py'), '%stap(%r)\nimport sitecustomize  # 系统自己的\n' % (
+                inspect.getsource(tap), self._mark))
+            self._start(folder)
+            try:
+                while not stopping:
+                    self._watch(folder)
+                    self._asked.wait(0.05)
+            finally:
+                self._end()
+
+    def _start(self, folder):
+        self._asked.clear()
+        self._lines.clear()
+        self.code, self.url, self._told, self._seen = None, None, '', self._stamps()
+        self._process = subprocess.Popen([sys.executable] + self._command, env=child_environment(folder),
+                                         stderr=subprocess.PIPE, bufsize=0)
+        self._reader = threading.Thread(target=self._relay, args=(self._process.stderr,), daemon=True)
+        self._reader.start()
+        self.wecom.change(callback='')
+
+    def _relay(self, stderr):
+        """机器人的 stderr 照样给用户看；从里面知道它在哪里听，它的日志说了什么。"""
+        mark = self._mark.encode()
+        for line in stderr:
+            text, found, record = line.partition(mark)
+            if found:
+                with contextlib.suppress(ValueError):       # 和别的线程写的混在一起了
+                    self.wecom.diary.heard(*json.loads(record.decode('utf-8', 'replace')))
+            if text:
+                with contextlib.suppress(BrokenPipeError):      # 没有人看，也要替它读走
+                    sys.stderr.buffer.write(text)
+                    sys.stderr.buffer.flush()
+                self._lines.append(text.decode('utf-8', 'replace').rstrip())
+                self.url = callback_url(text) or self.url
+
+    def _stamps(self):
+        """程序旁边的模块，和这一份 easywechat.py → {路径: (什么时候改的, 大小)}。"""
+        folder, found = os.path.dirname(os.path.abspath(self._command[0])), {}
+        with contextlib.suppress(OSError):
+            names = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.py')]
+            for path in names + [sys.modules['easywechat'].__file__]:
+                status = os.stat(path)
+                found[path] = status.st_mtime_ns, status.st_size
+        return found
+
+    def _watch(self, folder):
+        """看一眼：该校验就校验，退出了就说，要重新启动就重新启动。"""
+        if self.code is None and self._process.poll() is not None:
+            self._left()
+        self.introduce()
+        stamps = self._stamps() if self._reload else {}
+        changed = [path for path, stamp in stamps.items() if self._seen.get(path) != stamp]
+        if changed or self._asked.is_set():
+            tell('simulator: %s重新启动机器人' % (os.path.basename(changed[0]) + ' 改了，' if changed else ''), sys.stderr)
+            self._end()
+            self._start(folder)
+
+    def _left(self):
+        """机器人自己退出了。"""
+        self._reader.join(2)            # 它自己的子进程可能还拿着 stderr
+        self.code, self.url = self._process.poll(), None
+        asked = re.search(r'没有 \[([^\]]+)\] 这一节', '\n'.join(self._lines))
+        if asked and asked.group(1) != self._app:
+            self._lines.append('它用的是 [%s] 这一节：模拟器加上 --app %s' % (asked.group(1), asked.group(1)))
+            tell('simulator: ' + self._lines[-1], sys.stderr)
+        tell('simulator: 机器人退出了，退出码 %d；%s在聊天页上点「重新启动」' % (
+            self.code, '改了文件会重新启动，也可以' if self._reload else ''), sys.stderr)
+        self.wecom.change(callback='')
+
+    def _end(self):
+        """结束机器人：先请，8 秒以后不再等。"""
+        if self._process.poll() is None:
+            self._process.terminate()
         try:
-            reader.start()
-            # 信号只记在 stopping 里,不抛异常:没有哪个瞬间会丢下机器人不管
-            while not (stopping or problems or process.poll() is not None):
-                time.sleep(0.05)
-            left = process.poll()
-        finally:
-            end(process)
-        reader.join(2)              # 它自己的子进程可能还拿着 stderr
-        if not reader.is_alive():
-            process.stderr.close()
-    if stopping:
-        return 0
-    if left is not None:
-        tell('simulator: 机器人退出了,退出码 %d' % left, sys.stderr)
-    if left in (None, 2):
-        tell('simulator: 配置写在 [%s] 这一节;机器人用的是别的名字就加 --app' % app, sys.stderr)
-        return 2
-    return left if left >= 0 else 128 - left
+            self._process.wait(8)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(2)
+        if not self._reader.is_alive():
+            self._process.stderr.close()
 
 
-def serve(wecom, app, url, stopping, own=''):
-    """没有要启动的机器人：打印设置和收到的消息，到被停下为止 → 退出码。``own``：用机器人自己的密钥，只打印网址。"""
-    tell('[%s]\napi_base = %s' % (app, wecom.url))
-    for name, value in dict(wecom.settings, **wecom.bot_settings).items():
-        if name == 'bot_url' or not own:
-            tell('%s = %s' % (name, value))
-    told, next_try, shown = '', 0, 0
-    wecom.bot.met.update(wecom.users)       # 要跟它说过话，才收得到：这里没有地方说，就当作都说过
-    while not stopping:
-        if url and not wecom.callback and time.monotonic() >= next_try:
-            told, next_try = introduce(wecom, url, told), time.monotonic() + wecom.verify_within
-        for arrived in wecom.messages, wecom.robot_messages:
-            while arrived:
-                tell(json.dumps(arrived.pop(0), ensure_ascii=False))
-        for bubble in wecom.bot.bubbles[shown:]:        # 智能机器人主动发的
-            tell(json.dumps({k: bubble[k] for k in ('chat', 'kind', 'text')}, ensure_ascii=False))
-            shown += 1
-        time.sleep(min(0.2, wecom.verify_within))
-    return 0
+class Listener(Host):
+    """没有要启动的机器人：打印设置和收到的消息。``own``：用机器人自己的密钥，只打印网址。"""
+
+    def run(self, stopping, app, own=''):
+        """到被停下为止。"""
+        wecom, shown = self.wecom, 0
+        tell('[%s]\napi_base = %s' % (app, wecom.url))
+        for name, value in dict(wecom.settings, **wecom.bot_settings).items():
+            if name == 'bot_url' or not own:
+                tell('%s = %s' % (name, value))
+        wecom.bot.met.update(wecom.users)       # 要跟它说过话，才收得到：这里没有地方说，就当作都说过
+        while not stopping:
+            self.introduce()
+            for arrived in wecom.messages, wecom.robot_messages:
+                while arrived:
+                    tell(json.dumps(arrived.pop(0), ensure_ascii=False))
+            for bubble in wecom.bot.bubbles[shown:]:        # 智能机器人主动发的
+                tell(json.dumps({k: bubble[k] for k in ('chat', 'kind', 'text')}, ensure_ascii=False))
+                shown += 1
+            time.sleep(min(0.2, wecom.verify_within))
 
 
 def own_sections(names):
@@ -2330,6 +2555,9 @@ def arguments(argv):
     parser.add_argument('--with', dest='sections', default='', metavar='NAME,NAME',
                         help='自己的 config.ini 里哪几节也给机器人,例如 nas,llm')
     parser.add_argument('--json', action='store_true', help='智能机器人用 JSON 回调，和应用同一个回调 URL')
+    parser.add_argument('--no-reload', dest='reload', action='store_false',
+                        help='改了机器人的文件（它和旁边的 .py、easywechat.py）不重新启动它')
+    parser.add_argument('--reload', action='store_true', default=True, help=argparse.SUPPRESS)
     parser.add_argument('bot', nargs='?', help='机器人的程序,例如 examples/demo.py')
     parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
     args = parser.parse_args(argv)
@@ -2371,8 +2599,11 @@ def main(argv=None):
     tell('聊天页: %s 按 Ctrl-C 停止。' % wecom.page, sys.stdout if args.bot else sys.stderr)
     try:
         if args.bot:
-            return run_bot(wecom, [args.bot] + args.args, args.app, args.sections, stopping)
-        return serve(wecom, args.app, args.url, stopping, args.config)
+            wecom.process = Keeper(wecom, [args.bot] + args.args, args.app, args.sections, args.reload)
+            wecom.process.run(stopping)
+        else:
+            Listener(wecom, args.url).run(stopping, args.app, args.config)
+        return 0
     finally:
         wecom.stop()
 

@@ -367,7 +367,7 @@ class SimulatorPageTests(SimulatorCase):
         self.assertEqual((seen['how'], seen['type'], seen['body'], seen['user']),
                          ('passive', 'text', {'content': '<b>状态!'}, 'zhangsan'))
         self.assertLess(seen['seconds'], 5)
-        plain, sealed, sealed_answer, plain_answer = [text for _, text in seen['raw']]
+        plain, sealed, sealed_answer, plain_answer = [text for _, text, _ in seen['raw']]
         self.assertIn('<![CDATA[<b>状态]]>', plain)
         self.assertIn('<![CDATA[<b>状态!]]>', plain_answer)
         self.assertNotIn('状态', sealed + sealed_answer)
@@ -402,7 +402,7 @@ class SimulatorPageTests(SimulatorCase):
         self.say({'Content': 'x'})
         seen = self.events('answer', 'answer', 'answer', 'out')
         self.assertEqual([(e['n'], e['error'], e['again']) for e in seen if e['kind'] == 'answer'],
-                         [(1, '回答丢在路上', True), (2, '回答丢在路上', True), (3, '', False)])
+                         [(1, '响应丢失', True), (2, '响应丢失', True), (3, '', False)])
         self.post('/switch', {'lost': 0, 'wrong_token': True})
         self.say({'Content': 'x'})
         self.assertEqual(self.events('answer', last=seen[-1]['id'])[-1]['status'], 403)
@@ -410,7 +410,7 @@ class SimulatorPageTests(SimulatorCase):
         self.post('/switch', {'wrong_token': False, 'delay': 1})
         message = self.wecom.message()
         self.assertIsNone(self.wecom.deliver(self.wecom.callback, message))
-        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有回答'] * 3)
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有响应'] * 3)
         self.server.client.send('x')
         self.post('/switch', {'delay': 0, 'expire': True})
         self.server.client.send('x')
@@ -432,7 +432,7 @@ class SimulatorPageTests(SimulatorCase):
             begin = time.monotonic()
             call()
             self.assertTrue(least <= time.monotonic() - begin < 2)
-        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有回答'])
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有响应'])
 
     def test_a_pressed_button_changes_its_card(self):
         self.answers['template_card_event'] = {'MsgType': 'update_button', 'Button': {'ReplaceName': '已处理'}}
