@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""桌上的企业微信:一个文件,标准库。API、投递消息、聊天页都在里面。
+"""本机模拟器：一个文件，标准库。API、投递消息、聊天页都在里面。
 
-    python examples/simulator.py examples/demo.py       # 启动机器人,打印聊天页的地址:在那里和它说话
+    python examples/simulator.py examples/demo.py       # 启动机器人，打印聊天页的地址：在那里和它说话
     python examples/simulator.py --with nas examples/nas_monitor.py     # 自己 config.ini 的 [nas] 也给它
     python examples/simulator.py --json examples/demo.py        # 智能机器人不用长连接，用 JSON 回调
     python examples/simulator.py --port 9000 --url http://127.0.0.1:8000/weixin     # 机器人已经在别处运行
     python examples/simulator.py --port 9000 --url … --config config.ini    # 用它自己的密钥，只加 api_base 和 bot_url
-    python examples/simulator.py            # 只有 API:打印要写进 config.ini 的设置,收到的消息一条一条打印
+    python examples/simulator.py            # 只有 API：打印要写进 config.ini 的设置，收到的消息一条一条打印
 
-机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥,程序不用改一个字。自己的 config.ini 里,
+机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥，程序不用改一个字。自己的 config.ini 里，
 只有 --with 说出的几节抄进去。
 
 程序里::
 
     wecom = WeCom()
-    url = wecom.start()                     # 端口由系统挑;easywechat 的 api_base 写它
+    url = wecom.start()                     # 端口由系统挑；easywechat 的 api_base 写它
     WeChatClient('demo', api_base=url, **wecom.settings).send('你好')
     wecom.messages[-1]['text']['content']   # 用户看到的
     wecom.script('message/send', {'errcode': -1, 'errmsg': 'system busy'}, 'lost')
-                                            # 下面两次这样答;见 `Corp.script`
+                                            # 下面两次这样答；见 `Api.script`
     wecom.deliver('http://127.0.0.1:8000/weixin', Content='状态')     # 用户说了一句话
-    wecom.inbox['zhangsan']                 # 他看到的,被动回复和主动发来的,依次
+    wecom.inbox['zhangsan']                 # 他看到的，被动回复和主动发来的，依次
 
 智能机器人的长连接在 wecom.bot_settings 的 bot_url，它的一切在 ``wecom.bot``，见 `Bot`::
 
@@ -31,8 +31,8 @@
     wecom.bot.bubbles[-1]['text']           # 用户看到的
     wecom.bot.fault('error', 6000)          # 下一个 ack 是这个错误；见 `Uplink.fault`
 
-类型、限制、错误码照 path/90236(发消息)、94888(更新卡片)、90231(菜单)、90253(素材)、91770(群机器人)、
-91039 (gettoken)、90313(错误码)。文档只给出一段号码的地方(卡片的 42014–42051),挑了意思最近的那个。
+类型、限制、错误码照 path/90236（发消息）、94888（更新卡片）、90231（菜单）、90253（素材）、91770（群机器人）、
+91039 (gettoken)、90313（错误码）。文档只给出一段号码的地方（卡片的 42014–42051），挑了意思最近的那个。
 """
 
 import argparse
@@ -67,7 +67,7 @@ from easywechat import (NetworkError, WeChatError, WXBizMsgCrypt, dict_to_xml,  
 
 
 class Refused(Exception):
-    """企业微信的拒绝:``args`` 是 (errcode, errmsg)。"""
+    """企业微信的拒绝：``args`` 是 (errcode, errmsg)。"""
 
 
 def need(condition, errcode, errmsg):
@@ -77,15 +77,15 @@ def need(condition, errcode, errmsg):
 
 
 def size(value):
-    """UTF-8 的字节数;不是 str 的当作没有写。"""
+    """UTF-8 的字节数；不是 str 的当作没有写。"""
     return len(value.encode('utf-8')) if isinstance(value, str) else 0
 
 
 # ---- 消息的类型 (path/90236) -------------------------------------------------------------------
-# 最多多长、几项,都在下面的表里;此外的规矩,一种类型一个函数,不合就 Refused。``robot`` 是群机器人的
-# (path/91770):它的素材是自己的,卡片的字少一些。
+# 最多多长、几项，都在下面的表里；此外的规矩，一种类型一个函数，不合就 Refused。``robot`` 是群机器人的
+# (path/91770)：它的素材是自己的，卡片的字少一些。
 
-#: 类型 → {字段: (最多几个字,群机器人的若不同,错误码)};路过的列表看每一项,列表自己的是项数。
+#: 类型 → {字段：（最多几个字，群机器人的若不同，错误码）}；路过的列表看每一项，列表自己的是项数。
 TEXTS = {
     'textcard': {'btntxt': (4, 45002)}, 'news': {'articles': (8, 45008)},
     'mpnews': {'articles': (8, 45008)},
@@ -101,14 +101,12 @@ TEXTS = {
         'horizontal_content_list.value': (30, 26, 45002), 'jump_list': (3, 42037),
         'jump_list.title': (18, 13, 42033), 'vertical_content_list': (4, 42047),
         'vertical_content_list.title': (38, 42033), 'vertical_content_list.desc': (160, 45002),
-        'button_list': (6, 42035), 'button_list.text': (10, 42038),
-        'button_selection.option_list': (10, 42042),
+        'button_list': (6, 42035), 'button_list.text': (10, 42038), 'button_selection.option_list': (10, 42042),
         'button_selection.option_list.text': (16, 42041),
         'checkbox.option_list': (20, 42042), 'checkbox.option_list.text': (17, 42041),
         'select_list': (3, 42042), 'select_list.option_list': (10, 42042),
-        'select_list.option_list.text': (16, 42041), 'submit_button.text': (10, 42049)},
-}
-#: 同样的,量 UTF-8 的字节。
+        'select_list.option_list.text': (16, 42041), 'submit_button.text': (10, 42049)},}
+#: 同样的，量 UTF-8 的字节。
 BYTES = {
     'text': {'content': (2048, 45002)}, 'markdown': {'content': (2048, 4096, 45002)},
     'markdown_v2': {'content': (4096, 45002)},
@@ -124,7 +122,7 @@ LISTS = '_list', 'articles', 'content_item'
 
 
 def found(body, path):
-    """``path`` (a.b.c) 上的每一个值;路过的列表走进每一项。"""
+    """``path`` (a.b.c) 上的每一个值；路过的列表走进每一项。"""
     values = [body]
     for name in path.split('.'):
         values = [v for value in values for v in (value if isinstance(value, list) else [value])]
@@ -138,8 +136,7 @@ def check_limits(kind, body, robot):
             for value in found(body, path):
                 need(isinstance(value, list if path.endswith(LISTS) else str), 40035,
                      '%s.%s has the wrong type' % (kind, path))
-                need(measure(value) <= row[-2 if robot else 0], row[-1],
-                     '%s.%s size out of limit' % (kind, path))
+                need(measure(value) <= row[-2 if robot else 0], row[-1], '%s.%s size out of limit' % (kind, path))
 
 
 def check_url(url):
@@ -162,8 +159,7 @@ def check_media_id(wecom, media_id, kind=None, owner='app'):
 
 
 def check_media(kind):
-    return lambda wecom, body, robot: check_media_id(wecom, body.get('media_id'), kind,
-                                                     'robot' if robot else 'app')
+    return lambda wecom, body, robot: check_media_id(wecom, body.get('media_id'), kind, 'robot' if robot else 'app')
 
 
 def check_textcard(wecom, body, robot):
@@ -201,7 +197,7 @@ def check_miniprogram_notice(wecom, body, robot):
 
 
 # ---- 模板卡片 ---------------------------------------------------------------------------------
-# 五种 (path/90236);更新卡片的 (path/94888) 和群机器人的 (path/91770) 是同一个样子。
+# 五种 (path/90236)；更新卡片的 (path/94888) 和群机器人的 (path/91770) 是同一个样子。
 
 #: card_type → 必须有的字段和没有时的错误码。
 CARDS = {
@@ -210,9 +206,8 @@ CARDS = {
     'button_interaction': [('main_title', 42033), ('button_list', 42035)],
     'vote_interaction': [('main_title', 42033), ('checkbox', 42043), ('submit_button', 42046)],
     'multiple_interaction': [('main_title', 42033), ('select_list', 42043),
-                             ('submit_button', 42046)],
-}
-#: 点了要回调的几种:必须有 task_id,发出去时有 response_code。
+                             ('submit_button', 42046)],}
+#: 点了要回调的几种：必须有 task_id，发出去时有 response_code。
 INTERACTIVE = 'button_interaction', 'vote_interaction', 'multiple_interaction'
 
 
@@ -221,7 +216,7 @@ def check_key(value, errcode, errmsg, most=1024):
 
 
 def check_target(target, errcode=42028, types='012'):
-    """跳到哪里:``type`` 是 0 不跳,1 网址,2 小程序。"""
+    """跳到哪里：``type`` 是 0 不跳，1 网址，2 小程序。"""
     kind = str(target.get('type', 0))
     need(kind in list(types), errcode, 'invalid type')
     if kind == '1':
@@ -258,7 +253,7 @@ def check_buttons(body):
 
 
 def check_lines(wecom, body):
-    """卡片中间的几行,能点的区域,和下面的跳转。"""
+    """卡片中间的几行，能点的区域，和下面的跳转。"""
     for line in body.get('horizontal_content_list') or []:
         need(line.get('keyname'), 42027, 'invalid keyname')
         kind = str(line.get('type', 0))
@@ -275,13 +270,12 @@ def check_lines(wecom, body):
 
 def check_image(body, robot):
     image = body.get('card_image') or {}
-    need(image.get('url') or body.get('image_text_area') and not robot, 42044,
-         'card_image.url missing')
+    need(image.get('url') or body.get('image_text_area') and not robot, 42044, 'card_image.url missing')
     need(1.3 <= float(image.get('aspect_ratio') or 1.3) <= 2.25, 42044, 'invalid aspect_ratio')
 
 
 def check_template_card(wecom, body, robot):
-    """``task_id`` 不在这里看:更新的卡片不用写。"""
+    """``task_id`` 不在这里看：更新的卡片不用写。"""
     kind = body.get('card_type')
     need(kind in CARDS and not (robot and kind in INTERACTIVE), 42031, 'invalid card_type')
     for field, errcode in CARDS[kind]:
@@ -303,7 +297,7 @@ def check_template_card(wecom, body, robot):
 
 
 def check_sent_card(wecom, body):
-    """message/send 的卡片:能点的要有 task_id,没有用过的,而且应用要有回调 URL。"""
+    """message/send 的卡片：能点的要有 task_id，没有用过的，而且应用要有回调 URL。"""
     task_id = body.get('task_id')
     if body['card_type'] in INTERACTIVE or body.get('action_menu'):
         need(task_id, 42014, 'task_id missing')
@@ -322,7 +316,7 @@ ROBOT = 'text', 'markdown', 'markdown_v2', 'image', 'news', 'file', 'voice', 'te
 
 
 def check_body(wecom, kind, body, robot=False):
-    """``kind`` 的正文合不合规矩。应用的文本太长不是错,企业微信截断。"""
+    """``kind`` 的正文合不合规矩。应用的文本太长不是错，企业微信截断。"""
     if kind == 'text' and not robot and size(body.get('content')):
         body['content'] = body['content'].encode('utf-8')[:2048].decode('utf-8', 'ignore')
     check_limits(kind, body, robot)
@@ -341,12 +335,34 @@ def check_message(wecom, message):
     if kind == 'file' and safe:
         name = wecom.media[message[kind]['media_id']]['name']
         need(name.lower().endswith(SAFE), 40005, 'invalid file type')
-    need(0 <= message.get('duplicate_check_interval', 1800) <= 14400, 40035,
-         'invalid duplicate_check_interval')
+    need(0 <= message.get('duplicate_check_interval', 1800) <= 14400, 40035, 'invalid duplicate_check_interval')
     need(kind != 'miniprogram_notice' or '@all' not in (message.get('touser') or '').lower(),
          40031, 'miniprogram_notice can not go to @all')
     if kind == 'template_card':
         check_sent_card(wecom, message[kind])
+
+
+# ---- 成员发得出的 ------------------------------------------------------------------------------
+# 企业微信在成员的手机、电脑上就不让发的；照素材的限制 (path/90253)。
+
+NAMES = {'image': '图片', 'voice': '语音', 'video': '视频', 'file': '文件'}
+
+
+def check_member(fields):
+    """一条消息（XML 的名字，dict）。"""
+    kind, text = fields.get('MsgType', 'text'), fields.get('Content')
+    need(kind != 'text' or not isinstance(text, str) or text.strip(), 44004, '空的消息发不出去：写一点什么')
+    need(kind != 'link' or re.match(r'https?://[^/\s]', fields.get('Url') or ''), 40039,
+         '链接的网址不对：要以 http:// 或 https:// 开头')
+
+
+def check_member_file(kind, name, data):
+    need(kind in MEDIA, 40004, '没有这种消息')
+    most, suffixes = MEDIA[kind]
+    need(not suffixes or name.lower().endswith(suffixes), 40005, '%s只能是 %s，%s 作为文件发送' % (
+        NAMES[kind], ' '.join(suffixes), name))
+    need(len(data) >= 5, 40006, '%s 只有 %d 个字节，至少要 5 个' % (name, len(data)))
+    need(len(data) <= most, 40006, '%s 有 %.1f MB，%s最多 %d MB' % (name, len(data) / 2 ** 20, NAMES[kind], most >> 20))
 
 
 # ---- 菜单 (path/90231) ------------------------------------------------------------------------
@@ -356,7 +372,7 @@ BUTTONS = ('click', 'view', 'scancode_push', 'scancode_waitmsg', 'pic_sysphoto',
 
 
 def check_menu_button(button, errcodes):
-    """一个能点的按钮;``errcodes`` 是 (类型, key, url) 的错误码,一级和二级的不同。"""
+    """一个能点的按钮；``errcodes`` 是（类型，key, url）的错误码，一级和二级的不同。"""
     kind = button.get('type')
     need(kind in BUTTONS, errcodes[0], 'invalid button type')
     if kind == 'view':
@@ -394,7 +410,7 @@ JSON_NAMES = {'pic_url': 'picurl', 'key_name': 'keyname', 'app_id': 'appid', 'us
 
 
 def json_names(value):
-    """XML 的 dict → JSON 的名字 (CamelCase → snake_case);只有一项的列表还是列表。"""
+    """XML 的 dict → JSON 的名字 (CamelCase → snake_case)；只有一项的列表还是列表。"""
     if isinstance(value, list):
         return [json_names(v) for v in value]
     if not isinstance(value, dict):
@@ -413,7 +429,7 @@ ANSWERED = ('subscribe', 'enter_agent', 'LOCATION', 'click', 'view', 'view_minip
 
 
 def reply_body(wecom, reply, event=None):
-    """对 ``event`` (消息是 None) 的被动回复 (dict) → 正文,用主动发送的名字,不合规矩就 Refused。"""
+    """对 ``event``（消息是 None）的被动回复 (dict) → 正文，用主动发送的名字，不合规矩就 Refused。"""
     kind = reply.get('MsgType') or ''
     need(event is None or event in ANSWERED, 40008, 'the event %s takes no reply' % event)
     need(event != 'template_card_event' or kind.startswith('update_'), 40008,
@@ -460,7 +476,7 @@ def in_fragments(data):
 
 
 class Broken(Exception):
-    """对方不合 RFC 6455：``args`` 是 (关闭码, 为什么)。"""
+    """对方不合 RFC 6455：``args`` 是（关闭码，为什么）。"""
 
 
 class Connection:
@@ -792,7 +808,7 @@ class Chats:
         self.corp._log('update', chat=asked['chat'], of=bubble['id'], users=users, body=card, raw=raw)
 
 
-#: 捣乱 → 不写 ``value`` 时的值。马上就做的：
+#: 故障 → 不写 ``value`` 时的值。马上就做的：
 AT_ONCE = {'close': 1000, 'abort': None, 'half_open': None, 'kick': None, 'kick_open': None, 'unknown_cmd': None,
            'ping': None, 'masked_ping': None}
 #: 记着的，下面 ``times`` 次用；最后两种一直到 `Bot.heal`。
@@ -802,7 +818,7 @@ FOR_EVER = 'no_pong', 'masked'
 
 
 class Faults:
-    """记着的捣乱；``changed()`` 是有了变化。"""
+    """记着的故障；``changed()`` 是有了变化。"""
 
     def __init__(self, changed):
         self.armed, self._changed = {}, changed         # 名字 → {'value', 'times', 'cmd'}
@@ -918,7 +934,7 @@ class Uplink(Chats):
         connection.put(message_frame(TEXT, data), after, before)
 
     def _take(self, connection, text):
-        """一帧 (str)：照规矩做，或者照 ``faults`` 捣乱，然后 ack。"""
+        """一帧 (str)：照规矩做，或者照 ``faults`` 出错，然后 ack。"""
         with self.corp._lock:
             try:
                 frame = json.loads(text)
@@ -1033,7 +1049,7 @@ class Callbacks(Uplink):
     def __init__(self, corp):
         super().__init__(corp)
         self.callback = ''
-        self.files = {}             # 名字 → {'name', 'data'（密文）, 'at'}：成员发来的素材
+        self.files = {}             # 名字 → {'name', 'data'（密文），'at'}：成员发来的素材
         self._codes, self._stopped = {}, threading.Event()
 
     def _served(self, name, data):
@@ -1088,7 +1104,7 @@ class Callbacks(Uplink):
         self.connected.put(in_fragments(data) if self.faults.take('fragments') else message_frame(TEXT, data))
 
     def _encoded(self, message, body):
-        """→ JSON；捣乱的时候，字符串里的控制字符不转义，没有的话加两个。"""
+        """→ JSON；要出这个故障的时候，字符串里的控制字符不转义，没有的话加两个。"""
         if not self.faults.take('control'):
             return json.dumps(message, ensure_ascii=False)
         text = body.get('text')
@@ -1114,7 +1130,7 @@ class Callbacks(Uplink):
         return urllib.parse.urlencode(query), json.dumps({'encrypt': encrypt}).encode()
 
     def _unwrapped(self, answer, query):
-        """回答的信封 (bytes) → (明文, dict)；没有话说是 ('', {})。"""
+        """回答的信封 (bytes) →（明文，dict）；没有话说是 ('', {})。"""
         if answer.strip() in (b'', b'success'):
             return '', {}
         try:
@@ -1128,7 +1144,7 @@ class Callbacks(Uplink):
             need(isinstance(reply, dict), 40058, '不是 JSON 的对象')
             return text, reply
         except (KeyError, TypeError, ValueError) as e:
-            raise Refused(40058, '不是信封: %r' % e) from None
+            raise Refused(40058, '不是信封：%r' % e) from None
 
     def _call_back(self, text, body, asked):
         """投递到回调 URL：等不到就再来，同一个 msgid；答的是没有结束的 stream，就一秒问一次。"""
@@ -1163,7 +1179,7 @@ class Callbacks(Uplink):
             raw.append(step('解密后的回复', opened, asked['said']))
             need((reply.get('stream') or {}).get('id') == stream, 40058, '不是这个 stream')
         except (NetworkError, WeChatError, Refused, AttributeError) as e:
-            self._problem(asked['chat'], '问 stream 没有好的回答: %s' % e.args[-1], raw)
+            self._problem(asked['chat'], '问 stream 没有好的回答：%s' % e.args[-1], raw)
         else:
             self._passive(asked, reply, raw)
 
@@ -1182,7 +1198,7 @@ class Callbacks(Uplink):
                 else:
                     need(not reply, 40008, '%s 没有答复' % kind)
             except (Refused, AttributeError, KeyError, TypeError, ValueError) as e:
-                self._problem(asked['chat'], '企业微信不认这个答复: %s' % e.args[-1], raw)
+                self._problem(asked['chat'], '企业微信不认这个答复：%s' % e.args[-1], raw)
 
     def respond(self, code, body):
         """response_url：一小时里一次，markdown 或卡片，不加密。"""
@@ -1207,7 +1223,7 @@ class Callbacks(Uplink):
 
 
 class Bot(Callbacks):
-    """一个智能机器人，和成员对它做的事：`say`、`enter`、`press`、`feedback`、`event`；捣乱是 `fault`、`heal`。
+    """一个智能机器人，和成员做的事：`say`、`enter`、`press`、`feedback`、`event`；出故障是 `fault`、`heal`。
 
     ``mode`` 是 'ws'（长连接）或 'json'（投递到 ``callback``，它的回调 URL）。做过的看 ``bubbles``、``frames``、
     ``problems``；等一件事用 `wait`，过期不用等，`skip`。
@@ -1218,7 +1234,7 @@ class Bot(Callbacks):
 
     def __init__(self, corp):
         super().__init__(corp)
-        self._entered = set()       # (成员, 哪一天)
+        self._entered = set()       # （成员，哪一天）
 
     def state(self):
         """聊天页要知道的。"""
@@ -1231,7 +1247,7 @@ class Bot(Callbacks):
         """``user`` 对机器人说一句 → 投递的那一帧 (dict)，机器人收不到是 None。
 
         ``chat`` 不写是单聊，'group' 或 chatid 是群；群里的文字前面加上 @名字，``mention=False`` 不加。不是 ``text``
-        的：image、file、video（bytes 或 (文件名, bytes)），voice（转写的文字），mixed（[文字，图片或 (文件名, bytes)，
+        的：image、file、video（bytes 或（文件名，bytes）），voice（转写的文字），mixed（[文字，图片或（文件名，bytes），
         …]）。``quote`` 是引用的：一句话、一个气泡，或正文的 dict。
         """
         (kind, value), = dict(media, **{'text': text} if text is not None else {}).items()
@@ -1323,10 +1339,10 @@ class Bot(Callbacks):
         return self.event('feedback_event', user, bubble['chat'], id=bubble['feedback'], type=kind,
                           **{name: value for name, value in more.items() if value})
 
-    # 捣乱
+    # 出故障
 
     def fault(self, name, value=None, times=1, cmd=None):
-        """捣乱一下。马上就做的：
+        """出一次故障。马上就做的：
 
         'close' 关（``value`` 是关闭码，照常 1000）；'abort' RST；'half_open' 这条连接从此不读、不答；'kick' 是
         disconnected_event，然后关，'kick_open' 不关；'unknown_cmd' 一个没有听说过的 cmd；'ping' 服务器的 ping，
@@ -1364,7 +1380,7 @@ class Bot(Callbacks):
             self._kick(connection, close=name == 'kick')
 
     def heal(self):
-        """记着的捣乱都不要了。"""
+        """记着的故障都不要了。"""
         with self.corp._lock:
             self.faults.armed.clear()
             self._mask()
@@ -1424,8 +1440,7 @@ class Diary:
     def __init__(self, corp):
         self._corp, self._open = corp, collections.deque(maxlen=100)    # 投递了、回调还没有结束的
         self.refusal = ''           # 它上一次为什么拒绝了投递
-        self._forms = {
-            'callback %s begins on %s %s from %s': self._begin,
+        self._forms = {'callback %s begins on %s %s from %s': self._begin,
             'callback %s ended on %s %s from %s: %d results': self._end,
             'callback %s failed on %s from %s%s': self._fail, 'no callback for %s': self._nobody}
 
@@ -1497,22 +1512,22 @@ class Diary:
             self._corp._log('silent', of=said['id'], text='没有回复：' + why, **who)
 
 
-# ---- 企业微信 ---------------------------------------------------------------------------------
-# 这里没有监听的套接字:一次 API 调用进来,一个回答出去 (`Corp.answer`);一条消息投递出去 (`Corp.deliver`)。
-# 发生的每件事记在 ``events`` 里,聊天页照着画。
+# ---- 企业 -------------------------------------------------------------------------------------
+# 企业微信是五间，一间一间往上，下面的不知道有上面的：`Corp` 是成员和发生的事，`Api` 是应用的 API，`Sending` 是发消息，
+# `Deliveries` 是投递，`WeCom` 加上 HTTP。发生的每件事记在 ``events`` 里，聊天页照着画。
 
 class Corp:
-    """一个企业、一个应用、一个群机器人、一个智能机器人 (``bot``)。类属性是企业微信的限制和脾气,测试可以改。"""
+    """一个企业、一个应用、一个群机器人、一个智能机器人 (``bot``)。类属性是企业微信的限制和脾气，测试可以改。"""
 
-    #: token、素材、response_code 活多少秒;发出去多少秒以内可以撤回。
+    #: token、素材、response_code 活多少秒；发出去多少秒以内可以撤回。
     token_life, media_life, code_life, recall_within = 7200, 3 * 86400, 86400, 86400
-    #: 不可信时 gettoken 以外的 API 都答 60020;没有回调 URL 的应用不能发要回调的卡片。
+    #: 不可信时 gettoken 以外的 API 都答 60020；没有回调 URL 的应用不能发要回调的卡片。
     trusted, has_callback = True, True
-    #: 一分钟内给一个成员的,再多就悄悄丢掉;群机器人的是报错。
+    #: 一分钟内给一个成员的，再多就悄悄丢掉；群机器人的是报错。
     per_member, per_robot = 30, 20
-    #: 等回调几秒,一共投递几次;校验回调 URL 等几秒,几秒以后再试。
+    #: 等回调几秒，一共投递几次；校验回调 URL 等几秒，几秒以后再试。
     patience, deliveries, verify_within = 5, 3, 1
-    #: 捣乱:每次投递路上多花几秒,每条消息的前几次回答丢在路上,用错的 Token 签名。
+    #: 故障：每次投递路上多花几秒，每条消息的前几次响应丢失，用不一致的 Token 签名。
     delay, lost, wrong_token = 0, 0, False
 
     def __init__(self):
@@ -1522,30 +1537,17 @@ class Corp:
                          'robot': re.sub('(.{8})(.{4})(.{4})(.{4})', r'\1-\2-\3-\4-', secrets.token_hex(16)),
                          'token': secrets.token_hex(16), 'encoding_aes_key': secrets.token_hex(22)[:43]}
         self.users = {'zhangsan': '张三', 'lisi': '李四', 'wangwu': '王五'}
-        self.parties, self.tags = {'1': '总公司', '2': '运维部'}, {'1': '值班'}     # 每个都有全部成员
-        self.messages = []          # 送到了的消息,依次
-        self.robot_messages = []
-        self.updates = []           # 更新过的卡片
-        self.dropped = []           # 悄悄丢掉的
-        self.inbox = collections.defaultdict(list)      # 成员 → 他看到的 (类型, 内容),依次
-        self.calls = []             # 每次调用的路径
+        self.name, self.url, self.callback, self.menu = '监控', '', '', None     # 应用的名字、api_base、回调 URL
+        self.inbox = collections.defaultdict(list)      # 成员 → 他看到的（类型，内容），依次
         self.media = {}             # media_id → {'type', 'name', 'data', 'owner', 'at'}
-        self.menu = None
-        self.task_ids = set()
-        self._sent = {}             # msgid → 什么时候发的
-        self._repeated = {}         # 查重复的消息 → 到什么时候
-        self.name, self.url, self.callback = '监控', '', ''     # 应用的名字、api_base、回调 URL
         self.events = collections.deque(maxlen=2000)
         self.page_token = secrets.token_urlsafe(16)     # 聊天页的地址里的
         self.hosts = set()          # 除了本机的几个名字，API 还认的 Host，例如中转的
-        self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个,聊天页从头画
-        self._serial = 0
-        self._tokens = {}
-        self._codes = {}            # response_code → (到什么时候, {成员: 他的那张卡片是哪件事})
+        self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个，聊天页从头画
+        self._serial = self._count = 0
+        self._codes = {}            # response_code → （到什么时候，{成员：他的那张卡片是哪件事}）
         self._asked = {}            # 成员 → 他上一次说话的时候
-        self._scripts = collections.defaultdict(list)
         self._times = collections.defaultdict(list)
-        self._count = 0
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self.diary, self.process = Diary(self), None    # process：从这里启动的机器人，`Keeper`
@@ -1557,10 +1559,8 @@ class Corp:
         names = ('bot_id', 'bot_name') if self.bot.mode == 'json' else ('bot_id', 'bot_secret', 'bot_url', 'bot_name')
         return {name: self.bot.settings[name] for name in names}
 
-    # 发生的事
-
     def _log(self, kind, **fields):
-        """记一件事 → 它的 dict;提到的素材,把文件名和大小带上。"""
+        """记一件事 → 它的 dict；提到的素材，把文件名和大小带上。"""
         with self._changed:
             self._serial += 1
             event = dict({'at': time.time()}, **fields, id=self._serial, kind=kind, files={})
@@ -1574,7 +1574,7 @@ class Corp:
         return event
 
     def events_after(self, last, seconds):
-        """``last`` 以后的事;没有就至多等 ``seconds`` 秒。"""
+        """``last`` 以后的事；没有就至多等 ``seconds`` 秒。"""
         with self._changed:
             self._changed.wait_for(lambda: self._serial > last, seconds)
             return [e for e in self.events if e['id'] > last]
@@ -1586,16 +1586,51 @@ class Corp:
                     process=self.process and self.process.state())
 
     def change(self, **values):
-        """改几个属性,并让聊天页知道。"""
+        """改几个属性，并让聊天页知道。"""
         for name, value in values.items():
             setattr(self, name, value)
         self._log('changed')
 
-    def script(self, path, *answers):
-        """``path`` 的下面几次这样答,不照规矩:
+    def _next(self, prefix):
+        self._count += 1
+        return '%s%d_%s' % (prefix, self._count, hashlib.sha1(os.urandom(8)).hexdigest()[:20])
 
-        dict 是那个 JSON,消息不送到;bytes 是整个回答的原样字节;'lost' 送到了,却不答就关;'close' 没送到就关;
-        'hang' 一直不答;'trickle' 一个字节一个字节没完没了;None 照规矩。
+    def _counted(self, who):
+        """最近一分钟里的第几条。"""
+        now = time.monotonic()
+        times = self._times[who] = [t for t in self._times[who] if t > now - 60] + [now]
+        return len(times)
+
+    def keep(self, kind, name, data, owner='app'):
+        """放一个素材 → media_id。"""
+        media_id = self._next('media')
+        self.media[media_id] = {'type': kind, 'name': name, 'data': data, 'owner': owner, 'at': time.time()}
+        return media_id
+
+    def _new_code(self, cards):
+        """一个 response_code，能更新这些卡片一次。"""
+        code = self._next('code')
+        self._codes[code] = time.monotonic() + self.code_life, cards
+        return code
+
+
+# ---- API --------------------------------------------------------------------------------------
+# 一次调用进来，一个回答出去 (`Api.answer`)。一个 API 一个方法，名字是它的路径。
+
+class Api(Corp):
+    """收调用、认 token、照 `script` 出错；应用、菜单、通讯录、素材的 API。"""
+
+    def __init__(self):
+        super().__init__()
+        self.parties, self.tags = {'1': '总公司', '2': '运维部'}, {'1': '值班'}     # 每个都有全部成员
+        self.calls = []             # 每次调用的路径
+        self._tokens, self._scripts = {}, collections.defaultdict(list)
+
+    def script(self, path, *answers):
+        """``path`` 的下面几次这样答，不照规矩：
+
+        dict 是那个 JSON，消息不送到；bytes 是整个回答的原样字节；'lost' 送到了，却不答就关；'close' 没送到就关；
+        'hang' 一直不答；'trickle' 一个字节一个字节没完没了；None 照规矩。
         """
         with self._lock:
             self._scripts[path] += answers
@@ -1610,20 +1645,8 @@ class Corp:
         with self._lock:
             self._tokens = dict.fromkeys(self._tokens, 0)
 
-    def _next(self, prefix):
-        self._count += 1
-        return '%s%d_%s' % (prefix, self._count, hashlib.sha1(os.urandom(8)).hexdigest()[:20])
-
-    def _counted(self, who):
-        """最近一分钟里的第几条。"""
-        now = time.monotonic()
-        times = self._times[who] = [t for t in self._times[who] if t > now - 60] + [now]
-        return len(times)
-
-    # API 的那一半
-
     def answer(self, path, query, body, headers):
-        """一次调用 → 回答 (dict,或下载的 (文件名, bytes)),没有这个 API 是 None。"""
+        """一次调用 → 回答（dict，或下载的（文件名，bytes）），没有这个 API 是 None。"""
         with self._lock:
             before, begin = self._serial, time.time()
             method = getattr(self, 'api_' + path.replace('/', '_'), None)
@@ -1647,7 +1670,7 @@ class Corp:
                 'at https://open.work.weixin.qq.com/devtool/query?e=%d' % (errmsg, time.time(), errcode)}
 
     def _show_call(self, before, begin, path, body, answer):
-        """这次调用里发生的事都带上它的原文;被拒绝的本身也是一件事。"""
+        """这次调用里发生的事都带上它的原文；被拒绝的本身也是一件事。"""
         if answer['errcode']:
             errmsg = answer['errmsg'].partition(', hint')[0]
             self._log('call', path=path, errcode=answer['errcode'], errmsg=errmsg)
@@ -1667,8 +1690,7 @@ class Corp:
 
     def _json(self, body):
         try:
-            need(not re.search(rb'(?<!\\)(\\\\)*\\u[0-9A-Fa-f]{4}', body), 40033,
-                 'invalid charset: \\uxxxx')
+            need(not re.search(rb'(?<!\\)(\\\\)*\\u[0-9A-Fa-f]{4}', body), 40033, 'invalid charset: \\uxxxx')
             data = json.loads(body.decode('utf-8'))
             need(isinstance(data, dict), 40063, 'empty parameter')
             return data
@@ -1688,186 +1710,6 @@ class Corp:
         token = self._next('token')
         self._tokens[token] = time.monotonic() + self.token_life
         return {'access_token': token, 'expires_in': self.token_life}
-
-    # 发消息
-
-    def api_message_send(self, query, body, headers):
-        message = self._json(body)
-        self._check_agent(message.get('agentid'))
-        kind = message.get('msgtype')
-        need(kind in CHECKS and kind != 'markdown_v2', 40008, 'invalid message type')
-        need(isinstance(message.get(kind), dict), 40035, 'invalid parameter: %s' % kind)
-        check_body(self, kind, message[kind])
-        check_message(self, message)
-        users, wrong = self._receivers(message)
-        return dict(wrong, **self._deliver(message, users))
-
-    def _receivers(self, message):
-        """→ (收得到的成员, {'invaliduser': …} 等)。部门和标签里是全部成员。"""
-        found, wrong, anybody = set(), {}, False
-        for key, known, most, errcode in (('touser', self.users, 1000, 40032),
-                                          ('toparty', self.parties, 100, 82002),
-                                          ('totag', self.tags, 100, 82003)):
-            need(isinstance(message.get(key) or '', str), 40031, 'invalid %s list' % key)
-            asked = [i.lower() for i in (message.get(key) or '').split('|') if i]
-            need(len(asked) <= most, errcode, 'invalid %s list size' % key)
-            right = [i for i in asked if i in known or key + i == 'touser@all']
-            everybody = right and (key != 'touser' or '@all' in right)
-            found.update(self.users if everybody else right)
-            wrong['invalid' + key[2:]] = '|'.join(i for i in asked if i not in right)
-            anybody = anybody or asked
-        need(anybody, 82001, 'user & party & tag all empty')
-        need(found, 81013, 'user & party & tag all invalid')
-        return [u for u in self.users if u in found], wrong
-
-    def _why_dropped(self, message, user):
-        """为什么 ``user`` 看不到这一条,'' 是看得到。"""
-        now, checked = time.monotonic(), message.get('enable_duplicate_check')
-        what = json.dumps([user, message[message['msgtype']]], sort_keys=True)
-        if checked and self._repeated.get(what, 0) > now:
-            return '和刚才的一样'
-        if self._counted('member ' + user) > self.per_member:
-            return '一分钟里超过 %d 条' % self.per_member
-        if checked:
-            self._repeated[what] = now + message.get('duplicate_check_interval', 1800)
-        return ''
-
-    def _deliver(self, message, users):
-        kind, msgid = message['msgtype'], self._next('msg')
-        self._sent[msgid], shown = time.time(), {}
-        why = {user: self._why_dropped(message, user) for user in users}
-        (self.dropped if all(why.values()) else self.messages).append(message)
-        for user in users:
-            if why[user]:
-                self._log('note', user=user, text=why[user] + ',企业微信悄悄丢掉了')
-                continue
-            self.inbox[user].append((kind, message[kind].get('content', message[kind])))
-            asked = self._asked.get(user)
-            shown[user] = self._log('out', user=user, how='active', type=kind, body=message[kind],
-                                    msgid=msgid, seconds=asked and time.monotonic() - asked)['id']
-        if kind != 'template_card':
-            return {'msgid': msgid}
-        card = message[kind]
-        self.task_ids.add(card.get('task_id'))
-        if card['card_type'] not in INTERACTIVE and not card.get('action_menu'):
-            return {'msgid': msgid}
-        return {'msgid': msgid, 'response_code': self._new_code(shown)}
-
-    def api_message_recall(self, query, body, headers):
-        msgid = self._json(body).get('msgid')
-        need(msgid, 40063, 'msgid missing')
-        need(self._sent.get(msgid, 0) + self.recall_within > time.time(), 40058, 'invalid msgid')
-        for event in [e for e in self.events if e.get('msgid') == msgid]:
-            self._log('recall', user=event['user'], of=event['id'])
-        return {}
-
-    def _new_code(self, cards):
-        """一个 response_code,能更新这些卡片一次。"""
-        code = self._next('code')
-        self._codes[code] = time.monotonic() + self.code_life, cards
-        return code
-
-    def api_message_update_template_card(self, query, body, headers):
-        update = self._json(body)
-        self._check_agent(update.get('agentid'))
-        for key, most, errcode in (('userids', 1000, 40032), ('partyids', 100, 82002),
-                                   ('tagids', 100, 82003)):
-            need(isinstance(update.get(key, []), list), 40031, 'invalid %s' % key)
-            need(len(update.get(key, [])) <= most, errcode, 'invalid %s size' % key)
-        groups = update.get('partyids') or update.get('tagids') or update.get('atall')
-        users = list(self.users) if groups else [u.lower() for u in update.get('userids') or []]
-        need(users, 82001, 'user & party & tag all empty')
-        need(update.get('response_code'), 40063, 'response_code missing')
-        until, cards = self._codes.get(update['response_code'], (0, {}))
-        need(until > time.monotonic(), 60140, 'invalid response_code')
-        button, card = update.get('button'), update.get('template_card')
-        need(isinstance(button, dict) or isinstance(card, dict), 40035,
-             'button or template_card missing')
-        if card:
-            check_body(self, 'template_card', card)
-        else:
-            need(size(button.get('replace_name')), 40063, 'button.replace_name missing')
-        del self._codes[update['response_code']]
-        self.updates.append(update)
-        for user in users:
-            self._log('update', user=user, of=cards.get(user), button=button, body=card)
-        return {'invaliduser': [u for u in users if u not in self.users]}
-
-    # 素材
-
-    def keep(self, kind, name, data, owner='app'):
-        """放一个素材 → media_id。"""
-        media_id = self._next('media')
-        self.media[media_id] = {'type': kind, 'name': name, 'data': data, 'owner': owner,
-                                'at': time.time()}
-        return media_id
-
-    def _file(self, body, headers, field=b'media'):
-        """multipart/form-data 里的那个文件 → (文件名, bytes)。"""
-        boundary = re.search('boundary="?([^";]+)', headers.get('Content-Type') or '')
-        need(boundary, 44001, 'empty media data')
-        head, _, rest = body.partition(b'\r\n\r\n')
-        name = re.search(b'name="' + field + b'"; filename="([^"]*)"', head)
-        data, tail, _ = rest.rpartition(b'\r\n--' + boundary.group(1).encode() + b'--')
-        need(name and tail and len(data) > 5, 44001, 'empty media data')
-        return name.group(1).decode('utf-8'), data
-
-    def _upload(self, query, body, headers, kinds, owner='app'):
-        kind = query.get('type')
-        need(kind in kinds, 40004, 'invalid media type')
-        name, data = self._file(body, headers)
-        most, suffixes = MEDIA[kind]
-        need(len(data) <= most, 40006, 'invalid media size')
-        need(not suffixes or name.lower().endswith(suffixes), 40005, 'invalid file type')
-        return {'errmsg': '', 'type': kind, 'media_id': self.keep(kind, name, data, owner),
-                'created_at': str(int(time.time()))}
-
-    def api_media_upload(self, query, body, headers):
-        return self._upload(query, body, headers, MEDIA)
-
-    def api_media_uploadimg(self, query, body, headers):
-        name, data = self._file(body, headers, b'[^"]*')
-        need(len(data) <= 2 << 20, 40009, 'invalid image size')
-        need(name.lower().endswith(MEDIA['image'][1]), 40005, 'invalid file type')
-        return {'url': '%s/media/%s' % (self.url, self.keep('image', name, data))}
-
-    def api_media_get(self, query, body, headers):
-        need(query.get('media_id'), 41006, 'missing media_id')
-        check_media_id(self, query['media_id'])
-        media = self.media[query['media_id']]
-        return media['name'], media['data']
-
-    # 群机器人 (path/91770)
-
-    def api_webhook_send(self, query, body, headers):
-        need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
-        message = self._json(body)
-        kind = message.get('msgtype')
-        need(kind in ROBOT and isinstance(message.get(kind), dict), 40008, 'invalid message type')
-        content = self._robot_image(message[kind]) if kind == 'image' else message[kind]
-        check_body(self, kind, content, robot=True)
-        need(self._counted('robot') <= self.per_robot, 45009, 'api freq out of limit')
-        self.robot_messages.append(message)
-        self._log('out', how='robot', type=kind, body=content)
-        return {}
-
-    def _robot_image(self, content):
-        data = base64.b64decode(content.get('base64', ''))
-        need(len(data) <= 2 << 20, 40009, 'invalid image size')
-        need(hashlib.md5(data).hexdigest() == content.get('md5'), 301019, 'media md5 not match')
-        return {'media_id': self.keep('image', 'image.png', data, 'robot')}
-
-    def api_webhook_upload_media(self, query, body, headers):
-        self._file(body, headers)
-        need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
-        return self._upload(query, body, headers, ('file', 'voice'), 'robot')
-
-    # 智能机器人的 response_url (path/101138)
-
-    def api_aibot_response(self, query, body, headers):
-        return self.bot.respond(query.get('response_code'), body)
-
-    # 应用、菜单、通讯录
 
     def _agent(self, query):
         agentid = query.get('agentid')
@@ -1903,21 +1745,194 @@ class Corp:
 
     def api_user_simplelist(self, query, body, headers):
         need(query.get('department_id') in self.parties, 60003, 'department not found')
-        return {'userlist': [{'userid': u, 'name': name, 'department': [1]}
-                             for u, name in self.users.items()]}
+        return {'userlist': [{'userid': u, 'name': name, 'department': [1]} for u, name in self.users.items()]}
 
     def api_getcallbackip(self, query, body, headers):
         return {'ip_list': ['127.0.0.1']}
 
-    # 投递的那一半 (path/90238)
+    def _file(self, body, headers, field=b'media'):
+        """multipart/form-data 里的那个文件 →（文件名，bytes）。"""
+        boundary = re.search('boundary="?([^";]+)', headers.get('Content-Type') or '')
+        need(boundary, 44001, 'empty media data')
+        head, _, rest = body.partition(b'\r\n\r\n')
+        name = re.search(b'name="' + field + b'"; filename="([^"]*)"', head)
+        data, tail, _ = rest.rpartition(b'\r\n--' + boundary.group(1).encode() + b'--')
+        need(name and tail and len(data) > 5, 44001, 'empty media data')
+        return name.group(1).decode('utf-8'), data
+
+    def _upload(self, query, body, headers, kinds, owner='app'):
+        kind = query.get('type')
+        need(kind in kinds, 40004, 'invalid media type')
+        name, data = self._file(body, headers)
+        most, suffixes = MEDIA[kind]
+        need(len(data) <= most, 40006, 'invalid media size')
+        need(not suffixes or name.lower().endswith(suffixes), 40005, 'invalid file type')
+        return {'errmsg': '', 'type': kind, 'media_id': self.keep(kind, name, data, owner),
+                'created_at': str(int(time.time()))}
+
+    def api_media_upload(self, query, body, headers):
+        return self._upload(query, body, headers, MEDIA)
+
+    def api_media_uploadimg(self, query, body, headers):
+        name, data = self._file(body, headers, b'[^"]*')
+        need(len(data) <= 2 << 20, 40009, 'invalid image size')
+        need(name.lower().endswith(MEDIA['image'][1]), 40005, 'invalid file type')
+        return {'url': '%s/media/%s' % (self.url, self.keep('image', name, data))}
+
+    def api_media_get(self, query, body, headers):
+        need(query.get('media_id'), 41006, 'missing media_id')
+        check_media_id(self, query['media_id'])
+        media = self.media[query['media_id']]
+        return media['name'], media['data']
+
+    def api_aibot_response(self, query, body, headers):         # path/101138
+        return self.bot.respond(query.get('response_code'), body)
+
+
+# ---- 发消息 -----------------------------------------------------------------------------------
+# message/send、更新、撤回，和群机器人的 webhook (path/91770)。
+
+class Sending(Api):
+    """送到成员那里，或悄悄丢掉。"""
+
+    def __init__(self):
+        super().__init__()
+        self.messages, self.robot_messages = [], []     # 送到了的消息，依次
+        self.updates = []           # 更新过的卡片
+        self.dropped = []           # 悄悄丢掉的
+        self.task_ids = set()
+        self._sent = {}             # msgid → 什么时候发的
+        self._repeated = {}         # 查重复的消息 → 到什么时候
+
+    def api_message_send(self, query, body, headers):
+        message = self._json(body)
+        self._check_agent(message.get('agentid'))
+        kind = message.get('msgtype')
+        need(kind in CHECKS and kind != 'markdown_v2', 40008, 'invalid message type')
+        need(isinstance(message.get(kind), dict), 40035, 'invalid parameter: %s' % kind)
+        check_body(self, kind, message[kind])
+        check_message(self, message)
+        users, wrong = self._receivers(message)
+        return dict(wrong, **self._deliver(message, users))
+
+    def _receivers(self, message):
+        """→（收得到的成员，{'invaliduser': …} 等）。部门和标签里是全部成员。"""
+        found, wrong, anybody = set(), {}, False
+        for key, known, most, errcode in (('touser', self.users, 1000, 40032), ('toparty', self.parties, 100, 82002),
+                                          ('totag', self.tags, 100, 82003)):
+            need(isinstance(message.get(key) or '', str), 40031, 'invalid %s list' % key)
+            asked = [i.lower() for i in (message.get(key) or '').split('|') if i]
+            need(len(asked) <= most, errcode, 'invalid %s list size' % key)
+            right = [i for i in asked if i in known or key + i == 'touser@all']
+            everybody = right and (key != 'touser' or '@all' in right)
+            found.update(self.users if everybody else right)
+            wrong['invalid' + key[2:]] = '|'.join(i for i in asked if i not in right)
+            anybody = anybody or asked
+        need(anybody, 82001, 'user & party & tag all empty')
+        need(found, 81013, 'user & party & tag all invalid')
+        return [u for u in self.users if u in found], wrong
+
+    def _why_dropped(self, message, user):
+        """为什么 ``user`` 看不到这一条，'' 是看得到。"""
+        now, checked = time.monotonic(), message.get('enable_duplicate_check')
+        what = json.dumps([user, message[message['msgtype']]], sort_keys=True)
+        if checked and self._repeated.get(what, 0) > now:
+            return '和刚才的一样'
+        if self._counted('member ' + user) > self.per_member:
+            return '一分钟里超过 %d 条' % self.per_member
+        if checked:
+            self._repeated[what] = now + message.get('duplicate_check_interval', 1800)
+        return ''
+
+    def _deliver(self, message, users):
+        kind, msgid = message['msgtype'], self._next('msg')
+        self._sent[msgid], shown = time.time(), {}
+        why = {user: self._why_dropped(message, user) for user in users}
+        (self.dropped if all(why.values()) else self.messages).append(message)
+        for user in users:
+            if why[user]:
+                self._log('note', user=user, text=why[user] + '，企业微信悄悄丢掉了')
+                continue
+            self.inbox[user].append((kind, message[kind].get('content', message[kind])))
+            asked = self._asked.get(user)
+            shown[user] = self._log('out', user=user, how='active', type=kind, body=message[kind],
+                                    msgid=msgid, seconds=asked and time.monotonic() - asked)['id']
+        if kind != 'template_card':
+            return {'msgid': msgid}
+        card = message[kind]
+        self.task_ids.add(card.get('task_id'))
+        if card['card_type'] not in INTERACTIVE and not card.get('action_menu'):
+            return {'msgid': msgid}
+        return {'msgid': msgid, 'response_code': self._new_code(shown)}
+
+    def api_message_recall(self, query, body, headers):
+        msgid = self._json(body).get('msgid')
+        need(msgid, 40063, 'msgid missing')
+        need(self._sent.get(msgid, 0) + self.recall_within > time.time(), 40058, 'invalid msgid')
+        for event in [e for e in self.events if e.get('msgid') == msgid]:
+            self._log('recall', user=event['user'], of=event['id'])
+        return {}
+
+    def api_message_update_template_card(self, query, body, headers):
+        update = self._json(body)
+        self._check_agent(update.get('agentid'))
+        for key, most, errcode in (('userids', 1000, 40032), ('partyids', 100, 82002), ('tagids', 100, 82003)):
+            need(isinstance(update.get(key, []), list), 40031, 'invalid %s' % key)
+            need(len(update.get(key, [])) <= most, errcode, 'invalid %s size' % key)
+        groups = update.get('partyids') or update.get('tagids') or update.get('atall')
+        users = list(self.users) if groups else [u.lower() for u in update.get('userids') or []]
+        need(users, 82001, 'user & party & tag all empty')
+        need(update.get('response_code'), 40063, 'response_code missing')
+        until, cards = self._codes.get(update['response_code'], (0, {}))
+        need(until > time.monotonic(), 60140, 'invalid response_code')
+        button, card = update.get('button'), update.get('template_card')
+        need(isinstance(button, dict) or isinstance(card, dict), 40035, 'button or template_card missing')
+        if card:
+            check_body(self, 'template_card', card)
+        else:
+            need(size(button.get('replace_name')), 40063, 'button.replace_name missing')
+        del self._codes[update['response_code']]
+        self.updates.append(update)
+        for user in users:
+            self._log('update', user=user, of=cards.get(user), button=button, body=card)
+        return {'invaliduser': [u for u in users if u not in self.users]}
+
+    def api_webhook_send(self, query, body, headers):
+        need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
+        message = self._json(body)
+        kind = message.get('msgtype')
+        need(kind in ROBOT and isinstance(message.get(kind), dict), 40008, 'invalid message type')
+        content = self._robot_image(message[kind]) if kind == 'image' else message[kind]
+        check_body(self, kind, content, robot=True)
+        need(self._counted('robot') <= self.per_robot, 45009, 'api freq out of limit')
+        self.robot_messages.append(message)
+        self._log('out', how='robot', type=kind, body=content)
+        return {}
+
+    def _robot_image(self, content):
+        data = base64.b64decode(content.get('base64', ''))
+        need(len(data) <= 2 << 20, 40009, 'invalid image size')
+        need(hashlib.md5(data).hexdigest() == content.get('md5'), 301019, 'media md5 not match')
+        return {'media_id': self.keep('image', 'image.png', data, 'robot')}
+
+    def api_webhook_upload_media(self, query, body, headers):
+        self._file(body, headers)
+        need(query.get('key') == self.settings['robot'], 93000, 'invalid webhook url')
+        return self._upload(query, body, headers, ('file', 'voice'), 'robot')
+
+
+# ---- 投递 (path/90238) ------------------------------------------------------------------------
+# 成员说的，加密、签名，送到回调 URL；等不到就断开、再投递；被动回复给成员看。
+
+class Deliveries(Sending):
+    """投递，和成员在聊天页上做的事。"""
 
     def message(self, user='zhangsan', **fields):
-        """用户发来的一条消息 (dict);没写的字段照常,事件没有 MsgId。"""
+        """用户发来的一条消息 (dict)；没写的字段照常，事件没有 MsgId。"""
         with self._lock:
             self._count += 1
         full = {'ToUserName': self.settings['corpid'], 'FromUserName': user,
-                'CreateTime': int(time.time()), 'MsgType': 'text',
-                'AgentID': self.settings['agentid']}
+                'CreateTime': int(time.time()), 'MsgType': 'text', 'AgentID': self.settings['agentid']}
         full.update(fields)
         if full['MsgType'] != 'event':
             full.setdefault('MsgId', 7 * 10 ** 15 + self._count)
@@ -1928,7 +1943,7 @@ class Corp:
         return WXBizMsgCrypt(*(settings[k] for k in ('token', 'encoding_aes_key', 'corpid')))
 
     def _signed(self, text, **other):
-        """→ (查询参数 dict, 密文 str);每次的 nonce 和密文都不同。``other`` 是和 ``settings`` 不同的。"""
+        """→（查询参数 dict, 密文 str）；每次的 nonce 和密文都不同。``other`` 是和 ``settings`` 不同的。"""
         crypt = self._crypt(**dict(other, token='wrong') if self.wrong_token else other)
         encrypt, now = crypt.seal(text), str(int(time.time()))
         nonce = str(int.from_bytes(os.urandom(4), 'big'))
@@ -1936,14 +1951,14 @@ class Corp:
         return query, encrypt.decode()
 
     def request(self, message):
-        """一次投递的 (查询串, 正文 bytes)。"""
+        """一次投递的（查询串，正文 bytes）。"""
         query, encrypt = self._signed(dict_to_xml(message))
         body = dict_to_xml({'ToUserName': self.settings['corpid'], 'Encrypt': encrypt,
                             'AgentID': self.settings['agentid']})
         return urllib.parse.urlencode(query), body.encode('utf-8')
 
     def _unwrapped(self, answer, query=None):
-        """回答的信封 (bytes) → (里面的 XML, dict);没有回复是 ('', {})。"""
+        """回答的信封 (bytes) →（里面的 XML, dict）；没有回复是 ('', {})。"""
         if answer in (b'', b'success'):
             return '', {}
         envelope = xml_to_dict(answer)
@@ -1952,11 +1967,11 @@ class Corp:
         return text, xml_to_dict(text) if text else {}
 
     def opened(self, answer):
-        """回答的信封 (bytes) → 里面的 dict;空的是 {}。"""
+        """回答的信封 (bytes) → 里面的 dict；空的是 {}。"""
         return self._unwrapped(answer)[1]
 
     def _exchange(self, url, query, body=None, seconds=None, kind='text/xml'):
-        """一个请求,一共等 ``seconds`` 秒(照常是 ``patience``)→ (状态, 正文)。"""
+        """一个请求，一共等 ``seconds`` 秒（照常是 ``patience``） →（状态，正文）。"""
         until = time.monotonic() + (seconds or self.patience)
         time.sleep(min(self.delay, seconds or self.patience))
         left = until - time.monotonic()
@@ -1966,11 +1981,11 @@ class Corp:
             return answer.status, answer.read()
 
     def ask(self, url, message):
-        """投递一次，等 ``patience`` 秒 → (状态, 正文)；连不上、等不到抛 `NetworkError`。"""
+        """投递一次，等 ``patience`` 秒 →（状态，正文）；连不上、等不到抛 `NetworkError`。"""
         return self._exchange(url, *self.request(message))
 
     def verify(self, url):
-        """像后台的「保存」那样校验回调 URL → 哪里不对,'' 是通过。"""
+        """像后台的「保存」那样校验回调 URL → 哪里不对，'' 是通过。"""
         problem = self._verify(url)
         if not problem:
             self.change(callback=url)
@@ -1981,10 +1996,9 @@ class Corp:
         query, encrypt = self._signed(echo, **other)
         query['echostr'] = encrypt
         try:
-            status, answer = self._exchange(url, urllib.parse.urlencode(query),
-                                            seconds=self.verify_within)
+            status, answer = self._exchange(url, urllib.parse.urlencode(query), seconds=self.verify_within)
         except (NetworkError, ValueError) as e:
-            return '%s 没有回答: %s' % (url, e)
+            return '%s 没有回答：%s' % (url, e)
         if status == 403:
             with self._changed:         # 从这里启动的机器人，日志就要到了
                 self._changed.wait_for(lambda: self.diary.refusal, self.process and 1 or 0)
@@ -1995,7 +2009,7 @@ class Corp:
         return '' if (status, answer) == (200, echo.encode()) else '%s 返回 %d，不是 echostr' % (url, status)
 
     def deliver(self, url, message=None, **fields):
-        """像企业微信那样投递一条消息:等不到就断开、再投递,一共 ``deliveries`` 次 → 被动回复 (dict) 或 None。
+        """像企业微信那样投递一条消息：等不到就断开、再投递，一共 ``deliveries`` 次 → 被动回复 (dict) 或 None。
 
         用户看到的记在 ``inbox``。
         """
@@ -2016,7 +2030,7 @@ class Corp:
         return None
 
     def _attempt(self, url, plain, wrap, unwrap, said, n, deliveries):
-        """``said`` 的第 ``n`` 次投递 → (回复 dict，再投递是 None；原文)。``wrap`` 装进信封，``unwrap`` 拆开。"""
+        """``said`` 的第 ``n`` 次投递 →（回复 dict，再投递是 None；原文）。``wrap`` 装进信封，``unwrap`` 拆开。"""
         which = dict({'chat': said['chat']} if 'chat' in said else {}, of=said['id'], n=n)
         raw = [step('企业微信写好的明文', plain, said)]
         query, body = wrap(plain)
@@ -2052,32 +2066,30 @@ class Corp:
             try:
                 body = reply_body(self, reply, message.get('Event'))
             except (Refused, AttributeError, TypeError, ValueError) as e:
-                self._log('note', user=user, text='企业微信不认这个被动回复: %s' % e.args[-1], raw=raw)
+                self._log('note', user=user, text='企业微信不认这个被动回复：%s' % e.args[-1], raw=raw)
                 return
             self.inbox[user].append((kind, reply.get('Content', reply)))
             if not kind.startswith('update_'):
-                self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds,
-                          raw=raw)
+                self._log('out', user=user, how='passive', type=kind, body=body, seconds=seconds, raw=raw)
                 return
             cards = self._codes.get(message.get('ResponseCode'), (0, {}))[1]
             self._log('update', user=user, of=cards.get(user), raw=raw,
                       **{'button' if kind == 'update_button' else 'body': body})
 
-    # 聊天页上的人做的事
-
     def say(self, user, fields, card=None):
-        """``user`` 发来一条消息,投递在自己的线程里;``card`` 是他点的那张卡片是哪件事。"""
-        need(self.callback, 40057, '还没有机器人')
+        """``user`` 发来一条消息，投递在自己的线程里；``card`` 是他点的那张卡片是哪件事。"""
+        need(self.callback, 40057, self.process.why() if self.process else '还没有机器人：回调 URL 通过了校验才能投递')
         need(user in self.users, 40031, '没有这个成员')
+        check_member(fields)
         message = self.message(user, **fields)
         if card:
             message['ResponseCode'] = self._new_code({user: card})
-        dict_to_xml(message)            # 写不成 XML 的,现在就说
+        dict_to_xml(message)            # 写不成 XML 的，现在就说
         threading.Thread(target=self.deliver, args=(self.callback, message), daemon=True).start()
 
     def send_file(self, user, kind, name, data):
         """``user`` 发来一个文件。"""
-        need(kind in MEDIA and data, 40004, '没有文件')
+        check_member_file(kind, name, data)
         with self._lock:
             media_id = self.keep(kind, name, data)
         url = '%s/media/%s' % (self.url, media_id)
@@ -2101,12 +2113,11 @@ class Corp:
 #   out、bubble、grow、update、recall    成员看到的；grow、update、recall 的 of 是那个气泡
 #   call、note               被拒绝的 API 调用；别的要说的
 #
-# raw 是原文，一步一个 [标题, 文字, 离那一句（没有就是离开始）多少秒]，依次；step 照 seconds 插在中间，就是一条时间线。
+# raw 是原文，一步一个 [标题，文字，离那一句（没有就是离开始）多少秒]，依次；step 照 seconds 插在中间，就是一条时间线。
 # POST 的回答是 {}，或 {error: 一句话}：企业微信不收的，和做不到的；/restart 是重新启动机器人。
 
 TYPES = {'.jpg': 'image/jpeg', '.jpeg': 'image/jpeg', '.png': 'image/png', '.mp4': 'video/mp4',
-         '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg',
-         '.m4a': 'audio/mp4'}
+         '.webm': 'video/webm', '.mp3': 'audio/mpeg', '.wav': 'audio/wav', '.ogg': 'audio/ogg', '.m4a': 'audio/mp4'}
 
 
 #: 聊天页 (bytes)。没有外部的资源，打开它，没有一个请求离开这台机器。
@@ -2129,11 +2140,115 @@ LOOPBACK = re.compile(r'(127(\.[0-9]{1,3}){3}|localhost|\[::1\])(:[0-9]+)?')
 SWITCHES = {'delay': float, 'lost': int, 'wrong_token': bool, 'trusted': bool}
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """一个请求:API(照 `Corp.script` 捣乱),或聊天页。"""
+class Answers(http.server.BaseHTTPRequestHandler):
+    """回答的几种写法，和谁能进来。"""
 
     def log_message(self, *args):
         pass
+
+    def _foreign(self, api):
+        """是不是别的网站借浏览器的手来的。"""
+        host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
+        if not LOOPBACK.fullmatch(host) and host not in self.server.wecom.hosts:
+            return True
+        if api:
+            return origin is not None or 'Sec-Fetch-Site' in self.headers
+        return origin not in (None, 'http://' + host)
+
+    def _json(self, answer):
+        self._write(200, 'application/json; charset=UTF-8', json.dumps(answer, ensure_ascii=False).encode('utf-8'))
+
+    def _write(self, status, kind, data, *headers):
+        self.send_response(status)
+        for item in (('Content-Type', kind), ('Content-Length', str(len(data))),
+                     ('X-Content-Type-Options', 'nosniff')) + headers:
+            self.send_header(*item)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Page(Answers):
+    """聊天页：它自己，/events，素材，和成员在上面做的事。"""
+
+    def _page(self, what, path, query, body):
+        if what == 'GET /' and path == '/':
+            self._write(200, 'text/html; charset=utf-8', PAGE,
+                        ('Content-Security-Policy', POLICY), ('Referrer-Policy', 'no-referrer'),
+                        ('Cache-Control', 'no-store'))
+        elif what == 'GET /events':
+            self._events()
+        elif what == 'GET /media' and path[7:] in self.server.wecom.media:
+            self._media(self.server.wecom.media[path[7:]])
+        elif what in ('POST /say', 'POST /file', 'POST /switch', 'POST /bot', 'POST /restart'):
+            try:
+                getattr(self, '_' + self.path[1:].partition('?')[0])(query, body)
+                self._json({})
+            except (Refused, WeChatError, KeyError, TypeError, ValueError) as e:
+                self._json({'error': '%s' % (e.args[-1],)})
+        else:
+            self._write(204 if path == '/favicon.ico' else 404, 'text/plain', b'')
+
+    def _say(self, query, body):
+        asked = json.loads(body.decode('utf-8'))
+        self.server.wecom.say(asked['user'], asked['message'], asked.get('card'))
+
+    def _file(self, query, body):
+        user, kind, name = query['user'], query['type'], query['name']
+        if query.get('chat'):           # parse_qsl 丢掉空的
+            check_member_file(kind, name, body)
+            need(kind != 'voice', 40004, '智能机器人收到的语音是转写的文字：用工具栏里的「语音」')
+            self.server.wecom.bot.say(user, chat=query['chat'], **{kind: (name, body)})
+        else:
+            self.server.wecom.send_file(user, kind, name, body)
+
+    def _bot(self, query, body):
+        asked = json.loads(body.decode('utf-8'))
+        what = asked.pop('do')
+        need(what in ('say', 'enter', 'press', 'feedback', 'event', 'fault', 'heal'), 40058, '没有这件事')
+        if what == 'say' and 'text' in asked:
+            check_member({'Content': asked['text']})
+        getattr(self.server.wecom.bot, what)(**asked)
+
+    def _restart(self, query, body):
+        process = self.server.wecom.process
+        need(process, 40057, '机器人不是从这里启动的：到启动它的终端里重新启动')
+        process.restart()
+
+    def _switch(self, query, body):
+        asked = json.loads(body.decode('utf-8'))
+        if asked.pop('expire', None):
+            self.server.wecom.expire_tokens()
+        self.server.wecom.change(**{name: SWITCHES[name](value) for name, value in asked.items()})
+
+    def _media(self, media):
+        """一个素材。不是图片、声音、视频的，只能下载：这里是页面自己的源。"""
+        kind = TYPES.get(os.path.splitext(media['name'].lower())[1])
+        how = 'inline' if kind else 'attachment'
+        name = urllib.parse.quote(media['name'], safe='')
+        self._write(200, kind or 'application/octet-stream', media['data'],
+                    ('Content-Security-Policy', "default-src 'none'; sandbox"),
+                    ('Content-Disposition', "%s; filename*=UTF-8''%s" % (how, name)))
+
+    def _events(self):
+        """Server-Sent Events：先是现状，然后每件事一个，断了从 Last-Event-ID 接着。"""
+        wecom = self.server.wecom
+        last = int(self.headers.get('Last-Event-ID') or 0)
+        self.send_response(200)
+        self.send_header('Content-Type', 'text/event-stream; charset=utf-8')
+        self.send_header('Cache-Control', 'no-store')
+        self.end_headers()
+        self.wfile.write(b'data: %s\n\n' % json.dumps(wecom.state()).encode())
+        while not self.server.stopping:
+            events = wecom.events_after(last, 15)
+            for event in events:
+                last = event['id']
+                event = wecom.state() if event['kind'] == 'changed' else event
+                self.wfile.write(b'id: %d\ndata: %s\n\n' % (last, json.dumps(event).encode()))
+            self.wfile.write(b'' if events else b': still here\n\n')
+
+
+class Handler(Page):
+    """一个请求：API（照 `Api.script` 出故障），长连接，或聊天页。"""
 
     def do_GET(self):
         try:
@@ -2185,15 +2300,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._write(200, 'application/octet-stream', file['data'], (
             'Content-Disposition', "attachment; filename*=UTF-8''%s" % urllib.parse.quote(file['name'], safe='')))
 
-    def _foreign(self, api):
-        """是不是别的网站借浏览器的手来的。"""
-        host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
-        if not LOOPBACK.fullmatch(host) and host not in self.server.wecom.hosts:
-            return True
-        if api:
-            return origin is not None or 'Sec-Fetch-Site' in self.headers
-        return origin not in (None, 'http://' + host)
-
     def _api(self, path, query, body):
         wecom = self.server.wecom
         script = wecom.next_script(path)
@@ -2216,7 +2322,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._json(answer)
 
     def _never(self, how):
-        """没有答案:马上关、一直不答,或一个字节一个字节没完没了。"""
+        """没有答案：马上关、一直不答，或一个字节一个字节没完没了。"""
         try:
             if how == 'hang':
                 self.rfile.read(1)      # 到对方关
@@ -2228,106 +2334,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             pass
 
-    def _json(self, answer):
-        self._write(200, 'application/json; charset=UTF-8',
-                    json.dumps(answer, ensure_ascii=False).encode('utf-8'))
-
-    def _write(self, status, kind, data, *headers):
-        self.send_response(status)
-        for item in (('Content-Type', kind), ('Content-Length', str(len(data))),
-                     ('X-Content-Type-Options', 'nosniff')) + headers:
-            self.send_header(*item)
-        self.end_headers()
-        self.wfile.write(data)
-
-    # 聊天页
-
-    def _page(self, what, path, query, body):
-        if what == 'GET /' and path == '/':
-            self._write(200, 'text/html; charset=utf-8', PAGE,
-                        ('Content-Security-Policy', POLICY), ('Referrer-Policy', 'no-referrer'),
-                        ('Cache-Control', 'no-store'))
-        elif what == 'GET /events':
-            self._events()
-        elif what == 'GET /media' and path[7:] in self.server.wecom.media:
-            self._media(self.server.wecom.media[path[7:]])
-        elif what in ('POST /say', 'POST /file', 'POST /switch', 'POST /bot', 'POST /restart'):
-            try:
-                getattr(self, '_' + self.path[1:].partition('?')[0])(query, body)
-                self._json({})
-            except (Refused, WeChatError, KeyError, TypeError, ValueError) as e:
-                self._json({'error': '%s' % (e.args[-1],)})
-        else:
-            self._write(204 if path == '/favicon.ico' else 404, 'text/plain', b'')
-
-    def _say(self, query, body):
-        asked = json.loads(body.decode('utf-8'))
-        self.server.wecom.say(asked['user'], asked['message'], asked.get('card'))
-
-    def _file(self, query, body):
-        user, kind, name = query['user'], query['type'], query['name']
-        if query.get('chat'):           # parse_qsl 丢掉空的
-            need(kind in MEDIA and body, 40004, '没有文件')
-            self.server.wecom.bot.say(user, chat=query['chat'], **{kind: (name, body)})
-        else:
-            self.server.wecom.send_file(user, kind, name, body)
-
-    def _bot(self, query, body):
-        asked = json.loads(body.decode('utf-8'))
-        what = asked.pop('do')
-        need(what in ('say', 'enter', 'press', 'feedback', 'event', 'fault', 'heal'), 40058, '没有这件事')
-        getattr(self.server.wecom.bot, what)(**asked)
-
-    def _restart(self, query, body):
-        process = self.server.wecom.process
-        need(process, 40057, '机器人不是从这里启动的：到启动它的终端里重新启动')
-        process.restart()
-
-    def _switch(self, query, body):
-        asked = json.loads(body.decode('utf-8'))
-        if asked.pop('expire', None):
-            self.server.wecom.expire_tokens()
-        self.server.wecom.change(**{name: SWITCHES[name](value) for name, value in asked.items()})
-
-    def _media(self, media):
-        """一个素材。不是图片、声音、视频的,只能下载:这里是页面自己的源。"""
-        kind = TYPES.get(os.path.splitext(media['name'].lower())[1])
-        how = 'inline' if kind else 'attachment'
-        name = urllib.parse.quote(media['name'], safe='')
-        self._write(200, kind or 'application/octet-stream', media['data'],
-                    ('Content-Security-Policy', "default-src 'none'; sandbox"),
-                    ('Content-Disposition', "%s; filename*=UTF-8''%s" % (how, name)))
-
-    def _events(self):
-        """Server-Sent Events:先是现状,然后每件事一个,断了从 Last-Event-ID 接着。"""
-        wecom = self.server.wecom
-        last = int(self.headers.get('Last-Event-ID') or 0)
-        self.send_response(200)
-        self.send_header('Content-Type', 'text/event-stream; charset=utf-8')
-        self.send_header('Cache-Control', 'no-store')
-        self.end_headers()
-        self.wfile.write(b'data: %s\n\n' % json.dumps(wecom.state()).encode())
-        while not self.server.stopping:
-            events = wecom.events_after(last, 15)
-            for event in events:
-                last = event['id']
-                event = wecom.state() if event['kind'] == 'changed' else event
-                self.wfile.write(b'id: %d\ndata: %s\n\n' % (last, json.dumps(event).encode()))
-            self.wfile.write(b'' if events else b': still here\n\n')
-
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads, request_queue_size = True, 128
     stopping = False
 
 
-class WeCom(Corp):
-    """带 HTTP 的 `Corp`。"""
+class WeCom(Deliveries):
+    """企业微信，带着 HTTP。"""
 
     _server = None
 
     def start(self, host='127.0.0.1', port=0):
-        """开始服务,返回 api_base。"""
+        """开始服务，返回 api_base。"""
         self._server = Server((host, port), Handler)
         self._server.wecom = self
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -2352,7 +2371,7 @@ class WeCom(Corp):
 # 退出码：0 是被停下，2 是用法不对、端口用不了。机器人退出了，模拟器还在：聊天页上有它的最后几行。
 
 def tell(text, stream=None):
-    """打印一行;没有人读就算了。"""
+    """打印一行；没有人读就算了。"""
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
@@ -2372,8 +2391,8 @@ def write_file(path, text):
 
 
 def child_environment(folder):
-    """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置:否则 easywechat 会找到用户真的 config.ini,
-    把这里的话发给真的人;环境里的设置也不能漏进来。token 和程序自己的状态存在临时的目录里,用完就没有了。
+    """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置：否则 easywechat 会找到用户真的 config.ini，
+    把这里的话发给真的人；环境里的设置也不能漏进来。token 和程序自己的状态存在临时的目录里，用完就没有了。
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}
     return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder,
@@ -2382,7 +2401,7 @@ def child_environment(folder):
 
 
 def callback_url(line):
-    """`WeChatServer.run` 在 stderr 上说它在哪里听 (bytes) → 本机能用的 URL,别的行是 None。"""
+    """`WeChatServer.run` 在 stderr 上说它在哪里听 (bytes) → 本机能用的 URL，别的行是 None。"""
     found = re.match(rb'EasyWeChat \S+ (http://[!-~]+)', line)
     url = found and found.group(1).decode()
     return url and url.replace('//0.0.0.0:', '//127.0.0.1:').replace('//[::]:', '//[::1]:')
@@ -2417,12 +2436,17 @@ class Keeper(Host):
         super().__init__(wecom)
         self._command, self._app, self._sections, self._reload = command, app, sections, reload
         self._mark, self._asked = '\x1e%s ' % secrets.token_hex(8), threading.Event()
-        self.code, self._lines, self._seen = None, collections.deque(maxlen=20), {}
+        self.code, self._lines, self._seen, self._now, self._look = None, collections.deque(maxlen=20), {}, {}, 0
 
     def state(self):
         """聊天页要知道的：在运行还是退出了，退出码，stderr 的最后几行。"""
         return {'state': 'running' if self.code is None else 'exited', 'code': self.code, 'lines': list(self._lines),
                 'program': os.path.basename(self._command[0]), 'reload': self._reload}
+
+    def why(self):
+        """为什么还没有回调 URL。"""
+        return '机器人还没有通过回调 URL 的校验：等一下再发，或看启动它的终端' if self.code is None else (
+            '机器人退出了：%s点「重新启动」' % ('改好它的文件，或' if self._reload else ''))
 
     def restart(self):
         self._asked.set()
@@ -2468,24 +2492,31 @@ class Keeper(Host):
                 self.url = callback_url(text) or self.url
 
     def _stamps(self):
-        """程序旁边的模块，和这一份 easywechat.py → {路径: (什么时候改的, 大小)}。"""
+        """程序旁边的模块，和这一份 easywechat.py → {路径：（什么时候改的，大小）}。"""
         folder, found = os.path.dirname(os.path.abspath(self._command[0])), {}
         with contextlib.suppress(OSError):
             names = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.py')]
-            for path in names + [sys.modules['easywechat'].__file__]:
+            for path in names + [inspect.getfile(WeChatError)]:
                 status = os.stat(path)
                 found[path] = status.st_mtime_ns, status.st_size
         return found
 
+    def _edited(self):
+        """一个改过的文件的名字，没有是 ''；还在写的，等它写完。"""
+        if not self._reload or time.monotonic() < self._look:
+            return ''
+        before, self._now, self._look = self._now, self._stamps(), time.monotonic() + 0.3
+        edited = [path for path, stamp in self._now.items() if self._seen.get(path) != stamp]
+        return os.path.basename(edited[0]) if edited and self._now == before else ''
+
     def _watch(self, folder):
-        """看一眼：该校验就校验，退出了就说，要重新启动就重新启动。"""
+        """看一眼：退出了就说，该校验就校验，要重新启动就重新启动。"""
         if self.code is None and self._process.poll() is not None:
             self._left()
         self.introduce()
-        stamps = self._stamps() if self._reload else {}
-        changed = [path for path, stamp in stamps.items() if self._seen.get(path) != stamp]
-        if changed or self._asked.is_set():
-            tell('simulator: %s重新启动机器人' % (os.path.basename(changed[0]) + ' 改了，' if changed else ''), sys.stderr)
+        edited = self._edited()
+        if edited or self._asked.is_set():
+            tell('simulator: %s重新启动机器人' % (edited and edited + ' 改了，'), sys.stderr)
             self._end()
             self._start(folder)
 
@@ -2538,37 +2569,37 @@ class Listener(Host):
 
 
 def own_sections(names):
-    """自己的 config.ini 里的这几节 → {名字: dict}。应用的不抄:在这里说的话会到真的人那里。"""
+    """自己的 config.ini 里的这几节 → {名字：dict}。应用的不抄：在这里说的话会到真的人那里。"""
     sections = {name: get_section(name) for name in names}
     for name, values in sections.items():
         if not values or 'corpid' in values or 'robot' in values:
-            raise ValueError('[%s] 不在 config.ini 里,或者是一个应用' % name)
+            raise ValueError('[%s] 不在 config.ini 里，或者是一个应用' % name)
     return sections
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description='桌上的企业微信:聊天页、回调、API。')
-    parser.add_argument('--port', type=int, default=0, help='聊天页和 API 的端口(默认由系统挑)')
-    parser.add_argument('--url', help='机器人已经在别处运行:它的回调 URL')
+    parser = argparse.ArgumentParser(description='本机模拟器：聊天页、回调、API。')
+    parser.add_argument('--port', type=int, default=0, help='聊天页和 API 的端口（默认由系统挑）')
+    parser.add_argument('--url', help='机器人已经在别处运行：它的回调 URL')
     parser.add_argument('--config', metavar='FILE', help='已经在运行的机器人的 config.ini：用它的密钥')
-    parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节(默认 demo)')
+    parser.add_argument('--app', default='demo', help='机器人用的是 config.ini 的哪一节（默认 demo）')
     parser.add_argument('--with', dest='sections', default='', metavar='NAME,NAME',
-                        help='自己的 config.ini 里哪几节也给机器人,例如 nas,llm')
+                        help='自己的 config.ini 里哪几节也给机器人，例如 nas,llm')
     parser.add_argument('--json', action='store_true', help='智能机器人用 JSON 回调，和应用同一个回调 URL')
     parser.add_argument('--no-reload', dest='reload', action='store_false',
                         help='改了机器人的文件（它和旁边的 .py、easywechat.py）不重新启动它')
     parser.add_argument('--reload', action='store_true', default=True, help=argparse.SUPPRESS)
-    parser.add_argument('bot', nargs='?', help='机器人的程序,例如 examples/demo.py')
+    parser.add_argument('bot', nargs='?', help='机器人的程序，例如 examples/demo.py')
     parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
     args = parser.parse_args(argv)
     if args.bot and args.url:
-        parser.error('--url 是机器人已经在运行,不用再启动一个')
+        parser.error('--url 是机器人已经在运行，不用再启动一个')
     if args.bot and args.config:
         parser.error('--config 是机器人已经在运行，要启动的机器人得到新的密钥')
     if args.sections and not args.bot:
         parser.error('--with 是给要启动的机器人的')
     if args.url and not re.match('https?://[^/]', args.url):
-        parser.error('--url 要整个网址,例如 http://127.0.0.1:8000/weixin')
+        parser.error('--url 要整个网址，例如 http://127.0.0.1:8000/weixin')
     try:
         args.sections = own_sections(args.sections.split(',') if args.sections else [])
     except (WeChatError, ValueError) as e:
@@ -2596,7 +2627,7 @@ def main(argv=None):
     except (OSError, OverflowError) as e:
         tell('simulator: 不能用端口 %d: %s' % (args.port, e), sys.stderr)
         return 2
-    tell('聊天页: %s 按 Ctrl-C 停止。' % wecom.page, sys.stdout if args.bot else sys.stderr)
+    tell('聊天页：%s 按 Ctrl-C 停止。' % wecom.page, sys.stdout if args.bot else sys.stderr)
     try:
         if args.bot:
             wecom.process = Keeper(wecom, [args.bot] + args.args, args.app, args.sections, args.reload)

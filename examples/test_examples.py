@@ -908,7 +908,7 @@ class SimulatorBotTests(SimulatorCase):
                          ('lisi', [{'type': 'text', 'body': {'content': '你好'}}], '昨天'))
         self.assertEqual((grown['of'], grown['text'], grown['finished']), (bubble['id'], '好', True))
         self.assertEqual(json.loads(grown['raw'][0][1])['body']['stream']['content'], '好')
-        self.assertEqual(post('/file?user=lisi&chat=lisi&type=image&name=a.png', b'PNG'), {})
+        self.assertEqual(post('/file?user=lisi&chat=lisi&type=image&name=a.png', b'\x89PNG\r\n'), {})
         self.assertEqual(program.message()['body']['msgtype'], 'image')
         for asked in ({'do': 'stop'}, {'do': 'press', 'bubble': 7, 'key': 'x'}, {'do': 'fault', 'name': 'x'},
                       {'do': 'say', 'x': 'y'}):
