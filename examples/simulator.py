@@ -1247,7 +1247,7 @@ class Bot(Callbacks):
         """``user`` 对机器人说一句 → 投递的那一帧 (dict)，机器人收不到是 None。
 
         ``chat`` 不写是单聊，'group' 或 chatid 是群；群里的文字前面加上 @名字，``mention=False`` 不加。不是 ``text``
-        的：image、file、video（bytes 或（文件名，bytes）），voice（转写的文字），mixed（[文字，图片或（文件名，bytes），
+        的：image、file、video（bytes 或 (文件名, bytes)），voice（转写的文字），mixed（[文字，图片或 (文件名, bytes)，
         …]）。``quote`` 是引用的：一句话、一个气泡，或正文的 dict。
         """
         (kind, value), = dict(media, **{'text': text} if text is not None else {}).items()
@@ -1998,7 +1998,7 @@ class Deliveries(Sending):
         try:
             status, answer = self._exchange(url, urllib.parse.urlencode(query), seconds=self.verify_within)
         except (NetworkError, ValueError) as e:
-            return '%s 没有回答：%s' % (url, e)
+            return '%s 没有响应：%s' % (url, e)
         if status == 403:
             with self._changed:         # 从这里启动的机器人，日志就要到了
                 self._changed.wait_for(lambda: self.diary.refusal, self.process and 1 or 0)
@@ -2378,16 +2378,12 @@ def tell(text, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
-def config(sections):
-    """→ config.ini 的文字。"""
-    return ''.join('[%s]\n' % name + ''.join('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
-                   for name, values in sections.items())
-
-
-def write_file(path, text):
-    """只有自己能读的文件。"""
+def write_config(path, sections):
+    """只有自己能读的 config.ini。"""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w', encoding='utf-8') as f:
-        f.write(text)
+        for name, values in sections.items():
+            f.write('[%s]\n' % name)
+            f.writelines('%s = %s\n' % (k, v.replace('\n', '\n ')) for k, v in values.items())
 
 
 def child_environment(folder):
@@ -2424,9 +2420,11 @@ class Host:
         if not problem:
             tell('回调 URL %s 通过了校验' % self.url)
         elif problem != self._told:
-            tell('simulator: 回调 URL 没有通过校验：%s；每秒再试' % problem, sys.stderr)
+            tell('simulator: 回调 URL 没有通过校验：' + problem, sys.stderr)
             wecom._log('log', level='WARNING', text='回调 URL 没有通过校验：' + problem)
         self._told = problem
+        if wecom.process and '没有响应' not in problem:
+            self.url = None             # 它自己的毛病：重新启动以前，再试也一样
 
 
 class Keeper(Host):
@@ -2455,9 +2453,9 @@ class Keeper(Host):
         """到被停下为止。信号只记在 stopping 里，不抛异常：没有哪个瞬间会丢下机器人不管。"""
         with tempfile.TemporaryDirectory() as folder:
             settings = dict(self.wecom.settings, api_base=self.wecom.url, **self.wecom.bot_settings)
-            write_file(os.path.join(folder, 'config.ini'), config(dict(self._sections, **{self._app: settings})))
-            write_file(os.path.join(folder, 'sitecustomize.py'), '%stap(%r)\nimport sitecustomize  # 系统自己的\n' % (
-                inspect.getsource(tap), self._mark))
+            write_config(os.path.join(folder, 'config.ini'), dict(self._sections, **{self._app: settings}))
+            with open(os.path.join(folder, 'sitecustomize.py'), 'w', encoding='utf-8') as f:
+                f.write('%stap(%r)\nimport sitecustomize  # 系统自己的\n' % (inspect.getsource(tap), self._mark))
             self._start(folder)
             try:
                 while not stopping:
@@ -2524,9 +2522,9 @@ class Keeper(Host):
         """机器人自己退出了。"""
         self._reader.join(2)            # 它自己的子进程可能还拿着 stderr
         self.code, self.url = self._process.poll(), None
-        asked = re.search(r'没有 \[([^\]]+)\] 这一节', '\n'.join(self._lines))
-        if asked and asked.group(1) != self._app:
-            self._lines.append('它用的是 [%s] 这一节：模拟器加上 --app %s' % (asked.group(1), asked.group(1)))
+        asked = re.findall(r'(?:没有|config\.ini 的) \[([^\]]+)\]', '\n'.join(self._lines)) or [self._app]
+        if asked[-1] != self._app:
+            self._lines.append('它用的是 [{0}] 这一节：模拟器加上 --app {0}'.format(asked[-1]))
             tell('simulator: ' + self._lines[-1], sys.stderr)
         tell('simulator: 机器人退出了，退出码 %d；%s在聊天页上点「重新启动」' % (
             self.code, '改了文件会重新启动，也可以' if self._reload else ''), sys.stderr)
