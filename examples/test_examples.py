@@ -1211,26 +1211,28 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
         self.assertFalse(os.path.exists(os.path.dirname(config)))
 
-    def told(self, say, text):
-        """说一句 → (它那件事, 到回调结束为止的各件事)。"""
+    def told(self, say, text, last):
+        """说一句 → (它那件事, 到回调结束、回复都看到为止的各件事)。"""
         self.assertEqual(say(text), {})
-        asked = self.until(lambda event: event['kind'] in ('in', 'said') and '"%s"' % text in json.dumps(event))
-        seen = []
+        asked = self.until(lambda event: event['kind'] in ('in', 'said'), last)
+        seen, results = [], 9
         for event in self.feed(asked['id']):
             seen.append(event)
-            if event['kind'] == 'step' and event['what'] == 'end':
+            results = event.get('results', results)
+            if sum(one['kind'] in ('out', 'bubble') for one in seen) >= results:
                 return asked, seen
 
     def test_what_the_bot_logs_is_told(self):
         process = self.simulator(self.bot(MOODY))
         self.up()
-        place = 'bot.py 第 %d 行' % (MOODY[:MOODY.index('    return {')].count('\n') + 1)
+        last, place = 0, 'bot.py 第 %d 行' % (MOODY[:MOODY.index('    return {')].count('\n') + 1)
         for say in self.say, lambda text: self.post('/bot', do='say', user='zhangsan', text=text):
             for text, results, error in (
                     ('hello', 1, ''), ('push', 0, ''), ('none', 0, ''),
                     ('boo', 0, "KeyError: 'boo'\uff08%s\uff09" % place),
                     ('bad', 0, 'TypeError: bytes have no name.*'), ('list', 2, '')):
-                asked, seen = self.told(say, text)
+                asked, seen = self.told(say, text, last)
+                last = seen[-1]['id']
                 steps, logs = ([e for e in seen if e['kind'] == kind] for kind in ('step', 'log'))
                 self.assertEqual([(e['of'], e['name'], e['what']) for e in steps],
                                  [(asked['id'], 'mood', what) for what in ('begin', 'fail', 'end')
@@ -1246,10 +1248,11 @@ class SimulatorCommandTests(SimulatorCase):
                     self.assertRegex(logs[0]['text'], re.escape(steps[1]['text']))
         self.say('', MsgType='event', Event='click', EventKey='k')
         self.post('/bot', do='event', user='zhangsan', eventtype='enter_chat')
-        silent = [e for e in self.events(*['silent'] * 4) if e['kind'] == 'silent']
-        self.assertEqual([(e['text'][5:], e['user'], e.get('chat')) for e in silent], [
-            ('回调 mood 返回了 None', 'zhangsan', None), ('回调 mood 返回了 None', 'zhangsan', 'zhangsan'),
-            ('没有登记 event:click 的回调', 'zhangsan', None),
+        silent = [e for e in self.events(*['silent'] * 5) if e['kind'] == 'silent']
+        none = '回调 mood 返回了 None'                # push 发到应用里：对应用不是没有回复，对智能机器人是
+        self.assertEqual(sorted((e['text'][5:], e['user'], e.get('chat', '')) for e in silent), [
+            (none, 'zhangsan', ''), (none, 'zhangsan', 'zhangsan'), (none, 'zhangsan', 'zhangsan'),
+            ('没有登记 event:click 的回调', 'zhangsan', ''),
             ('没有登记 event:enter_chat 的回调', 'zhangsan', 'zhangsan')])
         err = self.end(process)[1]
         self.assertEqual(err.count('ERROR callback mood failed on text from zhangsan\n    Traceback'), 4)
