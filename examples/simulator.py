@@ -82,51 +82,70 @@ def size(value):
 
 
 # ---- 消息的类型 (path/90236) -------------------------------------------------------------------
-# 最多多长、几项，都在下面的表里；此外的规矩，一种类型一个函数，不合就 Refused。``robot`` 是群机器人的
-# (path/91770)：它的素材是自己的，卡片的字少一些。
+# 最多多长、几项，什么不能少，都在下面的表里，路径 (a.b.c) 穿过的列表看每一项；此外的规矩，一种类型一个函数，不合就
+# Refused。``robot`` 是群机器人的 (path/91770)：它的素材是自己的，卡片的字少一些。
 
-#: 类型 → {字段：（最多几个字，群机器人的若不同，错误码）}；路过的列表看每一项，列表自己的是项数。
+#: 类型 → {路径: (最多几个字，群机器人的若不同，错误码)}；列表自己的是项数。
 TEXTS = {
-    'textcard': {'btntxt': (4, 45002)}, 'news': {'articles': (8, 45008)},
-    'mpnews': {'articles': (8, 45008)},
+    'textcard': {'btntxt': (4, 45002)}, 'news': {'articles': (8, 45008)}, 'mpnews': {'articles': (8, 45008)},
     'miniprogram_notice': {
-        'title': (12, 90200), 'description': (12, 90200), 'content_item': (10, 90201),
-        'content_item.key': (10, 90202), 'content_item.value': (30, 90203)},
+        'title': (12, 90200), 'description': (12, 90200), 'content_item': (10, 90201), 'content_item.key': (10, 90202),
+        'content_item.value': (30, 90203)},
     'template_card': {
-        'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033),
-        'main_title.desc': (44, 30, 45002), 'emphasis_content.title': (14, 10, 45002),
-        'emphasis_content.desc': (22, 15, 45002), 'sub_title_text': (160, 112, 45002),
-        'action_menu.action_list': (3, 42047), 'horizontal_content_list': (6, 42036),
-        'horizontal_content_list.keyname': (5, 42027),
-        'horizontal_content_list.value': (30, 26, 45002), 'jump_list': (3, 42037),
-        'jump_list.title': (18, 13, 42033), 'vertical_content_list': (4, 42047),
-        'vertical_content_list.title': (38, 42033), 'vertical_content_list.desc': (160, 45002),
-        'button_list': (6, 42035), 'button_list.text': (10, 42038), 'button_selection.option_list': (10, 42042),
-        'button_selection.option_list.text': (16, 42041),
-        'checkbox.option_list': (20, 42042), 'checkbox.option_list.text': (17, 42041),
-        'select_list': (3, 42042), 'select_list.option_list': (10, 42042),
-        'select_list.option_list.text': (16, 42041), 'submit_button.text': (10, 42049)},}
+        'source.desc': (20, 13, 45002), 'main_title.title': (36, 26, 42033), 'main_title.desc': (44, 30, 45002),
+        'emphasis_content.title': (14, 10, 45002), 'emphasis_content.desc': (22, 15, 45002),
+        'sub_title_text': (160, 112, 45002), 'action_menu.action_list': (3, 42047), 'jump_list': (3, 42037),
+        'jump_list.title': (18, 13, 42033), 'horizontal_content_list': (6, 42036),
+        'horizontal_content_list.keyname': (5, 42027), 'horizontal_content_list.value': (30, 26, 45002),
+        'vertical_content_list': (4, 42047), 'vertical_content_list.title': (38, 42033),
+        'vertical_content_list.desc': (160, 45002), 'button_list': (6, 42035), 'button_list.text': (10, 42038),
+        'button_selection.option_list': (10, 42042), 'button_selection.option_list.text': (16, 42041),
+        'checkbox.option_list': (20, 42042), 'checkbox.option_list.text': (17, 42041), 'select_list': (3, 42042),
+        'select_list.option_list': (10, 42042), 'select_list.option_list.text': (16, 42041),
+        'submit_button.text': (10, 42049)},
+}
 #: 同样的，量 UTF-8 的字节。
 BYTES = {
     'text': {'content': (2048, 45002)}, 'markdown': {'content': (2048, 4096, 45002)},
-    'markdown_v2': {'content': (4096, 45002)},
-    'video': {'title': (128, 45002), 'description': (512, 45002)},
+    'markdown_v2': {'content': (4096, 45002)}, 'video': {'title': (128, 45002), 'description': (512, 45002)},
     'textcard': {'title': (128, 45002), 'description': (512, 45002), 'url': (2048, 40039)},
-    'news': {'articles.title': (128, 45002), 'articles.description': (512, 45002),
-             'articles.url': (2048, 40039), 'articles.pagepath': (128, 45002)},
-    'mpnews': {'articles.title': (128, 45002), 'articles.digest': (512, 45002),
-               'articles.content': (666 << 10, 45002), 'articles.author': (64, 45032)},
+    'news': {'articles.title': (128, 45002), 'articles.description': (512, 45002), 'articles.url': (2048, 40039),
+             'articles.pagepath': (128, 45002)},
+    'mpnews': {'articles.title': (128, 45002), 'articles.digest': (512, 45002), 'articles.content': (666 << 10, 45002),
+               'articles.author': (64, 45032)},
     'miniprogram_notice': {'page': (1024, 90204)},
+    'template_card': {'button_list.key': (1024, 42017), 'action_menu.action_list.key': (1024, 42039),
+                      'submit_button.key': (1024, 42046)},
 }
-LISTS = '_list', 'articles', 'content_item'
+#: 类型 → {路径: 没有它的错误码}；路径上前面的没有，就不要。
+NEEDED = {
+    'text': {'content': 44004}, 'markdown': {'content': 44004}, 'markdown_v2': {'content': 44004},
+    'textcard': {'title': 41016, 'description': 41033}, 'news': {'articles': 44004, 'articles.title': 41016},
+    'mpnews': {'articles': 44004, 'articles.title': 41016, 'articles.content': 44004},
+    'miniprogram_notice': {'appid': 90200, 'title': 90200, 'content_item.key': 90202},
+    'template_card': {'horizontal_content_list.keyname': 42027, 'jump_list.title': 42033, 'button_list.text': 42038,
+                      'action_menu.action_list.text': 42049, 'action_menu.action_list.key': 42039,
+                      'submit_button.key': 42046},
+}
+#: 卡片上的选择题，都一样。
+QUESTIONS = 'button_selection', 'checkbox', 'select_list'
+for question in QUESTIONS:
+    BYTES['template_card'].update({question + '.question_key': (1024, 42043),
+                                   question + '.option_list.id': (128, 42040)})
+    NEEDED['template_card'].update({question + '.question_key': 42043, question + '.option_list': 42042,
+                                    question + '.option_list.id': 42040, question + '.option_list.text': 42041})
+
+
+def flat(values):
+    """列表换成它的各项。"""
+    return [v for value in values for v in (value if isinstance(value, list) else [value])]
 
 
 def found(body, path):
-    """``path`` (a.b.c) 上的每一个值；路过的列表走进每一项。"""
+    """``path`` 上的每一个值。"""
     values = [body]
-    for name in path.split('.'):
-        values = [v for value in values for v in (value if isinstance(value, list) else [value])]
-        values = [value[name] for value in values if value.get(name) is not None]
+    for name in filter(None, path.split('.')):
+        values = [value[name] for value in flat(values) if value.get(name) is not None]
     return values
 
 
@@ -134,18 +153,17 @@ def check_limits(kind, body, robot):
     for table, measure in (TEXTS, len), (BYTES, size):
         for path, row in table.get(kind, {}).items():
             for value in found(body, path):
-                need(isinstance(value, list if path.endswith(LISTS) else str), 40035,
+                need(isinstance(value, list if path.endswith(('_list', 'articles', 'content_item')) else str), 40035,
                      '%s.%s has the wrong type' % (kind, path))
                 need(measure(value) <= row[-2 if robot else 0], row[-1], '%s.%s size out of limit' % (kind, path))
+    for path, errcode in NEEDED.get(kind, {}).items():
+        parent, _, name = path.rpartition('.')
+        need(all(one.get(name) for one in flat(found(body, parent))), errcode, 'missing %s.%s' % (kind, path))
 
 
 def check_url(url):
     need(size(url), 40035, 'missing url')
     need(re.match('[a-z]+://', url), 40094, 'url without scheme')
-
-
-def check_content(wecom, body, robot):
-    need(size(body.get('content')), 44004, 'empty content')
 
 
 MEDIA = {'image': (10 << 20, ('.jpg', '.jpeg', '.png')), 'voice': (2 << 20, ('.amr',)),
@@ -162,38 +180,20 @@ def check_media(kind):
     return lambda wecom, body, robot: check_media_id(wecom, body.get('media_id'), kind, 'robot' if robot else 'app')
 
 
-def check_textcard(wecom, body, robot):
-    need(size(body.get('title')), 41016, 'missing title')
-    need(size(body.get('description')), 41033, 'missing description')
-    check_url(body.get('url'))
-
-
-def check_articles(body):
-    articles = body.get('articles')
-    need(articles, 44004, 'empty articles')
-    for article in articles:
-        need(size(article.get('title')), 41016, 'missing title')
-    return articles
-
-
 def check_news(wecom, body, robot):
-    for article in check_articles(body):
+    for article in body['articles']:
         if not (article.get('appid') and article.get('pagepath')):
             check_url(article.get('url'))
 
 
 def check_mpnews(wecom, body, robot):
-    for article in check_articles(body):
+    for article in body['articles']:
         check_media_id(wecom, article.get('thumb_media_id'))
-        need(size(article.get('content')), 44004, 'empty content')
 
 
 def check_miniprogram_notice(wecom, body, robot):
-    need(size(body.get('appid')), 90200, 'missing appid')
-    need(len(body.get('title') or '') >= 4, 90200, 'invalid title')
+    need(len(body['title']) >= 4, 90200, 'invalid title')
     need(len(body.get('description') or 'none') >= 4, 90200, 'invalid description')
-    for item in body.get('content_item') or []:
-        need(item.get('key'), 90202, 'invalid key')
 
 
 # ---- 模板卡片 ---------------------------------------------------------------------------------
@@ -205,14 +205,10 @@ CARDS = {
     'news_notice': [('main_title', 42033), ('card_action', 42045)],
     'button_interaction': [('main_title', 42033), ('button_list', 42035)],
     'vote_interaction': [('main_title', 42033), ('checkbox', 42043), ('submit_button', 42046)],
-    'multiple_interaction': [('main_title', 42033), ('select_list', 42043),
-                             ('submit_button', 42046)],}
+    'multiple_interaction': [('main_title', 42033), ('select_list', 42043), ('submit_button', 42046)],
+}
 #: 点了要回调的几种：必须有 task_id，发出去时有 response_code。
 INTERACTIVE = 'button_interaction', 'vote_interaction', 'multiple_interaction'
-
-
-def check_key(value, errcode, errmsg, most=1024):
-    need(0 < size(value) <= most, errcode, errmsg)
 
 
 def check_target(target, errcode=42028, types='012'):
@@ -227,90 +223,54 @@ def check_target(target, errcode=42028, types='012'):
              'appid or pagepath missing')
 
 
-def check_options(question):
-    check_key(question.get('question_key'), 42043, 'invalid question_key')
-    options = question.get('option_list')
-    need(options, 42042, 'option_list missing')
-    for option in options:
-        check_key(option.get('id'), 42040, 'invalid option id', 128)
-        need(option.get('text'), 42041, 'invalid option text')
-    need(len({option['id'] for option in options}) == len(options), 42040, 'duplicate option id')
-
-
-def check_buttons(body):
+def check_lines(wecom, body):
+    """按钮，卡片中间的几行，能点的区域，和下面的跳转。"""
     for button in body.get('button_list') or []:
-        need(button.get('text'), 42038, 'invalid button text')
         need(str(button.get('style', 1)) in list('1234'), 40035, 'invalid button style')
         if str(button.get('type', 0)) == '1':
             check_target(button)
         else:
-            check_key(button.get('key'), 42017, 'button key missing')
-    for action in (body.get('action_menu') or {}).get('action_list') or []:
-        need(action.get('text'), 42049, 'invalid action text')
-        check_key(action.get('key'), 42039, 'action key missing')
-    keys = found(body, 'action_menu.action_list.key')
-    need(len(set(keys)) == len(keys), 42051, 'duplicate menu key')
-
-
-def check_lines(wecom, body):
-    """卡片中间的几行，能点的区域，和下面的跳转。"""
+            need(button.get('key'), 42017, 'button key missing')
     for line in body.get('horizontal_content_list') or []:
-        need(line.get('keyname'), 42027, 'invalid keyname')
         kind = str(line.get('type', 0))
         if kind not in ('2', '3'):
             check_target(line, types='01')
         need(kind != '2' or line.get('media_id') in wecom.media, 42029, 'invalid media_id')
         need(kind != '3' or str(line.get('userid')).lower() in wecom.users, 42050, 'invalid userid')
-    for jump in body.get('jump_list') or []:
-        need(jump.get('title'), 42033, 'invalid jump title')
-        check_target(jump)
-    for area in found(body, 'quote_area') + found(body, 'image_text_area'):
+    for area in flat(value for name in ('jump_list', 'quote_area', 'image_text_area') for value in found(body, name)):
         check_target(area)
-
-
-def check_image(body, robot):
-    image = body.get('card_image') or {}
-    need(image.get('url') or body.get('image_text_area') and not robot, 42044, 'card_image.url missing')
-    need(1.3 <= float(image.get('aspect_ratio') or 1.3) <= 2.25, 42044, 'invalid aspect_ratio')
 
 
 def check_template_card(wecom, body, robot):
     """``task_id`` 不在这里看：更新的卡片不用写。"""
-    kind = body.get('card_type')
+    kind, image = body.get('card_type'), body.get('card_image') or {}
     need(kind in CARDS and not (robot and kind in INTERACTIVE), 42031, 'invalid card_type')
     for field, errcode in CARDS[kind]:
         need(body.get(field), errcode, 'template_card.%s missing' % field)
     need((body.get('main_title') or {}).get('title')
          or kind == 'text_notice' and body.get('sub_title_text'), 42033, 'main_title.title missing')
-    if kind == 'news_notice':
-        check_image(body, robot)
+    need(kind != 'news_notice' or image.get('url') or body.get('image_text_area') and not robot, 42044,
+         'card_image.url missing')
+    need(1.3 <= float(image.get('aspect_ratio') or 1.3) <= 2.25, 42044, 'invalid aspect_ratio')
     if body.get('card_action'):
         check_target(body['card_action'], 42045, '012' if kind in INTERACTIVE else '12')
-    check_buttons(body)
     check_lines(wecom, body)
-    for question in found(body, 'button_selection') + found(body, 'checkbox'):
-        check_options(question)
-    for question in body.get('select_list') or []:
-        check_options(question)
-    if body.get('submit_button'):
-        check_key(body['submit_button'].get('key'), 42046, 'submit_button.key missing')
+    questions = [found(one, 'option_list.id') for name in QUESTIONS for one in flat(found(body, name))]
+    for keys, errcode in [(ids, 42040) for ids in questions] + [(found(body, 'action_menu.action_list.key'), 42051)]:
+        need(len(set(keys)) == len(keys), errcode, 'duplicate id or key')
 
 
-def check_sent_card(wecom, body):
-    """message/send 的卡片：能点的要有 task_id，没有用过的，而且应用要有回调 URL。"""
+def check_task_id(body, used):
+    """发出去的卡片：能点的要有 task_id，没有 ``used`` 过的。"""
     task_id = body.get('task_id')
-    if body['card_type'] in INTERACTIVE or body.get('action_menu'):
-        need(task_id, 42014, 'task_id missing')
-        need(wecom.has_callback, 43012, 'no callback url')
-    if task_id:
-        need(re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
-        need(task_id not in wecom.task_ids, 42014, 'duplicate task_id')
+    need(task_id or not (body['card_type'] in INTERACTIVE or body.get('action_menu')), 42014, 'task_id missing')
+    need(not task_id or re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
+    need(task_id not in used, 42014, 'duplicate task_id')
 
 
-CHECKS = {'text': check_content, 'markdown': check_content, 'markdown_v2': check_content,
-          'textcard': check_textcard, 'news': check_news, 'mpnews': check_mpnews,
-          'template_card': check_template_card, 'miniprogram_notice': check_miniprogram_notice}
-CHECKS.update((kind, check_media(kind)) for kind in MEDIA)
+CHECKS = {'text': None, 'markdown': None, 'markdown_v2': None, 'news': check_news, 'mpnews': check_mpnews,
+          'textcard': lambda wecom, body, robot: check_url(body.get('url')), 'template_card': check_template_card,
+          'miniprogram_notice': check_miniprogram_notice, **{kind: check_media(kind) for kind in MEDIA}}
 #: 群机器人能发的。
 ROBOT = 'text', 'markdown', 'markdown_v2', 'image', 'news', 'file', 'voice', 'template_card'
 
@@ -320,7 +280,8 @@ def check_body(wecom, kind, body, robot=False):
     if kind == 'text' and not robot and size(body.get('content')):
         body['content'] = body['content'].encode('utf-8')[:2048].decode('utf-8', 'ignore')
     check_limits(kind, body, robot)
-    CHECKS[kind](wecom, body, robot)
+    if CHECKS[kind]:
+        CHECKS[kind](wecom, body, robot)
 
 
 #: safe 的时候能发的文件。
@@ -333,13 +294,15 @@ def check_message(wecom, message):
     need(safe in (0, 1, 2) and (safe != 2 or kind == 'mpnews'), 40035, 'invalid safe')
     need(not (kind == 'news' and safe), 40074, 'news can not be safe')
     if kind == 'file' and safe:
-        name = wecom.media[message[kind]['media_id']]['name']
-        need(name.lower().endswith(SAFE), 40005, 'invalid file type')
+        need(wecom.media[message[kind]['media_id']]['name'].lower().endswith(SAFE), 40005, 'invalid file type')
     need(0 <= message.get('duplicate_check_interval', 1800) <= 14400, 40035, 'invalid duplicate_check_interval')
     need(kind != 'miniprogram_notice' or '@all' not in (message.get('touser') or '').lower(),
          40031, 'miniprogram_notice can not go to @all')
     if kind == 'template_card':
-        check_sent_card(wecom, message[kind])
+        card = message[kind]
+        check_task_id(card, wecom.task_ids)
+        need(wecom.has_callback or not (card['card_type'] in INTERACTIVE or card.get('action_menu')), 43012,
+             'no callback url')
 
 
 # ---- 成员发得出的 ------------------------------------------------------------------------------
@@ -684,27 +647,24 @@ class Chats:
         if kind in ('stream', 'markdown'):
             need(size(body.get('content')) <= self.longest, 45002, '%s.content size out of limit' % kind)
         if kind in ('text', 'markdown'):
-            check_content(self.corp, body, False)
+            need(size(body.get('content')), 44004, 'empty content')
         if kind in MEDIA:
             check_media_id(self.corp, body.get('media_id'), kind, 'bot')
-            check_limits(kind, body, False)
+        if kind in MEDIA or kind == 'template_card':
+            check_limits(kind, body, True)
         if kind == 'template_card':
             self._check_card(body, update)
 
     def _check_card(self, card, update):
-        """字数同群机器人的卡片；跳转多一种：3 是智能回复。更新的 text_notice 不写 card_action 也行 (§2.1)。"""
+        """跳转多一种：3 是智能回复。更新的 text_notice 不写 card_action 也行 (§2.1)。"""
         jumps = card.get('jump_list') or []
         for jump in jumps:
             need(str(jump.get('type')) != '3' or 0 < size(jump.get('question')) <= 200, 42028, 'invalid jump question')
         shown = dict(card, jump_list=[jump for jump in jumps if str(jump.get('type')) != '3'])
         if update:
             shown.setdefault('card_action', {'type': 1, 'url': 'https://work.weixin.qq.com'})
-        check_limits('template_card', card, True)
         check_template_card(self.corp, shown, False)
-        task_id = card.get('task_id')
-        need(task_id or not (card['card_type'] in INTERACTIVE or card.get('action_menu')), 42014, 'task_id missing')
-        need(not task_id or re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
-        need(update or not task_id or task_id not in self._tasks, 42014, 'duplicate task_id')
+        check_task_id(card, () if update else self._tasks)
 
     # 气泡
 
