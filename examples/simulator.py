@@ -9,7 +9,8 @@
     python examples/simulator.py            # 只有 API：打印要写进 config.ini 的设置，收到的消息一条一条打印
 
 机器人的 easywechat 从一个临时的 config.ini 得到 api_base 和各个密钥，程序不用改一个字。自己的 config.ini 里，
-只有 --with 说出的几节抄进去。
+只有 --with 说出的几节抄进去。机器人退出了，聊天页上有它的最后几行；改了它的文件（它、旁边的 .py、easywechat.py）就重新
+启动，不要的话加 --no-reload，在聊天页上点「重新启动」。
 
 程序里::
 
@@ -573,6 +574,9 @@ class Connection:
 ANSWERS = ('stream', 'stream_with_template_card', 'template_card', 'markdown') + tuple(MEDIA)
 PUSHES = ('markdown', 'template_card') + tuple(MEDIA)
 WELCOMES = 'text', 'template_card'
+#: 长连接上的答复 → 对的是什么。
+REPLY_TO = {'aibot_respond_msg': 'message', 'aibot_respond_welcome_msg': 'enter_chat',
+            'aibot_respond_update_msg': 'template_card_event'}
 
 
 def sealed(key, data):
@@ -750,11 +754,6 @@ class Chats:
             images.append(data)
         return images
 
-    def _welcome(self, asked, message, raw):
-        kind = message.get('msgtype')
-        need(kind in WELCOMES, 40008, 'invalid message type')
-        self._show(asked['chat'], 'welcome', kind, message.get(kind), raw)
-
     def _update(self, asked, message, raw):
         """``template_card_event`` 的答复：点了的那张卡片换成新的。"""
         need(message.get('response_type') == 'update_template_card', 40058, 'invalid response_type')
@@ -766,6 +765,18 @@ class Chats:
         users = message.get('userids') or []
         bubble.update(body=card, text=(card.get('main_title') or {}).get('title', ''), frames=bubble['frames'] + 1)
         self.corp._log('update', chat=asked['chat'], of=bubble['id'], users=users, body=card, raw=raw)
+
+    def _reply(self, asked, message, raw):
+        """对 ``asked`` 的答复：消息的、打开单聊的欢迎语、点了卡片的更新；别的事件没有。"""
+        kind = message.get('msgtype')
+        if asked['kind'] == 'message':
+            self._answer(asked, message, raw)
+        elif asked['kind'] == 'enter_chat':
+            need(kind in WELCOMES, 40008, 'invalid message type')
+            self._show(asked['chat'], 'welcome', kind, message.get(kind), raw)
+        else:
+            need(asked['kind'] == 'template_card_event', 40008, '%s 没有答复' % asked['kind'])
+            self._update(asked, message, raw)
 
 
 #: 故障 → 不写 ``value`` 时的值。马上就做的：
@@ -941,15 +952,12 @@ class Uplink(Chats):
         if cmd == 'aibot_subscribe':
             return self._subscribe(connection, body)
         need(connection.subscribed, 846609, 'aibot websocket not subscribed')
-        if cmd == 'aibot_respond_msg':
-            asked = self._asked_in(connection, req_id, 'message', self.reply_within)
-            return self._answer(asked, body, raw)
-        if cmd == 'aibot_respond_welcome_msg':
-            asked = self._asked_in(connection, req_id, 'enter_chat', self.event_within)
-            return self._welcome(asked, body, raw)
-        if cmd == 'aibot_respond_update_msg':
-            asked = self._asked_in(connection, req_id, 'template_card_event', self.event_within)
-            return self._update(asked, body, raw)
+        if cmd in REPLY_TO:
+            asked = self._asked.get(req_id)
+            need(asked and asked['connection'] is connection and asked['kind'] == REPLY_TO[cmd] and self.now()
+                 < asked['at'] + (self.reply_within if asked['kind'] == 'message' else self.event_within), 846605,
+                 'invalid req_id')
+            return self._reply(asked, body, raw)
         if cmd == 'aibot_send_msg':
             return self._push(body, raw)
         if cmd == 'aibot_upload_media_init':
@@ -959,13 +967,6 @@ class Uplink(Chats):
                   'aibot_upload_media_chunk': uploads.add, 'aibot_upload_media_finish': uploads.finish}.get(cmd)
         need(method, 40058, 'invalid cmd')
         return method(body)
-
-    def _asked_in(self, connection, req_id, kind, within):
-        """``req_id`` 是这条连接上问过的，种类对，还没有过期。"""
-        asked = self._asked.get(req_id)
-        need(asked and asked['connection'] is connection and asked['kind'] == kind
-             and self.now() < asked['at'] + within, 846605, 'invalid req_id')
-        return asked
 
     def _subscribe(self, connection, body):
         times = self._times['subscribe'] = [t for t in self._times['subscribe'] if t > self.now() - 60] + [self.now()]
@@ -1038,8 +1039,8 @@ class Callbacks(Uplink):
         big = kind == 'message' and self.faults.take('big')
         if big:
             full['quote'] = {'msgtype': 'text', 'text': {'content': 'x' * big}}
-        cmd = 'aibot_msg_callback' if kind == 'message' else 'aibot_event_callback'
-        frame = {'cmd': cmd, 'headers': {'req_id': self.corp._next('req')}, 'body': full}
+        frame = {'cmd': 'aibot_%s_callback' % ('msg' if kind == 'message' else 'event'),
+                 'headers': {'req_id': self.corp._next('req')}, 'body': full}
         text = self._encoded(full if self.mode == 'json' else frame, full)
         what = {'items': shown, 'quote': self._quote_text(full), 'event': full.get('event')}
         raw = [['企业微信发给机器人', text[:20000], 0.0]] if self.mode == 'ws' else []
@@ -1145,18 +1146,12 @@ class Callbacks(Uplink):
 
     def _passive(self, asked, reply, raw):
         """对投递的回答到了用户那里；企业微信不认的是问题。"""
-        kind = asked['kind']
         with self.corp._lock:
             try:
-                if kind == 'message' and reply:
-                    need(reply.get('msgtype') in ANSWERS[:3], 40008, '%s 不能回答消息' % reply.get('msgtype'))
-                    self._answer(asked, reply, raw)
-                elif kind == 'enter_chat' and reply:
-                    self._welcome(asked, reply, raw)
-                elif kind == 'template_card_event' and reply:
-                    self._update(asked, reply, raw)
-                else:
-                    need(not reply, 40008, '%s 没有答复' % kind)
+                need(not reply or asked['kind'] != 'message' or reply.get('msgtype') in ANSWERS[:3], 40008,
+                     '%s 不能回答消息' % reply.get('msgtype'))
+                if reply:
+                    self._reply(asked, reply, raw)
             except (Refused, AttributeError, KeyError, TypeError, ValueError) as e:
                 self._problem(asked['chat'], '企业微信不认这个答复：%s' % e.args[-1], raw)
 
@@ -1356,6 +1351,7 @@ class Bot(Callbacks):
 
 def tap(mark):
     """在机器人的进程里，它的程序还没有开始：记下日志，连 DEBUG 的回调在内；它自己的日志照旧，别的什么也不变。"""
+    import contextlib
     import json
     import logging
     import os
@@ -1372,20 +1368,19 @@ def tap(mark):
                 super().handle(record)
 
         def tell(self, record):
-            try:
+            with contextlib.suppress(Exception):        # 别人的参数：机器人自己的日志会说
                 form, args = (record.msg, record.args) if isinstance(record.args, tuple) else (record.getMessage(), ())
                 args = [arg if isinstance(arg, (int, float)) else str(arg)[-3000:] for arg in args]
                 line = json.dumps([record.created, record.levelname, str(form), args], ensure_ascii=False)
                 os.write(2, (mark + line + '\n').encode('utf-8', 'replace'))
-            except Exception:       # 别人的参数：机器人自己的日志会说
-                pass
+
     usual = logging.getLoggerClass()
     logging.setLoggerClass(Logger)
     logging.getLogger('easywechat')
     logging.setLoggerClass(usual)
     folder, _, rest = os.environ.pop('PYTHONPATH').partition(os.pathsep)
     os.environ.update({'PYTHONPATH': rest} if rest else {})
-    sys.path.remove(folder)
+    sys.path[:] = [path for path in sys.path if path != folder]
     del sys.modules['sitecustomize']
 
 
@@ -1400,21 +1395,27 @@ class Diary:
     def __init__(self, corp):
         self._corp, self._open = corp, collections.deque(maxlen=100)    # 投递了、回调还没有结束的
         self.refusal = ''           # 它上一次为什么拒绝了投递
-        self._forms = {'callback %s begins on %s %s from %s': self._begin,
-            'callback %s ended on %s %s from %s: %d results': self._end,
-            'callback %s failed on %s from %s%s': self._fail, 'no callback for %s': self._nobody}
+        self._forms = {
+            'no callback for %s': self._nobody, 'callback %s begins on %s %s from %s': self._begin,
+            'callback %s failed on %s from %s%s': self._fail,
+            'callback %s ended on %s %s from %s: %d results': self._end}
 
     def expect(self, said, kind, msgid, event):
         """投递了 ``said``（那件事），回调会为它开始。"""
-        self._open.append({'said': said, 'kind': kind, 'user': said['user'], 'id': str(msgid or ''), 'event': event,
-                           'name': None, 'failed': False})
+        who = {key: said[key] for key in ('chat', 'user') if key in said}
+        self._open.append({'said': said, 'who': who, 'kind': kind, 'user': said['user'], 'id': str(msgid or ''),
+                           'event': event, 'name': None, 'failed': False})
 
     def heard(self, at, level, form, args):
         """日志的一条。"""
         with self._corp._lock:
             if form in self._forms:
                 return self._forms[form](at, *args)
-            text, _, more = (form % tuple(args) if args else form).partition('\n')
+            try:
+                text = form % tuple(args) if args else form
+            except (TypeError, ValueError):         # 别人的格式
+                text = '%s %s' % (form, args)
+            text, _, more = text.partition('\n')
             if form.startswith('refused'):
                 self.refusal = text
             self._corp._log('log', at=at, level=level, text=text, **{'more': more} if more else {})
@@ -1452,7 +1453,7 @@ class Diary:
         if one:
             one['failed'] = True
             self._step(one, at, 'fail', text=error)
-            more.update({key: one['said'][key] for key in ('chat', 'user') if key in one['said']}, of=one['said']['id'])
+            more.update(one['who'], of=one['said']['id'])
         self._corp._log('log', at=at, level='ERROR', text='回调出错：%s%s' % (error, where), **more)
 
     def _nobody(self, at, kind):
@@ -1464,12 +1465,11 @@ class Diary:
 
     def _silent(self, one, why):
         """没有回复，也没有主动发来什么。"""
-        said, who = one['said'], {key: one['said'][key] for key in ('chat', 'user') if key in one['said']}
-        since = itertools.takewhile(lambda event: event['id'] > said['id'], reversed(self._corp.events))
-        shown = [event for event in since if event['kind'] in ('out', 'bubble', 'update')]
-        where = 'chat' if 'chat' in who else 'user'
-        if not any(event.get(where) == who[where] for event in shown):
-            self._corp._log('silent', of=said['id'], text='没有回复：' + why, **who)
+        of, where = one['said']['id'], 'chat' if 'chat' in one['who'] else 'user'
+        since = itertools.takewhile(lambda event: event['id'] > of, reversed(self._corp.events))
+        if not any(event['kind'] in ('out', 'bubble', 'update') and event.get(where) == one['who'][where]
+                   for event in since):
+            self._corp._log('silent', of=of, text='没有回复：' + why, **one['who'])
 
 
 # ---- 企业 -------------------------------------------------------------------------------------
@@ -2392,9 +2392,9 @@ class Keeper(Host):
 
     def __init__(self, wecom, command, app, sections, reload):
         super().__init__(wecom)
-        self._command, self._app, self._sections, self._reload = command, app, sections, reload
+        self._command, self._app, self._sections, self._reload = command, app, sections, reload     # reload：看着文件
         self._mark, self._asked = '\x1e%s ' % secrets.token_hex(8), threading.Event()
-        self.code, self._lines, self._seen, self._now, self._look = None, collections.deque(maxlen=20), {}, {}, 0
+        self.code, self._lines, self._seen, self._now, self._look = None, (), {}, {}, 0
 
     def state(self):
         """聊天页要知道的：在运行还是退出了，退出码，stderr 的最后几行。"""
@@ -2426,27 +2426,27 @@ class Keeper(Host):
 
     def _start(self, folder):
         self._asked.clear()
-        self._lines.clear()
         self.code, self.url, self._told, self._seen = None, None, '', self._stamps()
+        self._lines = collections.deque(maxlen=20)
         self._process = subprocess.Popen([sys.executable] + self._command, env=child_environment(folder),
-                                         stderr=subprocess.PIPE, bufsize=0)
-        self._reader = threading.Thread(target=self._relay, args=(self._process.stderr,), daemon=True)
+                                         stderr=subprocess.PIPE)
+        self._reader = threading.Thread(target=self._relay, args=(self._process.stderr, self._lines), daemon=True)
         self._reader.start()
         self.wecom.change(callback='')
 
-    def _relay(self, stderr):
+    def _relay(self, stderr, lines):
         """机器人的 stderr 照样给用户看；从里面知道它在哪里听，它的日志说了什么。"""
         mark = self._mark.encode()
         for line in stderr:
             text, found, record = line.partition(mark)
             if found:
-                with contextlib.suppress(ValueError):       # 和别的线程写的混在一起了
+                with contextlib.suppress(TypeError, ValueError):        # 和别的线程写的混在一起了
                     self.wecom.diary.heard(*json.loads(record.decode('utf-8', 'replace')))
             if text:
                 with contextlib.suppress(BrokenPipeError):      # 没有人看，也要替它读走
                     sys.stderr.buffer.write(text)
                     sys.stderr.buffer.flush()
-                self._lines.append(text.decode('utf-8', 'replace').rstrip())
+                lines.append(text.decode('utf-8', 'replace').rstrip())
                 self.url = callback_url(text) or self.url
 
     def _stamps(self):

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -518,6 +519,32 @@ class SimulatorPageTests(SimulatorCase):
         (title, _, begin), (_, _, took) = self.events('out', last=seen['id'])[-1]['raw']
         self.assertIn('message/send', title)
         self.assertTrue(begin == 0 <= took < 5)
+
+
+    def test_the_lines_of_a_log_are_read_whatever_they_hold(self):
+        diary = self.wecom.diary
+        trace = '\n    Traceback (most recent call last):\n      File "/a/bot.py", line 3, in f'
+        said = self.wecom._log('in', user='lisi', message={})
+        for event in 'click', 'view':
+            diary.expect(said, 'event', None, event)
+        begin, fail = 'callback %s begins on %s %s from %s', 'callback %s failed on %s from %s%s'
+        for form, args in (
+                (begin, ['f', 'event', '', 'lisi']), (begin, ['f', 'event', '', 'nobody']),
+                ('no callback for %s', ['event']), ('no callback for %s', ['event']),
+                (fail, ['f', 'event', 'lisi', trace + '\n    ValueError: 1\n    two\n    \n    During handling of the '
+                        'above exception, another exception occurred:\n    ' + trace.replace('3', '7')
+                        + '\n        x()\n    KeyError: 2']), (fail, ['g', 'text', 'lisi', '']),
+                ('refused %s with %d: %s', ['1.2.3.4', 403, 'signature differs']), ('%d', ['x']), ('100%', []),
+                ('internal error%s', ['\n  Traceback'])):
+            diary.heard(time.time(), 'WARNING', form, args)
+        told = [(e.get('what', ''), e['text'] if 'text' in e else '', e.get('more', '')[:6])
+                for e in self.wecom.events if e['kind'] in ('step', 'silent', 'log')]
+        self.assertEqual(told, [
+            ('begin', '', ''), ('', '没有回复\uff1a没有登记 event:view 的回调', ''), ('fail', 'KeyError: 2', ''),
+            ('', '回调出错\uff1aKeyError: 2\uff08bot.py 第 7 行\uff09', '    Tr'), ('', '回调出错\uff1a', ''),
+            ('', 'refused 1.2.3.4 with 403: signature differs', ''), ('', "%d ['x']", ''), ('', '100%', ''),
+            ('', 'internal error', '  Trac')])
+        self.assertEqual(diary.refusal, 'refused 1.2.3.4 with 403: signature differs')
 
 
 class Program:
@@ -1262,14 +1289,17 @@ class SimulatorCommandTests(SimulatorCase):
         code = """
 import json, os, sys, logging
 print(json.dumps([sys.argv, sys.path, __file__, __name__, os.environ.get('PYTHONPATH'), sorted(vars()),
-                  logging.getLogger('easywechat').handlers, 'sitecustomize' in sys.modules]), flush=True)
+                  logging.getLogger('easywechat').handlers, sys.site]), flush=True)
 def fall():
     raise SystemExit('fell') if sys.argv[1:] == ['exit'] else ValueError('fell')
 fall()
 """
+        own = os.path.join(self.folder, 'own')
+        os.mkdir(own)
+        shutil.copy(self.bot('import sys; sys.site = "of my own"'), os.path.join(own, 'sitecustomize.py'))
         for text, args in (code, ['a b', '-v']), (code, ['exit']), ('x = = 1\n', []), ('import nosuch_module', []):
             bot = self.bot(text)
-            env = dict(os.environ, PYTHONPATH=os.path.join(self.folder, 'own'), PYTHONIOENCODING='utf-8')
+            env = dict(os.environ, PYTHONPATH=own, PYTHONIOENCODING='utf-8')
             plain = subprocess.run([sys.executable, bot] + args, env=env, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
             with environment(PYTHONPATH=env['PYTHONPATH']):
@@ -1277,6 +1307,7 @@ fall()
             left = self.left()
             out, err = self.end(process)
             self.assertEqual((out, left['code']), (plain.stdout.decode(), plain.returncode))
+            self.assertEqual('of my own' in out, text == code)
             self.assertEqual(left['lines'], plain.stderr.decode('utf-8').splitlines())
             self.assertEqual(err.partition('simulator: ')[0], plain.stderr.decode('utf-8'))
 
@@ -1357,6 +1388,8 @@ fall()
             self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '1\n\n2'))
         seen = self.events('bubble', last=last)[-1]
         self.assertEqual((seen['type'], self.http('GET', '/media/' + seen['body']['media_id'])[2]), ('image', png))
+        steps = [e['what'] for e in self.events(*['step'] * 8) if e['kind'] == 'step']
+        self.assertEqual(steps, ['begin', 'end'] * 4)
         self.assertNotIn('Traceback', self.end(process)[1])
 
     def wait(self, stream, words):
