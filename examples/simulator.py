@@ -1024,12 +1024,11 @@ class Callbacks(Uplink):
 
     def _deliver(self, kind, body, chat, user, shown, card=None):
         """投递一句话或一个事件 → 那一帧。没有连上就丢了，企业微信不补。"""
+        need(self.mode == 'ws' or self.callback, 40057, '机器人还没有通过回调 URL 的校验')
         full = {'msgid': self.corp._next('msg'), 'aibotid': self.settings['bot_id'], 'from': {'userid': user}}
         if kind != 'enter_chat':        # §2.1 的例子没有
             full.update({'chatid': chat, 'chattype': 'group'} if chat in self.groups else {'chattype': 'single'})
-        if kind != 'message':
-            full['create_time'] = int(time.time())
-        full.update(body)
+        full.update({} if kind == 'message' else {'create_time': int(time.time())}, **body)
         asked = {'kind': kind, 'chat': chat, 'user': user, 'connection': self.connected, 'at': self.now(),
                  'msgid': full['msgid'], 'streams': {}, 'card': card}
         if self.mode == 'json' and kind in ('message', 'template_card_event'):
@@ -1047,7 +1046,6 @@ class Callbacks(Uplink):
         asked['said'] = self.corp._log('said', chat=chat, user=user, raw=raw, body=what)
         self.corp.diary.expect(asked['said'], full['msgtype'], full['msgid'], full.get('event', {}).get('eventtype'))
         if self.mode == 'json':
-            need(self.callback, 40057, '还没有回调 URL')
             threading.Thread(target=self._call_back, args=(text, full, asked), daemon=True).start()
         elif self.connected:
             self._put(frame, text, asked)
@@ -1578,7 +1576,7 @@ class Corp:
 # 一次调用进来，一个回答出去 (`Api.answer`)。一个 API 一个方法，名字是它的路径。
 
 class Api(Corp):
-    """收调用、认 token、照 `script` 出错；应用、菜单、通讯录、素材的 API。"""
+    """收调用、认 token、照 `script` 出错；应用、菜单、通讯录的 API。"""
 
     def __init__(self):
         super().__init__()
@@ -1710,6 +1708,25 @@ class Api(Corp):
     def api_getcallbackip(self, query, body, headers):
         return {'ip_list': ['127.0.0.1']}
 
+    def api_aibot_response(self, query, body, headers):         # path/101138
+        return self.bot.respond(query.get('response_code'), body)
+
+
+# ---- 发消息 -----------------------------------------------------------------------------------
+# 素材 (path/90253)，message/send、更新、撤回，和群机器人的 webhook (path/91770)。
+
+class Sending(Api):
+    """消息送到成员那里，或悄悄丢掉。"""
+
+    def __init__(self):
+        super().__init__()
+        self.messages, self.robot_messages = [], []     # 送到了的消息，依次
+        self.updates = []           # 更新过的卡片
+        self.dropped = []           # 悄悄丢掉的
+        self.task_ids = set()
+        self._sent = {}             # msgid → 什么时候发的
+        self._repeated = {}         # 查重复的消息 → 到什么时候
+
     def _file(self, body, headers, field=b'media'):
         """multipart/form-data 里的那个文件 →（文件名，bytes）。"""
         boundary = re.search('boundary="?([^";]+)', headers.get('Content-Type') or '')
@@ -1744,25 +1761,6 @@ class Api(Corp):
         check_media_id(self, query['media_id'])
         media = self.media[query['media_id']]
         return media['name'], media['data']
-
-    def api_aibot_response(self, query, body, headers):         # path/101138
-        return self.bot.respond(query.get('response_code'), body)
-
-
-# ---- 发消息 -----------------------------------------------------------------------------------
-# message/send、更新、撤回，和群机器人的 webhook (path/91770)。
-
-class Sending(Api):
-    """送到成员那里，或悄悄丢掉。"""
-
-    def __init__(self):
-        super().__init__()
-        self.messages, self.robot_messages = [], []     # 送到了的消息，依次
-        self.updates = []           # 更新过的卡片
-        self.dropped = []           # 悄悄丢掉的
-        self.task_ids = set()
-        self._sent = {}             # msgid → 什么时候发的
-        self._repeated = {}         # 查重复的消息 → 到什么时候
 
     def api_message_send(self, query, body, headers):
         message = self._json(body)
