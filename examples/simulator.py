@@ -1024,7 +1024,7 @@ class Callbacks(Uplink):
 
     def _deliver(self, kind, body, chat, user, shown, card=None):
         """投递一句话或一个事件 → 那一帧。没有连上就丢了，企业微信不补。"""
-        need(self.mode == 'ws' or self.callback, 40057, '机器人还没有通过回调 URL 的校验')
+        self.corp.listening(self.mode == 'ws' or self.callback)
         full = {'msgid': self.corp._next('msg'), 'aibotid': self.settings['bot_id'], 'from': {'userid': user}}
         if kind != 'enter_chat':        # §2.1 的例子没有
             full.update({'chatid': chat, 'chattype': 'group'} if chat in self.groups else {'chattype': 'single'})
@@ -1553,6 +1553,10 @@ class Corp:
         self._count += 1
         return '%s%d_%s' % (prefix, self._count, hashlib.sha1(os.urandom(8)).hexdigest()[:20])
 
+    def listening(self, callback):
+        """没有回调 URL 就 Refused。"""
+        need(callback, 40057, self.process.why() if self.process else '还没有机器人：回调 URL 通过了校验才能投递')
+
     def _counted(self, who):
         """最近一分钟里的第几条。"""
         now = time.monotonic()
@@ -2036,7 +2040,7 @@ class Deliveries(Sending):
 
     def say(self, user, fields, card=None):
         """``user`` 发来一条消息，投递在自己的线程里；``card`` 是他点的那张卡片是哪件事。"""
-        need(self.callback, 40057, self.process.why() if self.process else '还没有机器人：回调 URL 通过了校验才能投递')
+        self.listening(self.callback)
         need(user in self.users, 40031, '没有这个成员')
         check_member(fields)
         message = self.message(user, **fields)
@@ -2430,6 +2434,11 @@ class Keeper(Host):
                                          stderr=subprocess.PIPE)
         self._reader = threading.Thread(target=self._relay, args=(self._process.stderr, self._lines), daemon=True)
         self._reader.start()
+        self._tell_page()
+
+    def _tell_page(self):
+        """启动了，或退出了：回调 URL 还没有校验。"""
+        self.wecom.bot.callback = ''
         self.wecom.change(callback='')
 
     def _relay(self, stderr, lines):
@@ -2486,7 +2495,7 @@ class Keeper(Host):
             tell('simulator: ' + self._lines[-1], sys.stderr)
         tell('simulator: 机器人退出了，退出码 %d；%s在聊天页上点「重新启动」' % (
             self.code, '改了文件会重新启动，也可以' if self._reload else ''), sys.stderr)
-        self.wecom.change(callback='')
+        self._tell_page()
 
     def _end(self):
         """结束机器人：先请，8 秒以后不再等。"""
