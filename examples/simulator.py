@@ -266,7 +266,7 @@ def check_task_id(body, used):
     task_id = body.get('task_id')
     need(task_id or not (body['card_type'] in INTERACTIVE or body.get('action_menu')), 42014, 'task_id missing')
     need(not task_id or re.fullmatch(r'[0-9A-Za-z_\-@]{1,128}', task_id), 42014, 'invalid task_id')
-    need(task_id not in used, 42014, 'duplicate task_id')
+    need(not task_id or task_id not in used, 42014, 'duplicate task_id')
 
 
 CHECKS = {'text': None, 'markdown': None, 'markdown_v2': None, 'news': check_news, 'mpnews': check_mpnews,
