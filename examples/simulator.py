@@ -900,9 +900,10 @@ class Uplink(Chats):
         return json.dumps(frame, ensure_ascii=False)[:20000]
 
     def _send(self, connection, frame, after=0, before=lambda: None):
-        self._record('wecom', connection, frame)
+        shown = self._record('wecom', connection, frame)
         data = json.dumps(frame, ensure_ascii=False).encode('utf-8', 'replace')
         connection.put(message_frame(TEXT, data), after, before)
+        return shown
 
     def _take(self, connection, text):
         """一帧 (str)：照规矩做，或者照 ``faults`` 出错，然后 ack。"""
@@ -929,20 +930,20 @@ class Uplink(Chats):
                 self.corp._log('call', chat=self._chat_of(req_id, body), path=cmd, errcode=errcode, errmsg=errmsg,
                                raw=raw)
             ack = dict({'headers': {'req_id': req_id}}, **{'body': more} if more else {})
-            self._ack(connection, cmd, dict(ack, errcode=errcode, errmsg=errmsg), busy)
+            raw += self._ack(connection, cmd, dict(ack, errcode=errcode, errmsg=errmsg), busy, said)
 
-    def _ack(self, connection, cmd, ack, busy):
-        req_id = ack['headers']['req_id']
-        if cmd == 'ping':
-            if not self.faults.take('no_pong'):
-                self._send(connection, ack)
-        elif cmd == 'aibot_subscribe' or busy:
-            self._send(connection, ack)
-        elif not self.faults.take('no_ack', cmd):
-            connection.waiting.add(req_id)
-            self._send(connection, ack, self.faults.take('late_ack', cmd) or self.ack_after,
-                       lambda: connection.waiting.discard(req_id))
+    def _ack(self, connection, cmd, ack, busy, said):
+        """→ 原文的那一步，要是发了。"""
         self.corp._changed.notify_all()         # 等着的看一看
+        lost = 'no_pong' if cmd == 'ping' else '' if cmd == 'aibot_subscribe' or busy else 'no_ack'
+        if lost and self.faults.take(lost, cmd):
+            return []
+        req_id, after, before = ack['headers']['req_id'], 0, lambda: None
+        if lost == 'no_ack':
+            connection.waiting.add(req_id)
+            after, before = (self.faults.take('late_ack', cmd) or self.ack_after,
+                             lambda: connection.waiting.discard(req_id))
+        return [['企业微信的 ack', self._send(connection, ack, after, before), time.time() + after - said['at']]]
 
     def _chat_of(self, req_id, body):
         return self._asked[req_id]['chat'] if req_id in self._asked else body.get('chatid')

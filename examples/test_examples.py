@@ -985,7 +985,10 @@ class SimulatorBotTests(SimulatorCase):
         self.assertEqual((said['chat'], said['body']['items'], said['body']['quote']),
                          ('lisi', [{'type': 'text', 'body': {'content': '你好'}}], '昨天'))
         self.assertEqual((grown['of'], grown['text'], grown['finished']), (bubble['id'], '好', True))
-        self.assertEqual(json.loads(grown['raw'][0][1])['body']['stream']['content'], '好')
+        (_, asked, begin), (title, ack, end) = grown['raw']
+        self.assertEqual((json.loads(asked)['body']['stream']['content'], title, json.loads(ack)['errcode']),
+                         ('好', '企业微信的 ack', 0))
+        self.assertTrue(0 < begin < end < 5)
         self.assertEqual(post('/file?user=lisi&chat=lisi&type=image&name=a.png', b'\x89PNG\r\n'), {})
         self.assertEqual(program.message()['body']['msgtype'], 'image')
         for asked in ({'do': 'stop'}, {'do': 'press', 'bubble': 7, 'key': 'x'}, {'do': 'fault', 'name': 'x'},
