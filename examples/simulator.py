@@ -63,8 +63,8 @@ import urllib.parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-from easywechat import (NetworkError, WeChatError, WXBizMsgCrypt, dict_to_xml,  # noqa: E402
-                        fetch, get_config, get_section, xml_to_dict)
+from easywechat import (  # noqa: E402
+    NetworkError, WeChatError, WXBizMsgCrypt, command, dict_to_xml, fetch, get_config, get_section, xml_to_dict)
 
 
 class Refused(Exception):
@@ -2350,13 +2350,12 @@ def write_config(path, sections):
 
 
 def child_environment(folder):
-    """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置：否则 easywechat 会找到用户真的 config.ini，
-    把这里的话发给真的人；环境里的设置也不能漏进来。token 和程序自己的状态存在临时的目录里，用完就没有了。
+    """机器人的环境。EASYWECHAT_CONFIG 指着临时的配置：否则 easywechat 会找到用户真的 config.ini，把这里的话发给真的人；
+    环境里的设置也不能漏进来。token 和程序自己的状态存在临时的目录里，用完就没有了。PYTHONPATH 里有 `tap`。
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}
-    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder,
-                XDG_STATE_HOME=folder,
-                PYTHONPATH=os.pathsep.join([folder] + [env[k] for k in env if k == 'PYTHONPATH']))
+    return dict(env, EASYWECHAT_CONFIG=os.path.join(folder, 'config.ini'), XDG_CACHE_HOME=folder, XDG_STATE_HOME=folder,
+                PYTHONPATH=os.pathsep.join(filter(None, [folder, env.get('PYTHONPATH')])))
 
 
 def callback_url(line):
@@ -2558,18 +2557,17 @@ def arguments(argv):
     parser.add_argument('bot', nargs='?', help='机器人的程序，例如 examples/demo.py')
     parser.add_argument('args', nargs=argparse.REMAINDER, help='给它的参数')
     args = parser.parse_args(argv)
-    if args.bot and args.url:
-        parser.error('--url 是机器人已经在运行，不用再启动一个')
-    if args.bot and args.config:
-        parser.error('--config 是机器人已经在运行，要启动的机器人得到新的密钥')
-    if args.sections and not args.bot:
-        parser.error('--with 是给要启动的机器人的')
-    if args.url and not re.match('https?://[^/]', args.url):
-        parser.error('--url 要整个网址，例如 http://127.0.0.1:8000/weixin')
+    for wrong, text in ((args.bot and args.url, '--url 是机器人已经在运行，不用再启动一个'),
+                        (args.bot and args.config, '--config 是机器人已经在运行，要启动的机器人得到新的密钥'),
+                        (args.sections and not args.bot, '--with 是给要启动的机器人的'),
+                        (args.url and not re.match('https?://[^/]', args.url),
+                         '--url 要整个网址，例如 http://127.0.0.1:8000/weixin')):
+        if wrong:
+            parser.error(text)
     try:
         args.sections = own_sections(args.sections.split(',') if args.sections else [])
     except (WeChatError, ValueError) as e:
-        parser.error('--with: %s' % e)
+        parser.error('--with：%s' % e)
     return args
 
 
@@ -2581,18 +2579,13 @@ def main(argv=None):
     wecom = WeCom()
     wecom.name = os.path.basename(args.bot or wecom.name)
     wecom.bot.mode = 'json' if args.json else 'ws'
-    try:
-        settings = get_config(args.app, args.config) if args.config else {}
-        for ours in wecom.settings, wecom.bot.settings:
-            ours.update((k, settings[k]) for k in ours if settings.get(k))
-    except WeChatError as e:
-        tell('simulator: --config: %s' % e.errmsg, sys.stderr)
-        return 2
+    settings = get_config(args.app, args.config) if args.config else {}
+    for ours in wecom.settings, wecom.bot.settings:
+        ours.update((k, settings[k]) for k in ours if settings.get(k))
     try:
         wecom.start('127.0.0.1', args.port)
     except (OSError, OverflowError) as e:
-        tell('simulator: 不能用端口 %d: %s' % (args.port, e), sys.stderr)
-        return 2
+        raise OSError('端口 %d 用不了，用 --port 换一个：%s' % (args.port, e)) from None
     tell('聊天页：%s 按 Ctrl-C 停止。' % wecom.page, sys.stdout if args.bot else sys.stderr)
     try:
         if args.bot:
@@ -2600,15 +2593,9 @@ def main(argv=None):
             wecom.process.run(stopping)
         else:
             Listener(wecom, args.url).run(stopping, args.app, args.config)
-        return 0
     finally:
         wecom.stop()
 
 
 if __name__ == '__main__':
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')
-    elif sys.stdout:                        # Python 3.6
-        sys.stdout = open(sys.stdout.fileno(), 'w', encoding=sys.stdout.encoding,
-                          errors='backslashreplace', buffering=1, closefd=False)
-    sys.exit(main())
+    command(main)

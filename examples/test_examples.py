@@ -1454,6 +1454,10 @@ fall()
                     contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
                 simulator.arguments(args)
             self.assertIn('error: --', err.getvalue())
+        for args, words in (['--port', '99999'], '端口 99999 用不了'), (['--config', 'nosuch.ini'], 'nosuch.ini'):
+            process = self.command(*args)
+            err = process.communicate(timeout=20)[1].decode('utf-8')
+            self.assertEqual((process.returncode, err.count('\n'), words in err), (2, 1, True), err)
 
     def test_its_bots_say_where_they_listen(self):
         for said, url in (b'0.0.0.0', '127.0.0.1'), (b'[::]', '[::1]'), (b'127.0.0.1', '127.0.0.1'):
