@@ -1405,6 +1405,12 @@ class Diary:
         self._open.append({'said': said, 'who': who, 'kind': kind, 'user': said['user'], 'id': str(msgid or ''),
                            'event': event, 'name': None, 'failed': False})
 
+    def forget(self, said):
+        """不会有回调了。"""
+        with self._corp._lock:
+            for one in [one for one in self._open if one['said'] is said]:
+                self._open.remove(one)
+
     def heard(self, at, level, form, args):
         """日志的一条。"""
         with self._corp._lock:
@@ -2016,8 +2022,10 @@ class Deliveries(Sending):
             status = 0
         except (WeChatError, Refused) as e:
             error = '回答读不懂：%s' % (e.args[-1],)
-        self._log('answer', status=status, error=error, raw=raw, again=not status and n < deliveries,
-                  seconds=time.monotonic() - begin, **which)
+        again = not status and n < deliveries
+        self._log('answer', status=status, error=error, raw=raw, again=again, seconds=time.monotonic() - begin, **which)
+        if status not in (0, 200) or error == '连不上' and not again:
+            self.diary.forget(said)
         if status == 200 and not (opened or error or self.process) and said.get('message', {}).get('MsgId'):
             self._log('silent', of=said['id'], user=said['user'], text='没有被动回复')
         return reply if status else None, raw
@@ -2429,7 +2437,7 @@ class Keeper(Host):
     def _start(self, folder):
         self._asked.clear()
         self.code, self.url, self._told, self._seen = None, None, '', self._stamps()
-        self._lines = collections.deque(maxlen=20)
+        self._lines, self.wecom.diary = collections.deque(maxlen=20), Diary(self.wecom)
         self._process = subprocess.Popen([sys.executable] + self._command, env=child_environment(folder),
                                          stderr=subprocess.PIPE)
         self._reader = threading.Thread(target=self._relay, args=(self._process.stderr, self._lines), daemon=True)

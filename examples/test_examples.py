@@ -345,7 +345,7 @@ class SimulatorTests(SimulatorCase):
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
         body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
         self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
-        for path in '/say', '/file', '/switch':
+        for path in '/say', '/file', '/switch', '/bot', '/restart':
             self.assertEqual(self.http('POST', path, body, token='')[0], 403)
         self.assertEqual(list(self.wecom.events), [])
 
@@ -1286,6 +1286,12 @@ class SimulatorCommandTests(SimulatorCase):
             (none, 'zhangsan', ''), (none, 'zhangsan', 'zhangsan'), (none, 'zhangsan', 'zhangsan'),
             ('没有登记 event:click 的回调', 'zhangsan', ''),
             ('没有登记 event:enter_chat 的回调', 'zhangsan', 'zhangsan')])
+        for wrong in True, False:       # 被拒绝了的，回调不会开始
+            self.post('/switch', wrong_token=wrong)
+            self.say('', MsgType='event', Event='click', EventKey=str(wrong))
+            told = self.events('log' if wrong else 'silent', last=max(last, silent[-1]['id']))
+            last = told[-1]['id']
+        self.assertEqual(told[-1]['of'], [e for e in told if e['kind'] == 'in'][0]['id'])
         err = self.end(process)[1]
         self.assertEqual(err.count('ERROR callback mood failed on text from zhangsan\n    Traceback'), 4)
         self.assertFalse(re.search('\x1e|DEBUG', err))
@@ -1336,6 +1342,9 @@ fall()
         self.assertEqual((again['run'], again['process']['state']), (state['run'], 'running'))
         self.say('hello')
         self.assertEqual(len([e for e in self.events('out', 'out') if e['kind'] == 'out']), 2)      # 聊天记录还在
+        self.post('/bot', do='say', user='zhangsan', text='boo')
+        asked = [e for e in self.events('log') if e['kind'] in ('said', 'log')]
+        self.assertEqual(asked[-1]['of'], asked[-2]['id'])          # 没有结束的那一句，不再等它
         err = self.end(process)[1]
         for words in '退出了\uff0c退出码 1', 'bot.py 改了\uff0c重新启动', '退出了\uff0c退出码 7':
             self.assertEqual(err.count(words), 1, err)
