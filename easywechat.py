@@ -3173,11 +3173,11 @@ class Callbacks:
                 match = pattern.fullmatch(text)
                 if match:
                     return func, match.groups()
-        names = ['event:%s' % msg.get('Event', '')] if kind == 'event' else []
-        for name in names + [kind, '*']:
+        event = ['event:%s' % msg.get('Event', '')] if kind == 'event' else []
+        for name in event + [kind, '*']:
             if name in self._functions:
                 return self._functions[name], ()
-        logger.debug('no callback for %s', _show(kind))
+        logger.debug('no callback for %s %s from %s', *(_Shown(msg.get(k)) for k in ('MsgType', 'MsgId', 'FromUserName')))
         return None, ()
 
 
@@ -3584,8 +3584,8 @@ class _Results:
             future.cancel()
 
     def _failed(self, parcel, func, error):
-        logger.error('callback %s failed：%s 消息，来自 %s%s', _name_of(func), _show(parcel.kind), _show(parcel.user),
-                     _traceback())
+        logger.error('callback %s failed：回调出错了，%s 消息 %s，来自 %s%s', _name_of(func), _Shown(parcel.kind),
+                     _Shown(parcel.id), _Shown(parcel.user), _traceback())
         if self._owner.debug:
             self._add(parcel, _message_of(_redact('%s: %s' % (type(error).__name__, error)), 'text'))
 

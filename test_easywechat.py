@@ -2285,8 +2285,9 @@ class CallbackTests(unittest.TestCase):
             self.assertRegex(lines[0], 'callback .*callback begins on text [0-9]+ from li.lei$')
             self.assertRegex(lines[-1], 'callback .*callback ended on text [0-9]+ from li.lei: %d results$' % count)
         with self.assertLogs('easywechat', 'DEBUG') as log:
-            server.handle(*delivery(message(MsgType='image', MediaId='M')))
-        self.assertEqual([r.getMessage() for r in log.records if 'callback' in r.msg], ['no callback for image'])
+            server.handle(*delivery(message(MsgType='image', MediaId='M', MsgId='7')))
+        self.assertEqual([r.getMessage() for r in log.records if 'callback' in r.msg], [
+            'no callback for image 7 from li.lei'])
 
     def test_the_server_is_its_own_wsgi_callable(self):
         server = make_server()
@@ -3041,7 +3042,7 @@ class ReplyTests(ClientCase):
                 server.finish(time.monotonic() + 10)
                 self.assertEqual({user: [text for _, text in seen] for user, seen in self.wecom.inbox.items()},
                                  dict.fromkeys(users[:len(shapes)], ['a', 'b']))
-                failed = [re.findall("ERROR:easywechat:callback .* failed：text 消息，来自 ([0-9]+)\n +Traceback", line)
+                failed = [re.findall("ERROR:easywechat:callback .* failed：回调出错了，text 消息 [0-9]+，来自 ([0-9]+)\n +Traceback", line)
                           for line in logs.output]
                 self.assertEqual(sorted(failed), sorted([user] for user in users))
 

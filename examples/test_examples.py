@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -176,21 +177,32 @@ class SimulatorCase(ClientCase):
         answer = self.http(method, '/cgi-bin/%s?%s' % (path, urllib.parse.urlencode(query)), body, **headers)[2]
         return json.loads(answer.decode('utf-8'))
 
-    def events(self, *kinds, url='', last=0):
-        """聊天页看到的事:到每个 ``kinds`` 依次都来过为止。"""
-        connection = http.client.HTTPConnection(urllib.parse.urlsplit(url or self.url).netloc, timeout=10)
-        seen, kinds = [], list(kinds)
+    def feed(self, last=0):
+        """聊天页看到的事，一件一件；20 秒为止。"""
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=10)
+        end, event = time.monotonic() + 20, None
         with contextlib.closing(connection):
             connection.request('GET', '/events?token=' + self.wecom.page_token, headers={'Last-Event-ID': str(last)})
-            response = connection.getresponse()
-            while kinds:
-                line = response.readline()
-                if line.startswith(b'data: '):
-                    seen.append(json.loads(line[6:].decode()))
-                    if seen[-1]['kind'] == kinds[0]:
-                        del kinds[0]
-            response.close()
-        return seen
+            with contextlib.closing(connection.getresponse()) as response:
+                for line in response:
+                    if line.startswith(b'data: '):
+                        event = json.loads(line[6:].decode())
+                        yield event
+                    self.assertLess(time.monotonic(), end, event)
+
+    def events(self, *kinds, last=0):
+        """聊天页看到的事：到每个 ``kinds`` 依次都来过为止。"""
+        seen, kinds = [], list(kinds)
+        for event in self.feed(last):
+            seen.append(event)
+            if event['kind'] == kinds[0]:
+                del kinds[0]
+            if not kinds:
+                return seen
+
+    def until(self, condition, last=0):
+        """→ 聊天页看到的第一件 ``condition(event)`` 的事。"""
+        return next(filter(condition, self.feed(last)))
 
 
 class SimulatorTests(SimulatorCase):
@@ -292,7 +304,9 @@ class SimulatorTests(SimulatorCase):
         self.assertEqual(self.call('message/recall', {'msgid': done['msgid']})['errcode'], 40058)
 
     def test_a_response_code_updates_a_card_once(self):
-        self.assertNotIn('response_code', self.call('message/send', card(NOTICE)))
+        for _ in range(2):              # 没有 task_id 的，几张都行
+            answer = self.call('message/send', card(NOTICE))
+            self.assertEqual((answer['errcode'], 'response_code' in answer), (0, False))
         code = self.call('message/send', card(touser='zhangsan|lisi'))['response_code']
         self.assertEqual(self.call('message/send', card())['errcode'], 42014)        # task_id 用过了
         update = {'agentid': 1000002, 'userids': ['lisi'], 'response_code': code}
@@ -334,7 +348,7 @@ class SimulatorTests(SimulatorCase):
             self.assertEqual(self.http('GET', target, **headers)[0], status, (target, headers))
         body = json.dumps({'user': 'zhangsan', 'message': {'Content': 'x'}})
         self.assertEqual(self.http('POST', '/say', body, Host=own, Origin='http://evil.example')[0], 403)
-        for path in '/say', '/file', '/switch':
+        for path in '/say', '/file', '/switch', '/bot', '/restart':
             self.assertEqual(self.http('POST', path, body, token='')[0], 403)
         self.assertEqual(list(self.wecom.events), [])
 
@@ -370,7 +384,7 @@ class SimulatorPageTests(SimulatorCase):
         self.assertEqual((seen['how'], seen['type'], seen['body'], seen['user']),
                          ('passive', 'text', {'content': '<b>状态!'}, 'zhangsan'))
         self.assertLess(seen['seconds'], 5)
-        plain, sealed, sealed_answer, plain_answer = [text for _, text in seen['raw']]
+        plain, sealed, sealed_answer, plain_answer = [text for _, text, _ in seen['raw']]
         self.assertIn('<![CDATA[<b>状态]]>', plain)
         self.assertIn('<![CDATA[<b>状态!]]>', plain_answer)
         self.assertNotIn('状态', sealed + sealed_answer)
@@ -405,7 +419,7 @@ class SimulatorPageTests(SimulatorCase):
         self.say({'Content': 'x'})
         seen = self.events('answer', 'answer', 'answer', 'out')
         self.assertEqual([(e['n'], e['error'], e['again']) for e in seen if e['kind'] == 'answer'],
-                         [(1, '回答丢在路上', True), (2, '回答丢在路上', True), (3, '', False)])
+                         [(1, '响应丢失', True), (2, '响应丢失', True), (3, '', False)])
         self.post('/switch', {'lost': 0, 'wrong_token': True})
         self.say({'Content': 'x'})
         self.assertEqual(self.events('answer', last=seen[-1]['id'])[-1]['status'], 403)
@@ -413,7 +427,7 @@ class SimulatorPageTests(SimulatorCase):
         self.post('/switch', {'wrong_token': False, 'delay': 1})
         message = self.wecom.message()
         self.assertIsNone(self.wecom.deliver(self.wecom.callback, message))
-        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有回答'] * 3)
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'][-3:], ['没有响应'] * 3)
         self.server.client.send('x')
         self.post('/switch', {'delay': 0, 'expire': True})
         self.server.client.send('x')
@@ -435,7 +449,7 @@ class SimulatorPageTests(SimulatorCase):
             begin = time.monotonic()
             call()
             self.assertTrue(least <= time.monotonic() - begin < 2)
-        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有回答'])
+        self.assertEqual([e['error'] for e in self.wecom.events if e['kind'] == 'answer'], ['没有响应'])
 
     def test_a_pressed_button_changes_its_card(self):
         self.answers['template_card_event'] = {'MsgType': 'update_button', 'Button': {'ReplaceName': '已处理'}}
@@ -472,6 +486,70 @@ class SimulatorPageTests(SimulatorCase):
             self.say({'MsgType': 'event', 'Event': event, 'EventKey': 's'})
             self.assertIn(words, self.events('note', last=seen)[-1]['text'])
         self.assertFalse(self.wecom.inbox['zhangsan'])
+
+
+    def test_what_a_member_cannot_send_is_refused(self):
+        self.answers['link'] = self.answers['file'] = None
+        big = b'x' * ((2 << 20) + 1)
+        for words, answer in (
+                ('空的消息', self.say({'Content': ' \n'})),
+                ('http', self.say({'MsgType': 'link', 'Title': 't', 'Url': ''})),
+                ('http', self.say({'MsgType': 'link', 'Title': 't', 'Url': 'javascript:alert(1)'})),
+                ('http', self.say({'MsgType': 'link', 'Title': 't', 'Url': 'https://'})),
+                ('没有这种', self.post('/file?user=lisi&type=poem&name=a', b'x' * 9)),
+                ('至少要 5 个', self.post('/file?user=lisi&type=file&name=a.txt', b'x' * 4)),
+                ('.jpg .jpeg .png', self.post('/file?user=lisi&type=image&name=a.gif', b'x' * 9)),
+                ('2.0 MB，语音最多 2 MB', self.post('/file?user=lisi&type=voice&name=a.AMR', big)),
+                ('.mp4', self.post('/file?user=lisi&type=video&name=a.mov', b'x' * 9)),
+                ('20 MB', self.post('/file?user=lisi&type=file&name=a.bin', b'x' * ((20 << 20) + 1))),
+                ('转写', self.post('/file?user=lisi&chat=lisi&type=voice&name=a.amr', b'x' * 9)),
+                ('至少要', self.post('/file?user=lisi&chat=lisi&type=file&name=a', b'')),
+                ('空的消息', self.post('/bot', {'do': 'say', 'user': 'lisi', 'text': ''})),
+                ('不是从这里', self.post('/restart', {}))):
+            self.assertIn(words, answer.get('error', ''))
+        self.assertFalse([event for event in self.wecom.events if event['kind'] in ('in', 'said')])
+        self.assertEqual(self.say({'MsgType': 'link', 'Title': 't', 'Url': 'https://e.x'}), {})
+        self.assertEqual(self.post('/file?user=lisi&type=file&name=a', b'x' * 5), {})
+        silent = self.events('silent', 'silent')[-1]            # 这里的机器人不是模拟器启动的：不知道为什么
+        self.assertEqual(silent['text'], '没有被动回复')
+
+    def test_the_timeline_of_an_exchange_and_of_a_call(self):
+        self.say({'Content': 'x'})
+        seen = self.events('in', 'answer', 'out')[-1]
+        titles, _, seconds = zip(*seen['raw'])
+        self.assertEqual(' '.join(titles), '企业微信写好的明文 加密、签名后的请求 机器人的回答（密文） 解密后的回复')
+        self.assertEqual(list(seconds), sorted(seconds))
+        self.assertTrue(0 <= seconds[0] and seconds[-1] < 5)
+        self.server.client.send('x')
+        (title, _, begin), (_, _, took) = self.events('out', last=seen['id'])[-1]['raw']
+        self.assertIn('message/send', title)
+        self.assertTrue(begin == 0 <= took < 5)
+
+
+    def test_the_lines_of_a_log_are_read_whatever_they_hold(self):
+        diary = self.wecom.diary
+        trace = '\n    Traceback (most recent call last):\n      File "/a/bot.py", line 3, in f'
+        said = self.wecom._log('in', user='lisi', message={})
+        for event in 'click', 'view':
+            diary.expect(said, 'event', None, event)
+        begin, fail = 'callback %s begins on %s %s from %s', 'callback %s failed on %s from %s%s'
+        for form, args in (
+                (begin, ['f', 'event', '', 'lisi']), (begin, ['f', 'event', '', 'nobody']),
+                ('no callback for %s', ['event']), ('no callback for %s', ['event']),
+                (fail, ['f', 'event', 'lisi', trace + '\n    ValueError: 1\n    two\n    \n    During handling of the '
+                        'above exception, another exception occurred:\n    ' + trace.replace('3', '7')
+                        + '\n        x()\n    KeyError: 2']), (fail, ['g', 'text', 'lisi', '']),
+                ('refused %s with %d: %s', ['1.2.3.4', 403, 'signature differs']), ('%d', ['x']), ('100%', []),
+                ('internal error%s', ['\n  Traceback'])):
+            diary.heard(time.time(), 'WARNING', form, args)
+        told = [(e.get('what', ''), e['text'] if 'text' in e else '', e.get('more', '')[:6])
+                for e in self.wecom.events if e['kind'] in ('step', 'silent', 'log')]
+        self.assertEqual(told, [
+            ('begin', '', ''), ('', '没有回复\uff1a没有登记 event:view 的回调', ''), ('fail', 'KeyError: 2', ''),
+            ('', '回调出错\uff1aKeyError: 2\uff08bot.py 第 7 行\uff09', '    Tr'), ('', '回调出错\uff1a', ''),
+            ('', 'refused 1.2.3.4 with 403: signature differs', ''), ('', "%d ['x']", ''), ('', '100%', ''),
+            ('', 'internal error', '  Trac')])
+        self.assertEqual(diary.refusal, 'refused 1.2.3.4 with 403: signature differs')
 
 
 class Program:
@@ -910,8 +988,11 @@ class SimulatorBotTests(SimulatorCase):
         self.assertEqual((said['chat'], said['body']['items'], said['body']['quote']),
                          ('lisi', [{'type': 'text', 'body': {'content': '你好'}}], '昨天'))
         self.assertEqual((grown['of'], grown['text'], grown['finished']), (bubble['id'], '好', True))
-        self.assertEqual(json.loads(grown['raw'][0][1])['body']['stream']['content'], '好')
-        self.assertEqual(post('/file?user=lisi&chat=lisi&type=image&name=a.png', b'PNG'), {})
+        (_, asked, begin), (title, ack, end) = grown['raw']
+        self.assertEqual((json.loads(asked)['body']['stream']['content'], title, json.loads(ack)['errcode']),
+                         ('好', '企业微信的 ack', 0))
+        self.assertTrue(0 < begin < end < 5)
+        self.assertEqual(post('/file?user=lisi&chat=lisi&type=image&name=a.png', b'\x89PNG\r\n'), {})
         self.assertEqual(program.message()['body']['msgtype'], 'image')
         for asked in ({'do': 'stop'}, {'do': 'press', 'bubble': 7, 'key': 'x'}, {'do': 'fault', 'name': 'x'},
                       {'do': 'say', 'x': 'y'}):
@@ -1069,7 +1150,28 @@ server = easywechat.WeChatServer('shop')
 server.register_callback('text', lambda msg: ' '.join([msg['Content']] + [os.environ[name] for name in (
     'EASYWECHAT_CONFIG', 'XDG_CACHE_HOME', 'XDG_STATE_HOME')]))
 server.run(host='127.0.0.1', port=0)
-'''
+''' % HERE
+#: 什么都做得出的机器人：回调照一句话的字面做。
+MOODY = '''
+import pathlib, sys
+sys.path.insert(0, %r)
+import easywechat
+server = easywechat.WeChatServer('demo')
+
+@server.register_callback('text')
+def mood(msg):
+    if msg['Content'] == 'push':
+        server.client.send('later')
+    if msg['Content'] == 'exit':
+        sys.stderr.write('bye\\n')
+        sys.stderr.flush()
+        import os
+        os._exit(7)
+    return {'none': None, 'push': None, 'bad': b'bytes', 'hello': 'hello!', 'list': ['1', '2']}[msg['Content']]
+
+server.register_callback('image', lambda msg: msg)
+server.run(host='127.0.0.1', port=0)
+''' % HERE
 
 
 class SimulatorCommandTests(SimulatorCase):
@@ -1092,18 +1194,44 @@ class SimulatorCommandTests(SimulatorCase):
         self.addCleanup(process.terminate)
         return process
 
+    def simulator(self, *args):
+        """启动模拟器，`http`、`feed` 从此是和它说 → 它的进程。"""
+        process = self.command(*args)
+        self.url, self.wecom.page_token = re.search(
+            '聊天页\uff1a(http://127.0.0.1:[0-9]+)/[?]token=([!-~]{20,}) ', process.stdout.readline().decode()).groups()
+        self.wecom._server.server_address = '127.0.0.1', int(self.url.rpartition(':')[2])
+        return process
+
+    def end(self, process):
+        """停下 → (stdout 余下的, stderr)，str。"""
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 0)
+        return out.decode('utf-8'), err.decode('utf-8')
+
+    def post(self, path, **body):
+        return json.loads(self.http('POST', path, json.dumps(body))[2].decode())
+
+    def say(self, text, **message):
+        return self.post('/say', user='zhangsan', message=dict({'Content': text}, **message))
+
+    def up(self):
+        """回调 URL 通过了校验，智能机器人也连上了 → 那时的现状。"""
+        return self.until(lambda event: event.get('callback') and event['bot']['connected'])
+
+    def left(self):
+        """机器人退出了 → 它的 process。"""
+        return self.until(lambda event: (event.get('process') or {}).get('state') == 'exited')['process']
+
     def test_one_command_starts_a_bot_and_ends_it(self):
-        process = self.command('--app', 'shop', '--with', 'nas,llm', self.bot(BOT % HERE), '--port', '7')
-        url, self.wecom.page_token = re.search('聊天页: (http://127.0.0.1:[0-9]+)/[?]token=([!-~]{20,}) ',
-                                               process.stdout.readline().decode()).groups()
+        process = self.simulator('--app', 'shop', '--with', 'nas,llm', self.bot(BOT), '--port', '7')
         word, pid, *args = process.stdout.readline().decode().split()
         self.assertEqual((word, args), ('bot', ['--port', '7']))
         self.assertIn('通过了校验', process.stdout.readline().decode())
         lines = iter(process.stderr.readline, b'')
         self.assertTrue(any(re.match(b'EasyWeChat .*/weixin', line) for line in lines))
-        self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
-        self.http('POST', '/say', json.dumps({'user': 'zhangsan', 'message': {'Content': '>'}}))
-        config, *folders = self.events('out', url=url)[-1]['body']['content'].split()[1:]
+        self.say('>')
+        config, *folders = self.events('out')[-1]['body']['content'].split()[1:]
         self.assertEqual(folders, [os.path.dirname(config)] * 2)
         self.assertEqual(stat.S_IMODE(os.stat(config).st_mode), 0o600)
         with open(config, encoding='utf-8') as f:
@@ -1118,68 +1246,197 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
         self.assertFalse(os.path.exists(os.path.dirname(config)))
 
-    def test_a_bot_that_exits_and_one_that_is_not_ours(self):
+    def told(self, say, text, last):
+        """说一句 → (它那件事, 到回调结束、回复都看到为止的各件事)。"""
+        self.assertEqual(say(text), {})
+        asked = self.until(lambda event: event['kind'] in ('in', 'said'), last)
+        seen, results = [], 9
+        for event in self.feed(asked['id']):
+            seen.append(event)
+            results = event.get('results', results)
+            if sum(one['kind'] in ('out', 'bubble') for one in seen) >= results:
+                return asked, seen
+
+    def test_what_the_bot_logs_is_told(self):
+        process = self.simulator(self.bot(MOODY))
+        self.up()
+        last, place = 0, 'bot.py 第 %d 行' % (MOODY[:MOODY.index('    return {')].count('\n') + 1)
+        for say in self.say, lambda text: self.post('/bot', do='say', user='zhangsan', text=text):
+            for text, results, error in (
+                    ('hello', 1, ''), ('push', 0, ''), ('none', 0, ''),
+                    ('boo', 0, "KeyError: 'boo'\uff08%s\uff09" % place),
+                    ('bad', 0, 'TypeError: bytes have no name.*'), ('list', 2, '')):
+                asked, seen = self.told(say, text, last)
+                last = seen[-1]['id']
+                steps, logs = ([e for e in seen if e['kind'] == kind] for kind in ('step', 'log'))
+                self.assertEqual([(e['of'], e['name'], e['what']) for e in steps],
+                                 [(asked['id'], 'mood', what) for what in ('begin', 'fail', 'end')
+                                  if error or what != 'fail'])
+                self.assertEqual(steps[-1]['results'], results)
+                seconds = [e['seconds'] for e in steps]
+                self.assertTrue(0 < seconds[0] and seconds == sorted(seconds) and seconds[-1] < 10)
+                self.assertEqual([(e['level'], e['of'], e['user'], e.get('chat')) for e in logs],
+                                 [('ERROR', asked['id'], 'zhangsan', asked.get('chat'))] * bool(error))
+                if error:
+                    self.assertRegex(logs[0]['text'], '^回调出错\uff1a%s$' % error)
+                    self.assertRegex(logs[0]['more'], '^    Traceback')
+                    self.assertRegex(logs[0]['text'], re.escape(steps[1]['text']))
+        self.say('', MsgType='event', Event='click', EventKey='k')
+        self.post('/bot', do='event', user='zhangsan', eventtype='enter_chat')
+        silent = [e for e in self.events(*['silent'] * 5) if e['kind'] == 'silent']
+        none = '回调 mood 返回了 None'                # push 发到应用里：对应用不是没有回复，对智能机器人是
+        self.assertEqual(sorted((e['text'][5:], e['user'], e.get('chat', '')) for e in silent), [
+            (none, 'zhangsan', ''), (none, 'zhangsan', 'zhangsan'), (none, 'zhangsan', 'zhangsan'),
+            ('没有登记 event:click 的回调', 'zhangsan', ''),
+            ('没有登记 event:enter_chat 的回调', 'zhangsan', 'zhangsan')])
+        for wrong in True, False:       # 被拒绝了的，回调不会开始
+            self.post('/switch', wrong_token=wrong)
+            self.say('', MsgType='event', Event='click', EventKey=str(wrong))
+            told = self.events('log' if wrong else 'silent', last=max(last, silent[-1]['id']))
+            last = told[-1]['id']
+        self.assertEqual(told[-1]['of'], [e for e in told if e['kind'] == 'in'][0]['id'])
+        err = self.end(process)[1]
+        self.assertEqual(err.count('ERROR callback mood failed on text from zhangsan\n    Traceback'), 4)
+        self.assertFalse(re.search('\x1e|DEBUG', err))
+
+    def test_a_program_runs_as_python_runs_it(self):
+        code = """
+import json, os, sys, logging
+print(json.dumps([sys.argv, sys.path, __file__, __name__, os.environ.get('PYTHONPATH'), sorted(vars()),
+                  logging.getLogger('easywechat').handlers, sys.site]), flush=True)
+def fall():
+    raise SystemExit('fell') if sys.argv[1:] == ['exit'] else ValueError('fell')
+fall()
+"""
+        own = os.path.join(self.folder, 'own')
+        os.mkdir(own)
+        shutil.copy(self.bot('import sys; sys.site = "of my own"'), os.path.join(own, 'sitecustomize.py'))
+        for text, args in (code, ['a b', '-v']), (code, ['exit']), ('x = = 1\n', []), ('import nosuch_module', []):
+            bot = self.bot(text)
+            env = dict(os.environ, PYTHONPATH=own, PYTHONIOENCODING='utf-8')
+            plain = subprocess.run([sys.executable, bot] + args, env=env, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+            with environment(PYTHONPATH=env['PYTHONPATH']):
+                process = self.simulator(bot, *args)
+            left = self.left()
+            out, err = self.end(process)
+            self.assertEqual((out, left['code']), (plain.stdout.decode(), plain.returncode))
+            self.assertEqual('of my own' in out, text == code)
+            self.assertEqual(left['lines'], plain.stderr.decode('utf-8').splitlines())
+            self.assertEqual(err.partition('simulator: ')[0], plain.stderr.decode('utf-8'))
+
+    def test_a_bot_that_exits_is_shown_and_started_again(self):
+        bot = self.bot('import nosuch_module')
+        process = self.simulator(bot)
+        left = self.left()
+        self.assertEqual((left['code'], left['program'], left['reload']), (1, 'bot.py', True))
+        self.assertIn('nosuch_module', left['lines'][-1])
+        self.assertIn('退出了', self.say('hello')['error'])
+        self.bot(MOODY)                             # 改好了文件，自己就起来
+        state = self.up()
+        self.assertEqual(state['process']['state'], 'running')
+        self.say('hello')
+        self.events('out')
+        self.post('/bot', do='say', user='zhangsan', text='exit')
+        left = self.until(lambda event: (event.get('process') or {}).get('code') == 7)['process']
+        self.assertEqual(left['lines'][-1], 'bye')
+        self.assertEqual(self.post('/restart'), {})
+        again = self.up()
+        self.assertEqual((again['run'], again['process']['state']), (state['run'], 'running'))
+        self.say('hello')
+        self.assertEqual(len([e for e in self.events('out', 'out') if e['kind'] == 'out']), 2)      # 聊天记录还在
+        self.post('/bot', do='say', user='zhangsan', text='boo')
+        asked = [e for e in self.events('log') if e['kind'] in ('said', 'log')]
+        self.assertEqual(asked[-1]['of'], asked[-2]['id'])          # 没有结束的那一句，不再等它
+        err = self.end(process)[1]
+        for words in '退出了\uff0c退出码 1', 'bot.py 改了\uff0c重新启动', '退出了\uff0c退出码 7':
+            self.assertEqual(err.count(words), 1, err)
+
+    def test_without_reload_a_changed_file_waits_for_the_click(self):
+        process = self.simulator('--no-reload', self.bot('import sys; sys.exit(3)'))
+        left = self.left()
+        self.assertEqual((left['code'], left['reload']), (3, False))
+        self.bot('import os; os.kill(os.getpid(), 9)')
+        self.assertNotIn('改', self.say('x')['error'])
+        self.post('/restart')
+        self.until(lambda event: (event.get('process') or {}).get('code') == -9)
+        self.assertEqual(self.end(process)[1].count('重新启动机器人'), 1)
+
+    def test_why_a_bot_does_not_come_up(self):
+        easy = 'import sys; sys.path.insert(0, %r); import easywechat; s = easywechat.WeChatServer("%s"%s); ' \
+               's.run("127.0.0.1", 0)'
+        keys = ', token="other", encoding_aes_key="%s"' % ('k' * 43)
         foreign = ('import sys, time\nprint("EasyWeChat x http://127.0.0.1:9/weixin", file=sys.stderr, flush=True)\n'
                    'time.sleep(60)')
-        processes = []
-        for code, status, words in (('import sys; sys.exit(3)', 3, '退出码 3'),
-                                    ('import sys; sys.exit(2)', 2, '就加 --app'),
-                                    (foreign, 2, '没有通过校验'),
-                                    ('import os; os.kill(os.getpid(), 9)', 137, '退出码 -9')):
-            processes.append((self.command(self.bot(code, '%d.py' % len(processes))), status, words))
-        for process, status, words in processes:
-            err = process.communicate(timeout=20)[1].decode('utf-8')
-            self.assertEqual((process.returncode, words in err), (status, True), err)
+        for code, words in ((easy % (HERE, 'shop', ''), '--app shop'), (foreign, '没有响应'),
+                            (easy % (HERE, 'demo', keys), '403\u3002它的日志\uff1arefused .*signature differs')):
+            process, words = self.simulator(self.bot(code)), re.compile(words)
+            told = (json.dumps(event, ensure_ascii=False) for event in self.feed() if event['kind'] in ('log', 'state'))
+            next(filter(words.search, told))
+            self.assertRegex(self.end(process)[1], words)
+        hint = self.simulator(self.bot('import sys; sys.exit(2)'))      # 别的毛病，和 --app 没有关系
+        self.left()
+        self.assertNotIn('--app', self.end(hint)[1])
 
     def test_the_keys_of_the_bot_are_in_its_config(self):
         code = 'import os, shutil, sys\nwith open(os.environ["EASYWECHAT_CONFIG"], "rb") as f:\n' \
                '    shutil.copyfileobj(f, sys.stdout.buffer)'
-        processes = [self.command(*args + [self.bot(code)]) for args in ([], ['--json'])]
-        found = [dict(re.findall('^(bot_.*) = (.*)$', process.communicate(timeout=20)[0].decode('utf-8'), re.M))
-                 for process in processes]
+        found = []
+        for args in [], ['--json']:
+            process = self.simulator(*args + [self.bot(code)])
+            self.assertEqual(self.left()['code'], 0)
+            found.append(dict(re.findall('^(bot_.*) = (.*)$', self.end(process)[0], re.M)))
         self.assertEqual([sorted(keys) for keys in found],
                          [['bot_id', 'bot_name', 'bot_secret', 'bot_url'], ['bot_id', 'bot_name']])
         self.assertRegex(found[0]['bot_url'], '^ws://127.0.0.1:[0-9]+/aibot$')
 
-    def test_the_demo_speaks_json(self):
-        process = self.command('--json', os.path.join(HERE, 'examples', 'demo.py'), '--port', '0')
-        url, self.wecom.page_token = re.search('聊天页: (http://127.0.0.1:[0-9]+)/[?]token=([!-~]{20,}) ',
-                                               process.stdout.readline().decode()).groups()
-        self.assertIn('通过了校验', process.stdout.readline().decode())
-        self.wecom.url, self.wecom._server.server_address = url, ('127.0.0.1', int(url.rpartition(':')[2]))
+    def test_a_bot_speaks_json(self):
+        process = self.simulator('--json', self.bot(MOODY))
+        self.until(lambda event: event.get('callback'))
         last, png = 0, b'\x89PNG\r\n\x1a\n' + b'x' * 99
-        for asked, text in (({'text': '你好'}, '你好（第 1 句）'), ({'text': '在吗', 'chat': 'group'}, None),
-                            ({'voice': '听写'}, '听写'), (png, '（图片）')):
+        for asked, text in (({'text': 'hello'}, 'hello!'), ({'text': 'list', 'chat': 'group'}, None),
+                            ({'voice': 'hello'}, 'hello!'), (png, '（图片）')):
             if asked is png:
                 self.http('POST', '/file?user=zhangsan&chat=zhangsan&type=image&name=a.png', png)
             else:
-                self.http('POST', '/bot', json.dumps(dict(asked, do='say', user='zhangsan')))
-            seen = self.events('bubble', 'grow', url=url, last=last)
+                self.post('/bot', do='say', user='zhangsan', **asked)
+            seen = self.events('bubble', 'grow', last=last)
             last = seen[-1]['id']
-            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '在吗（第 2 句）'))
-        seen = self.events('bubble', url=url, last=last)[-1]
+            self.assertEqual((seen[-1]['finished'], seen[-1]['text']), (True, text or '1\n\n2'))
+        seen = self.events('bubble', last=last)[-1]
         self.assertEqual((seen['type'], self.http('GET', '/media/' + seen['body']['media_id'])[2]), ('image', png))
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual((process.wait(10), process.stderr.read().count(b'Traceback')), (0, 0))
+        steps = [e['what'] for e in self.events(*['step'] * 8) if e['kind'] == 'step']
+        self.assertEqual(steps, ['begin', 'end'] * 4)
+        self.assertNotIn('Traceback', self.end(process)[1])
+
+    def wait(self, stream, words):
+        """等到打印了 ``words``（正则式）。"""
+        end = time.monotonic() + 20
+        while not re.search(words, stream.getvalue()):
+            self.assertLess(time.monotonic(), end, stream.getvalue())
+            time.sleep(0.01)
 
     def test_a_bot_that_runs_elsewhere(self):
-        server = make_server(**dict(self.wecom.settings, api_base=self.url))
+        server = make_server(**dict(self.wecom.settings, api_base=self.url, token='other'))
         host, port = server.start('127.0.0.1', 0)
         server.stop()
-        url, stopping, self.wecom.verify_within = 'http://127.0.0.1:%d/weixin' % port, [], 0.2
+        stopping, self.wecom.verify_within = [], 0.2
+        listener = simulator.Listener(self.wecom, 'http://127.0.0.1:%d/weixin' % port)
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            thread = threading.Thread(target=simulator.serve, args=(self.wecom, 'shop', url, stopping))
+            thread = threading.Thread(target=listener.run, args=(stopping, 'shop'))
             thread.start()
-            while '没有回答' not in err.getvalue():
-                time.sleep(0.01)
+            self.wait(err, '没有响应')
+            server.start('127.0.0.1', port)
+            self.wait(err, '403\u3002原因在它的日志里.*signature differs 是 Token 不一致')
+            server.stop()
+            server = make_server(**dict(self.wecom.settings, api_base=self.url))
             server.start('127.0.0.1', port)
             self.addCleanup(server.stop)
-            while '通过了校验' not in out.getvalue():
-                time.sleep(0.01)
+            self.wait(out, '通过了校验')
             stopping.append(1)
             thread.join()
         self.assertIn('[shop]\napi_base = %s\n' % self.url, out.getvalue())
-        self.assertEqual(err.getvalue().count('refused'), 1)
+        self.assertEqual(err.getvalue().count('simulator: 回调 URL 没有通过校验'), 2)       # 同样的原因只说一遍
 
     def test_the_help_in_the_c_locale_and_what_the_demo_lacks(self):
         busy = socket.socket()
@@ -1209,6 +1466,10 @@ class SimulatorCommandTests(SimulatorCase):
                     contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
                 simulator.arguments(args)
             self.assertIn('error: --', err.getvalue())
+        for args, words in (['--port', '99999'], '端口 99999 用不了'), (['--config', 'nosuch.ini'], 'nosuch.ini'):
+            process = self.command(*args)
+            err = process.communicate(timeout=20)[1].decode('utf-8')
+            self.assertEqual((process.returncode, err.count('\n'), words in err), (2, 1, True), err)
 
     def test_its_bots_say_where_they_listen(self):
         for said, url in (b'0.0.0.0', '127.0.0.1'), (b'[::]', '[::1]'), (b'127.0.0.1', '127.0.0.1'):
