@@ -3177,7 +3177,8 @@ class Callbacks:
         for name in event + [kind, '*']:
             if name in self._functions:
                 return self._functions[name], ()
-        logger.debug('no callback for %s %s from %s', *(_Shown(msg.get(k)) for k in ('MsgType', 'MsgId', 'FromUserName')))
+        about = (msg.get(key, '') for key in ('MsgType', 'MsgId', 'FromUserName'))
+        logger.debug('no callback for %s %s from %s', *map(_Shown, about))
         return None, ()
 
 

@@ -3042,8 +3042,8 @@ class ReplyTests(ClientCase):
                 server.finish(time.monotonic() + 10)
                 self.assertEqual({user: [text for _, text in seen] for user, seen in self.wecom.inbox.items()},
                                  dict.fromkeys(users[:len(shapes)], ['a', 'b']))
-                failed = [re.findall("ERROR:easywechat:callback .* failed：回调出错了，text 消息 [0-9]+，来自 ([0-9]+)\n +Traceback", line)
-                          for line in logs.output]
+                form = 'ERROR:easywechat:callback .* failed：回调出错了，text 消息 [0-9]+，来自 ([0-9]+)\n +Traceback'
+                failed = [re.findall(form, line) for line in logs.output]
                 self.assertEqual(sorted(failed), sorted([user] for user in users))
 
     def test_what_fails_inside_a_list_takes_nobody_along(self):

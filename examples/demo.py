@@ -62,10 +62,10 @@ def register(server):
         on(msg_type, reply_func)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description='第一个机器人：回同一句话，还有菜单、按钮、文件。')
     parser.add_argument('--port', type=int, default=8000, help='端口（默认 8000）')
-    port = parser.parse_args().port
+    port = parser.parse_args(argv).port
     server = easywechat.WeChatServer('demo')
     register(server)
     server.run(host='0.0.0.0', port=port, debug=True)       # debug：出错的那一行也回给用户，正式用的时候去掉

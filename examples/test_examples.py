@@ -532,13 +532,14 @@ class SimulatorPageTests(SimulatorCase):
         said = self.wecom._log('in', user='lisi', message={})
         for event in 'click', 'view':
             diary.expect(said, 'event', None, event)
-        begin, fail = 'callback %s begins on %s %s from %s', 'callback %s failed on %s from %s%s'
+        begin, nobody = 'callback %s begins on %s %s from %s', 'no callback for %s %s from %s'
+        fail = 'callback %s failed：回调出错了，%s 消息 %s，来自 %s%s'
         for form, args in (
                 (begin, ['f', 'event', '', 'lisi']), (begin, ['f', 'event', '', 'nobody']),
-                ('no callback for %s', ['event']), ('no callback for %s', ['event']),
-                (fail, ['f', 'event', 'lisi', trace + '\n    ValueError: 1\n    two\n    \n    During handling of the '
+                (nobody, ['event', '', 'lisi']), (nobody, ['event', '', 'lisi']),
+                (fail, ['f', 'event', '', 'lisi', trace + '\n    ValueError: 1\n    two\n    \n    During handling of the '
                         'above exception, another exception occurred:\n    ' + trace.replace('3', '7')
-                        + '\n        x()\n    KeyError: 2']), (fail, ['g', 'text', 'lisi', '']),
+                        + '\n        x()\n    KeyError: 2']), (fail, ['g', 'text', '7', 'lisi', '']),
                 ('refused %s with %d: %s', ['1.2.3.4', 403, 'signature differs']), ('%d', ['x']), ('100%', []),
                 ('internal error%s', ['\n  Traceback'])):
             diary.heard(time.time(), 'WARNING', form, args)
@@ -1265,7 +1266,7 @@ class SimulatorCommandTests(SimulatorCase):
             for text, results, error in (
                     ('hello', 1, ''), ('push', 0, ''), ('none', 0, ''),
                     ('boo', 0, "KeyError: 'boo'\uff08%s\uff09" % place),
-                    ('bad', 0, 'TypeError: bytes have no name.*'), ('list', 2, '')):
+                    ('bad', 0, 'TypeError: bytes 没有文件名.*'), ('list', 2, '')):
                 asked, seen = self.told(say, text, last)
                 last = seen[-1]['id']
                 steps, logs = ([e for e in seen if e['kind'] == kind] for kind in ('step', 'log'))
@@ -1296,7 +1297,8 @@ class SimulatorCommandTests(SimulatorCase):
             last = told[-1]['id']
         self.assertEqual(told[-1]['of'], [e for e in told if e['kind'] == 'in'][0]['id'])
         err = self.end(process)[1]
-        self.assertEqual(err.count('ERROR callback mood failed on text from zhangsan\n    Traceback'), 4)
+        failed = re.findall('ERROR callback mood failed：回调出错了，text 消息 \\S+，来自 zhangsan\n    Traceback', err)
+        self.assertEqual(len(failed), 4)
         self.assertFalse(re.search('\x1e|DEBUG', err))
 
     def test_a_program_runs_as_python_runs_it(self):
@@ -1544,7 +1546,7 @@ class ExampleCase(ClientCase):
         """不在 touser 里的人说一句：他得到一句话，日志里有他。"""
         with self.assertLogs('easywechat', 'WARNING') as logs:
             self.assertIn('把你的账号 %s 写进 touser' % user, self.say(text, user))
-        self.assertIn('refused %s: not in touser' % user, logs.output[0])
+        self.assertIn('refused %s：不在 touser 里' % user, logs.output[0])
 
     def until(self, condition):
         """等 ``condition()`` 成立，最多 10 秒 → 成立了没有。"""
