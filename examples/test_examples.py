@@ -547,6 +547,12 @@ class SimulatorPageTests(SimulatorCase):
             ('', 'refused 1.2.3.4 with 403: signature differs', ''), ('', "%d ['x']", ''), ('', '100%', ''),
             ('', 'internal error', '  Trac')])
         self.assertEqual(diary.refusal, 'refused 1.2.3.4 with 403: signature differs')
+        other = self.wecom._log('said', chat='g', user='wangwu')
+        diary.expect(other, 'text', 7, None)
+        for form, args in ('no callback for %s', ['text']), ('not sent to %s, the answer to %s', ['wangwu', '7']):
+            diary.heard(time.time(), 'ERROR', form, args)
+        self.assertEqual([(e['of'], e['user'], e['chat']) for e in list(self.wecom.events)[-2:]],
+                         [(other['id'], 'wangwu', 'g')] * 2)
 
 
 class Program:
