@@ -1392,7 +1392,7 @@ class Diary:
     """机器人的日志 → 聊天页上的事：哪一句的回调开始、结束、出错了，没有回复，警告。"""
 
     def __init__(self, corp):
-        self._corp, self._open = corp, collections.deque(maxlen=100)    # 投递了、回调还没有结束的
+        self._corp, self._asked = corp, collections.deque(maxlen=100)       # 投递了的，见 expect
         self.refusal = ''           # 它上一次为什么拒绝了投递
         self._forms = {
             'no callback for %s %s from %s': self._nobody, 'callback %s begins on %s %s from %s': self._begin,
@@ -1401,15 +1401,16 @@ class Diary:
 
     def expect(self, said, kind, msgid, event):
         """投递了 ``said``（那件事），回调会为它开始。"""
-        who = {key: said[key] for key in ('chat', 'user') if key in said}
-        self._open.append({'said': said, 'who': who, 'kind': kind, 'user': said['user'], 'id': str(msgid or ''),
-                           'event': event, 'name': None, 'failed': False})
+        who = dict({key: said[key] for key in ('chat', 'user') if key in said}, of=said['id'])
+        with self._corp._lock:
+            self._asked.append({'said': said, 'who': who, 'kind': kind, 'user': said['user'], 'id': str(msgid or ''),
+                                'event': event, 'name': None, 'failed': False, 'over': False})
 
     def forget(self, said):
         """不会有回调了。"""
         with self._corp._lock:
-            for one in [one for one in self._open if one['said'] is said]:
-                self._open.remove(one)
+            for one in self._asked:
+                one['over'] = one['over'] or one['said'] is said
 
     def heard(self, at, level, form, args):
         """日志的一条。"""
@@ -1423,14 +1424,17 @@ class Diary:
             text, _, more = text.partition('\n')
             if form.startswith('refused'):
                 self.refusal = text
-            self._corp._log('log', at=at, level=level, text=text, **{'more': more} if more else {})
+            about = [one['who'] for one in self._asked if one['id'] and one['id'] in args] or [{}]      # 有它的 MsgId
+            self._corp._log('log', at=at, level=level, text=text, **dict({'more': more} if more else {}, **about[0]))
 
     def _find(self, **known):
-        return next((one for one in self._open if all(one[key] == value for key, value in known.items())), None)
+        """回调还没有结束的，先来的一个；没有是 None。"""
+        known['over'] = False
+        return next((one for one in self._asked if all(one[key] == value for key, value in known.items())), None)
 
     def _step(self, one, at, what, **more):
-        self._corp._log('step', at=at, of=one['said']['id'], what=what, name=one['name'],
-                        seconds=at - one['said']['at'], **more)
+        self._corp._log('step', at=at, of=one['who']['of'], what=what, name=one['name'], seconds=at - one['said']['at'],
+                        **more)
 
     def _begin(self, at, name, kind, msgid, user):
         one = self._find(name=None, kind=kind, id=msgid, user=user)
@@ -1444,7 +1448,7 @@ class Diary:
             self._step(one, at, 'end', results=results)
             if not results and not one['failed']:
                 self._silent(one, '回调 %s 返回了 None' % name)
-            self._open.remove(one)
+            one['over'] = True
 
     def _fail(self, at, name, kind, msgid, user, trace):
         """回调出错了，或者它给的东西发不出去。"""
@@ -1458,22 +1462,21 @@ class Diary:
         if one:
             one['failed'] = True
             self._step(one, at, 'fail', text=error)
-            more.update(one['who'], of=one['said']['id'])
+            more.update(one['who'])
         self._corp._log('log', at=at, level='ERROR', text='回调出错：%s%s' % (error, where), **more)
 
     def _nobody(self, at, kind, msgid, user):
         one = self._find(name=None, kind=kind, id=msgid, user=user)
         if one:
             self._silent(one, '没有登记 %s 的回调' % ('event:' + one['event'] if one['event'] else one['kind']))
-            self._open.remove(one)
+            one['over'] = True
 
     def _silent(self, one, why):
         """没有回复，也没有主动发来什么。"""
-        of, where = one['said']['id'], 'chat' if 'chat' in one['who'] else 'user'
-        since = itertools.takewhile(lambda event: event['id'] > of, reversed(self._corp.events))
-        if not any(event['kind'] in ('out', 'bubble', 'update') and event.get(where) == one['who'][where]
-                   for event in since):
-            self._corp._log('silent', of=of, text='没有回复：' + why, **one['who'])
+        who, where = one['who'], 'chat' if 'chat' in one['who'] else 'user'
+        since = itertools.takewhile(lambda event: event['id'] > who['of'], reversed(self._corp.events))
+        if not any(event['kind'] in ('out', 'bubble', 'update') and event.get(where) == who[where] for event in since):
+            self._corp._log('silent', text='没有回复：' + why, **who)
 
 
 # ---- 企业 -------------------------------------------------------------------------------------

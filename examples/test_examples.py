@@ -537,8 +537,8 @@ class SimulatorPageTests(SimulatorCase):
         for form, args in (
                 (begin, ['f', 'event', '', 'lisi']), (begin, ['f', 'event', '', 'nobody']),
                 (nobody, ['event', '', 'lisi']), (nobody, ['event', '', 'lisi']),
-                (fail, ['f', 'event', '', 'lisi', trace + '\n    ValueError: 1\n    two\n    \n    During handling of the '
-                        'above exception, another exception occurred:\n    ' + trace.replace('3', '7')
+                (fail, ['f', 'event', '', 'lisi', trace + '\n    ValueError: 1\n    two\n    \n    During handling of '
+                        'the above exception, another exception occurred:\n    ' + trace.replace('3', '7')
                         + '\n        x()\n    KeyError: 2']), (fail, ['g', 'text', '7', 'lisi', '']),
                 ('refused %s with %d: %s', ['1.2.3.4', 403, 'signature differs']), ('%d', ['x']), ('100%', []),
                 ('internal error%s', ['\n  Traceback'])):
@@ -551,6 +551,12 @@ class SimulatorPageTests(SimulatorCase):
             ('', 'refused 1.2.3.4 with 403: signature differs', ''), ('', "%d ['x']", ''), ('', '100%', ''),
             ('', 'internal error', '  Trac')])
         self.assertEqual(diary.refusal, 'refused 1.2.3.4 with 403: signature differs')
+        other = self.wecom._log('said', chat='g', user='wangwu')
+        diary.expect(other, 'text', 7, None)
+        for form, args in (nobody, ['text', '7', 'wangwu']), ('not sent to %s, the answer to %s', ['wangwu', '7']):
+            diary.heard(time.time(), 'ERROR', form, args)
+        self.assertEqual([(e['of'], e['user'], e['chat']) for e in list(self.wecom.events)[-2:]],
+                         [(other['id'], 'wangwu', 'g')] * 2)
 
 
 class Program:
