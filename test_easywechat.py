@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""easywechat.py 的测试:标准库和 pycryptodome,没有网络,端口由系统挑。节与被测的文件一样,顺序也一样。
+"""easywechat.py 的测试：标准库和 pycryptodome，没有网络，端口由系统挑。节与被测的文件一样，顺序也一样。
 
-一张请求的表走三扇门:`handle`、`wsgiref.validate` 里的 WSGI、真的套接字。
+一张请求的表走三扇门：`handle`、`wsgiref.validate` 里的 WSGI、真的套接字。
 """
 
 import ast
@@ -56,7 +56,7 @@ PLANTED = 'plantedS3cret'
 SETTINGS = {'corpid': 'wwtest0123456789ab', 'token': 'plantedToken7Zq',
             'encoding_aes_key': 'plantedKey0123456789abcdefghijklmnopqrstuvG', 'agentid': '1000002'}
 CRYPT = WXBizMsgCrypt(SETTINGS['token'], SETTINGS['encoding_aes_key'], SETTINGS['corpid'])
-LOG = io.StringIO()                     # 整个测试里打印、写过的日志和异常;最后在里面找密钥
+LOG = io.StringIO()                     # 整个测试里打印、写过的日志和异常；最后在里面找密钥
 CASES = {'text': {'Content': '状态'}, 'image': {'PicUrl': 'https://e.x/p.jpg', 'MediaId': 'M'},
          'voice': {'MediaId': 'M', 'Format': 'amr'}, 'video': {'MediaId': 'M', 'ThumbMediaId': 'T'}}
 IDS = iter(range(1, 10 ** 9))
@@ -65,7 +65,7 @@ SECRETS = {SETTINGS['token'], SETTINGS['encoding_aes_key'], PLANTED}    # 哪里
 
 
 def setUpModule():
-    """仓库里可能有填好的 config.ini:不许读它,更不许给里面的人发消息。"""
+    """仓库里可能有填好的 config.ini：不许读它，更不许给里面的人发消息。"""
     setUpModule.folder = tempfile.TemporaryDirectory()
     os.chdir(setUpModule.folder.name)
     easywechat.__file__ = sys.modules['__main__'].__file__ = os.path.join(os.getcwd(), 'easywechat.py')
@@ -77,7 +77,7 @@ def tearDownModule():
 
 
 def message(**fields):
-    """一条消息的 XML;没写的字段用常见的值,MsgId 每次不同。"""
+    """一条消息的 XML；没写的字段用常见的值，MsgId 每次不同。"""
     full = {'ToUserName': SETTINGS['corpid'], 'FromUserName': 'li.lei', 'CreateTime': NOW,
             'MsgType': 'text', 'AgentID': 1000002, 'MsgId': str(next(IDS))}
     full.update(fields)
@@ -91,7 +91,7 @@ def signed(encrypt, nonce='1372623149', timestamp=None):
 
 
 def delivery(xml, **kwargs):
-    """企业微信的一次投递:(方法, 目标, 正文)。"""
+    """企业微信的一次投递：（方法，目标，正文）。"""
     encrypt = CRYPT.seal(xml)
     body = dict_to_xml({'ToUserName': SETTINGS['corpid'], 'Encrypt': encrypt.decode(),
                         'AgentID': '1000002'}).encode()
@@ -99,7 +99,7 @@ def delivery(xml, **kwargs):
 
 
 def opened(answer):
-    """回复的信封 (bytes) → 里面的 dict;空的是 None。"""
+    """回复的信封 (bytes) → 里面的 dict；空的是 None。"""
     if not answer:
         return None
     envelope = xml_to_dict(answer)
@@ -115,7 +115,7 @@ def make_server(callback=None, cls=WeChatServer, **settings):
 
 
 def run_cli(*args, stdin=b'', **kwargs):
-    """在空目录里运行命令行 → (退出码, stdout, stderr)。给了 LC_ALL 就在新的进程里,否则在这个进程里。"""
+    """在空目录里运行命令行 →（退出码，stdout, stderr）。给了 LC_ALL 就在新的进程里，否则在这个进程里。"""
     with tempfile.TemporaryDirectory() as folder:
         source = shutil.copy(SOURCE, folder)
         env = dict(os.environ, XDG_CACHE_HOME=folder, **kwargs)
@@ -142,7 +142,7 @@ def run_cli(*args, stdin=b'', **kwargs):
 
 @contextlib.contextmanager
 def swapped(owner, name, value):
-    """换掉一个接缝(时钟、随机数),用完换回。"""
+    """换掉一个接缝（时钟、随机数），用完换回。"""
     before = owner.__dict__[name]
     setattr(owner, name, value)
     try:
@@ -153,7 +153,7 @@ def swapped(owner, name, value):
 
 @contextlib.contextmanager
 def environment(**variables):
-    """环境变量;没有列出的 EASYWECHAT_* 都不在。"""
+    """环境变量；没有列出的 EASYWECHAT_* 都不在。"""
     before = dict(os.environ)
     for name in before:
         if name.startswith('EASYWECHAT_'):
@@ -178,7 +178,7 @@ def working_in(folder):
 
 @contextlib.contextmanager
 def raises(kind):
-    """像 assertRaises,并且把异常的每一面 (str、repr、traceback、cause、context) 写进 LOG。"""
+    """像 assertRaises，并且把异常的每一面 (str、repr、traceback、cause、context) 写进 LOG。"""
     caught = []
     try:
         yield caught
@@ -353,7 +353,7 @@ class XmlTests(unittest.TestCase):
 Vector = collections.namedtuple(
     'Vector', 'kind token key receive_id query data random16 plaintext')
 
-#: 别的实现的测试向量,出处在每一条上面。
+#: 别的实现的测试向量，出处在每一条上面。
 VECTORS = [
     # official doc example (developer.work.weixin.qq.com path 90968/91144), seen in wdk-docs/wework-
     Vector('decrypt_post_xml', 'QDG6eK',
@@ -497,7 +497,7 @@ class CryptoTests(unittest.TestCase):
                  (bytes(13) + b'\x13' * 19, -40007),
                  (bytes(16) + struct.pack('>I', 2) + b'\xff\xfe' + rid + bytes([pad]) * pad, -40008)]
         for plaintext, code in cases:
-            for between in '', '又一条':           # 解出来的第一块是什么,不影响结果
+            for between in '', '又一条':           # 解出来的第一块是什么，不影响结果
                 if between:
                     CRYPT.seal(between)
                 encrypt = self.sealed(plaintext)
@@ -519,7 +519,7 @@ class CryptoTests(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(len({encrypt[:20] for encrypt, _ in sealed}), len(texts))
-        for encrypt, text in sorted(sealed):        # 另一个次序;别人照 CBC 的定义,一条一个对象
+        for encrypt, text in sorted(sealed):        # 另一个次序；别人照 CBC 的定义，一条一个对象
             self.assertEqual(CRYPT.open(encrypt), text)
             plain = aes.new(key, aes.MODE_CBC, key[:16]).decrypt(binascii.a2b_base64(encrypt))
             self.assertEqual(plain[16:20 + len(text)], struct.pack('>I', len(text)) + text.encode())
@@ -757,7 +757,7 @@ class ConfigTests(unittest.TestCase):
 
 
     def test_the_first_hour(self):
-        """人会写错的：(把什么换成什么，开始服务时说的一句，--check 说的一句)；空的是照常。"""
+        """人会写错的：（把什么换成什么，开始服务时说的一句，--check 说的一句）；空的是照常。"""
         key = SETTINGS['encoding_aes_key']
         good = ('[demo]\ncorpid = wwABCDEF0123456789\ntoken = QDG6eK\nencoding_aes_key = %s\n'
                 'agentid = 1000002\nsecret = %s\ntouser = zhangsan\n[system]\nlog_path =\n' % (key, 's' * 43))
@@ -842,7 +842,7 @@ class NeighbourTests(unittest.TestCase):
         os.chmod(self.path, 0o600)
 
     def send(self, *args, **env):
-        """cron 那样在那个目录里跑 → (退出码, stderr, 连到 api_base 没有)。"""
+        """cron 那样在那个目录里跑 →（退出码，stderr, 连到 api_base 没有）。"""
         env = dict({k: v for k, v in os.environ.items() if not k.startswith('EASYWECHAT_')}, PYTHONIOENCODING='utf-8',
                    XDG_CACHE_HOME=self.code, https_proxy='http://127.0.0.1:9', no_proxy='127.0.0.1', **env)
         process = subprocess.Popen([sys.executable, self.source] + list(args or ['--send', 'x']), cwd=self.folder,
@@ -1220,7 +1220,7 @@ class FileStoreTests(unittest.TestCase):
 
 # ---- 消息 Messages ----------------------------------------------------------------------------
 
-#: 一段文字的零件：字、标点 (全角的写成转义)、几个码点的一个字。
+#: 一段文字的零件：字、标点（全角的写成转义）、几个码点的一个字。
 PIECES = [
     '告警', '磁盘', 'disk', 'error: x', '今天天气很好', '\uff0c', '\u3002', '\uff01', '\uff1f', '\uff1b', '\u3001',
     ', ', '. ', ' ', '\n', '\n\n', '中', '😀', '👨\u200d👩\u200d👧', '🇨🇳', '👍🏽', 'e\u0301', '\uff08说明\uff09',
@@ -1380,7 +1380,7 @@ class MessageTests(unittest.TestCase):
 
 # ---- 请求 Requests ----------------------------------------------------------------------------
 
-#: 本机的证书:有效到 2120 年的、2020 年过期的,和它们的私钥。
+#: 本机的证书：有效到 2120 年的、2020 年过期的，和它们的私钥。
 CERTIFICATE = """-----BEGIN CERTIFICATE-----
 MIIBZzCCAQ2gAwIBAgIBAzAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
 c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
@@ -1412,7 +1412,7 @@ QyvgD3ZYwuUqlzz2zjUwaNb9EtNaADjPZO0kv52/Y+msClJy+ihUUdFA
 
 
 class ClientCase(unittest.TestCase):
-    """一个企业微信(`examples/simulator.py`)和连到它的 client;token 放在自己的目录里。"""
+    """一个企业微信（`examples/simulator.py`）和连到它的 client;token 放在自己的目录里。"""
 
     def setUp(self):
         self.folder = tempfile.mkdtemp()
@@ -1584,7 +1584,7 @@ class RetryTests(ClientCase):
         client = self.make()
         client.send('from the parent')
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')         # 3.12 起:这个进程有几条线程
+            warnings.simplefilter('ignore')         # 3.12 起：这个进程有几条线程
             pid = os.fork()
         if not pid:
             code = 1
@@ -1631,7 +1631,7 @@ class RetryTests(ClientCase):
         self.wecom.script('gettoken', {'errcode': 40013, 'errmsg': 'x'})
         with self.assertLogs('easywechat', 'WARNING'), raises(APIError) as caught:
             WeChatClient('t', store=store, api_base=self.url, corpid='c', secret='s').get_token()
-        self.assertEqual(len(caught), 1)        # 没有 cause,没有 context
+        self.assertEqual(len(caught), 1)        # 没有 cause，没有 context
 
     def test_a_busy_system_is_asked_three_times(self):
         busy = {'errcode': -1, 'errmsg': 'system busy'}
@@ -2513,7 +2513,7 @@ class OnceTests(HastyCase):
         server, url = self.server(print, store, secret='')
         message = self.wecom.message()
         name = server._keys.of({k: str(v) for k, v in message.items()})
-        store.set(name, b'-', ex=60, nx=True)           # 别的进程在跑,跑 1.2 秒
+        store.set(name, b'-', ex=60, nx=True)           # 别的进程在跑，跑 1.2 秒
         reply = dict_to_xml({'MsgType': 'text', 'Content': 'late'}).encode()
         threading.Timer(1.2, store.set, (name, b'+' + reply)).start()
         self.assertEqual(self.wecom.deliver(url, message)['Content'], 'late')
@@ -2580,8 +2580,8 @@ class OnceTests(HastyCase):
         server.client.trusted = True
         first, second = message(Content='1'), message(Content='2')
         with self.assertLogs('easywechat', 'ERROR'):
-            self.assertEqual(server.handle(*delivery(first))[0], 200)       # 空的:有了结果再发
-            self.assertEqual(server.handle(*delivery(second))[0], 503)      # 没有跑:企业微信再来
+            self.assertEqual(server.handle(*delivery(first))[0], 200)       # 空的：有了结果再发
+            self.assertEqual(server.handle(*delivery(second))[0], 503)      # 没有跑：企业微信再来
         go.set()
         self.assertEqual(opened(server.handle(*delivery(second))[2])['Content'], 'ok')
         self.assertEqual(runs, ['1', '2'])
@@ -2753,7 +2753,7 @@ class WorkerTests(HastyCase):
         self.shared, self.runs = os.path.join(self.folder, 'store'), os.path.join(self.folder, 'runs')
 
     def workers(self, count):
-        """→ [(进程, 网址)]。"""
+        """→ [（进程，网址）]。"""
         settings = dict(self.wecom.settings, secret='')
         command = [sys.executable, '-c', WORKER, self.shared, self.runs, json.dumps(settings)]
         processes = [subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -2850,7 +2850,7 @@ class WorkerTests(HastyCase):
 
 
 class Redis:
-    """redis-py 的三个方法,在内存里;可以坏掉。"""
+    """redis-py 的三个方法，在内存里；可以坏掉。"""
 
     def __init__(self):
         self.store, self.broken, self.calls = MemoryStore(), False, 0
@@ -2877,7 +2877,7 @@ class Redis:
 # ---- 答复 Replies -----------------------------------------------------------------------------
 
 class ReplyTests(ClientCase):
-    """回调返回的不止一个 dict:被动回复一条,或主动发送几条。"""
+    """回调返回的不止一个 dict：被动回复一条，或主动发送几条。"""
 
     def server(self, callback, **settings):
         self.wecom.settings.update(SETTINGS)
@@ -2887,7 +2887,7 @@ class ReplyTests(ClientCase):
         return server
 
     def ask(self, server, **fields):
-        """一次投递 → 被动回复;等回调跑完。"""
+        """一次投递 → 被动回复；等回调跑完。"""
         status, _, body = server.handle(*delivery(message(FromUserName='lisi', **fields)))
         self.assertEqual(status, 200)
         server.finish(time.monotonic() + 10)
@@ -2992,11 +2992,11 @@ class ReplyTests(ClientCase):
     def test_after_an_untrusted_ip_it_replies_passively(self):
         self.wecom.trusted = False
         server = self.server(lambda msg: ['a', 'b'])
-        self.assertEqual(self.ask(server)['Content'], 'a\n\nb')      # 问过了,不能发
+        self.assertEqual(self.ask(server)['Content'], 'a\n\nb')      # 问过了，不能发
         self.assertEqual(self.wecom.calls, ['gettoken', 'agent/get'])
         self.wecom.trusted = server.client.trusted = True
         self.wecom.script('message/send', *[{'errcode': 60020, 'errmsg': 'x'}] * 2)
-        with self.assertLogs('easywechat', 'ERROR') as logs:        # IP 刚刚变了:第一条还来得及
+        with self.assertLogs('easywechat', 'ERROR') as logs:        # IP 刚刚变了：第一条还来得及
             self.assertEqual(self.ask(server, MsgId='77')['Content'], 'a')
         self.assertIn('not pushed to lisi：消息 77 的答复', logs.output[0])
         self.assertIn('not delivered to lisi：消息 77 的答复', logs.output[1])
@@ -3129,7 +3129,7 @@ class LateTests(HastyCase):
     """慢的回调、坏的 API：给了的一条也不丢，谁也不等谁。"""
 
     def able(self, callback, **settings):
-        """能主动发送的 → (server, 网址)。"""
+        """能主动发送的 →（server, 网址）。"""
         server, url = self.server(callback, **settings)
         server.client.get_token()
         server.client.trusted = True
@@ -3426,7 +3426,7 @@ class AsyncTests(HastyCase):
 # ---- 回调模式 Dispatcher ----------------------------------------------------------------------
 
 def ask_socket(address, method, target, body=b'', headers=None, raw=None):
-    """真的套接字:→ (状态, 头部 dict, 正文);没有一个字节就关了是 (0, {}, b'')。"""
+    """真的套接字：→（状态，头部 dict, 正文）；没有一个字节就关了是 (0, {}, b'')。"""
     with socket.create_connection(address, 10) as sock:
         if raw is None:
             lines = ['%s %s HTTP/1.1' % (method, target), 'Host: nas']
@@ -3571,7 +3571,7 @@ class DispatcherTests(unittest.TestCase):
         cls.server.stop()
 
     def doors(self, method, target, body=b'', headers=None):
-        """同一个请求走三扇门,三个回答必须一样 → (状态, 正文)。"""
+        """同一个请求走三扇门，三个回答必须一样 →（状态，正文）。"""
         answers = [ask_socket(self.address, method, target, body, headers),
                    ask_wsgi(self.server, method, target, body, headers)]
         if not headers:
@@ -3827,7 +3827,7 @@ class DispatcherTests(unittest.TestCase):
         server = make_server(slow, Impatient)
         address = server.start('127.0.0.1', 0)
         xml = message(Content='x')
-        self.assertEqual(ask_socket(address, *delivery(xml))[0], 0)     # 断开:企业微信会再来
+        self.assertEqual(ask_socket(address, *delivery(xml))[0], 0)     # 断开：企业微信会再来
         self.assertEqual(ask_wsgi(server, *delivery(xml))[0], 503)
         go.set()
         server.hold_within = 10
@@ -4166,7 +4166,7 @@ class ServerTests(unittest.TestCase):
         held = [socket.create_connection(address, 10) for _ in range(40)]
         self.assertEqual(opened(ask_socket(address, *delivery(message(Content='还在')))[2])['Content'],
                          '还在')
-        held[0].settimeout(2)           # 头部的时限是 5 秒:关它的不是时限
+        held[0].settimeout(2)           # 头部的时限是 5 秒：关它的不是时限
         self.assertEqual(held[0].recv(1), b'')
         for sock in held:
             sock.close()
@@ -4310,7 +4310,7 @@ class ServerTests(unittest.TestCase):
             self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
             server._http.socket = Faulty(server._http.socket)
             while server._http.socket.faults:
-                ask_socket(address, 'GET', '/weixin')       # 描述符用完的时候,正在读的会被关掉
+                ask_socket(address, 'GET', '/weixin')       # 描述符用完的时候，正在读的会被关掉
             self.assertEqual(idle.recv(1), b'')
             self.assertEqual(ask_socket(address, 'GET', '/weixin')[0], 200)
         self.assertEqual((server._http.socket.faults, len(logs.output)), ([], 2))
@@ -4393,7 +4393,7 @@ class ServerTests(unittest.TestCase):
         server = make_server()
         server.start('127.0.0.1', 0)
         first = server._http
-        server._http = None                     # stop() 在另一条线程上,还没有完
+        server._http = None                     # stop() 在另一条线程上，还没有完
         address = server.start('127.0.0.1', 0)
         waiting = threading.Thread(target=server._wait)
         waiting.start()
@@ -4851,7 +4851,7 @@ class Peer:
         self.sock.sendall(bytes([opcode | final * 128]) + size + (b'abcd' if mask else b'') + masked)
 
     def read(self):
-        """→ (类型, 内容)；客户端的每一帧都要有掩码。"""
+        """→（类型，内容）；客户端的每一帧都要有掩码。"""
         head = self.take(2)
         size = head[1] & 127
         if size > 125:
@@ -5119,7 +5119,7 @@ class BotCase(ClientCase):
 class BotTests(BotCase):
 
     def run_once(self, callback, event=None, **settings):
-        """一条消息 → 用户看到的 [(怎样来的, 类型, 文字)]。"""
+        """一条消息 → 用户看到的 [（怎样来的，类型，文字）]。"""
         ran = threading.Event()
 
         def counted(msg):
@@ -5800,7 +5800,7 @@ class GuestTests(unittest.TestCase):
         return [bubble['text'] for bubble in self.wecom.bot.bubbles if bubble['how'] == 'push']
 
     def guest(self, proof=None):
-        """套接字一级的客人 → (socket, 一行一行的文件)；``proof`` 是它的证明，None 是对的。"""
+        """套接字一级的客人 →（socket, 一行一行的文件）；``proof`` 是它的证明，None 是对的。"""
         bot = self.server.bot
         sock = easywechat._dial(bot)
         self.addCleanup(sock.close)
@@ -6937,7 +6937,7 @@ class CommandTests(unittest.TestCase):
 
     @contextlib.contextmanager
     def echo(self, *args, **env):
-        """`--echo` 在空目录里跑着 → (进程, 端口, 开头的输出)。"""
+        """`--echo` 在空目录里跑着 →（进程，端口，开头的输出）。"""
         with tempfile.TemporaryDirectory() as folder:
             env = dict(os.environ, PYTHONIOENCODING='utf-8', **env)
             source = shutil.copy(SOURCE, folder)
@@ -7184,7 +7184,7 @@ class SendCommandTests(ClientCase):
             self.assertRegex(err, r'^easywechat: [^\n]+\n$')
             self.assertIn(words, err)
         self.wecom.script('message/send', 'lost')
-        got, out, err = self.run_cli('--send', 'x', '--retry', '60')       # 可能到了的,不重发
+        got, out, err = self.run_cli('--send', 'x', '--retry', '60')       # 可能到了的，不重发
         self.assertEqual((got, out, len(self.wecom.messages)), (3, '', 1))
         self.assertIn('may have been delivered', err)
 

@@ -1,8 +1,8 @@
 """Half-width punctuation beside a Chinese character, and lines of README that are too long: prose.py [--fix] [FILE...].
 
-Prose is the comments and strings of a Python file (of tests and .ci only comments and docstrings), and what is not code
-of Markdown, HTML and ini files. Code in prose stands in backticks; a Markdown link's address does not count. --fix
-rewrites the files: look at the diff.
+Prose is the comments and strings of a Python file (not r'...'; of tests and .ci only comments and docstrings), and
+what is not code of Markdown, HTML and ini files. Code in prose stands in backticks; a Markdown link's address does not
+count. --fix rewrites the files: look at the diff.
 """
 import io
 import os
@@ -31,7 +31,7 @@ def python_prose(text, strings):
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
         docstring = token.type == tokenize.STRING and before in (None, tokenize.INDENT, tokenize.NEWLINE, tokenize.NL)
-        if token.type == tokenize.COMMENT or docstring or strings and token.type in STRINGS:
+        if token.type == tokenize.COMMENT or docstring or strings and token.type in STRINGS and token.string[0] != 'r':
             yield begin, end
         if token.type not in (tokenize.COMMENT, tokenize.NL):
             before = token.type
@@ -62,26 +62,27 @@ def prose_of(path, text):
 
 def wrong(path, text):
     """-> the places where the punctuation is wrong, in order."""
-    found = []
-    for begin, end in prose_of(path, text):
-        part = CODE.sub(lambda m: re.sub('[^\n]', 'x', m.group()), text[begin:end])
-        found += [begin + m.start() for m in WRONG.finditer(part)]
-    return found
+    return [begin + place for begin, end in prose_of(path, text) for place in wrong_in(text[begin:end])]
+
+
+def wrong_in(prose):
+    return [m.start() for m in WRONG.finditer(CODE.sub(lambda m: re.sub('[^\n]', 'x', m.group()), prose))]
 
 
 def fixed(path, text):
     """``text`` with full-width punctuation; both of a pair of parentheses, and no blank beside them."""
-    text = re.sub('(?<=%s)::(?=\n)' % CHINESE, '\uff1a', text)
-    while True:
-        places = wrong(path, text)
-        if not places:
-            return text
-        chars = list(text)
-        for place in places:
-            chars[place] = FULL[chars[place]]
-        for m in re.finditer(r'\(([^()\uff08\uff09\n]*)\uff09|\uff08([^()\uff08\uff09\n]*)\)', ''.join(chars)):
-            chars[m.start()], chars[m.end() - 1] = '\uff08', '\uff09'
-        text = re.sub('(?<=[%s]) (?=\\S)|(?<=\\S) (?=\uff08)' % ''.join(FULL.values()), '', ''.join(chars))
+    out, done = [], 0
+    for begin, end in prose_of(path, text):
+        chars = list(re.sub('(?<=%s)::(?=\n)' % CHINESE, '\uff1a', text[begin:end]))
+        for _ in range(9):
+            for place in wrong_in(''.join(chars)):
+                chars[place] = FULL[chars[place]]
+            for m in re.finditer('\\(([^()\uff08\uff09\n]*)\uff09|\uff08([^()\uff08\uff09\n]*)\\)', ''.join(chars)):
+                chars[m.start()], chars[m.end() - 1] = '\uff08', '\uff09'
+        prose = re.sub('(?<=[%s]) (?=\\S)|(?<=\\S) (?=\uff08)' % ''.join(FULL.values()), '', ''.join(chars))
+        out += [text[done:begin], prose]
+        done = end
+    return ''.join(out) + text[done:]
 
 
 def main():
@@ -93,8 +94,9 @@ def main():
         with open(name, encoding='utf-8', newline='') as f:
             text = f.read()
         if fix:
+            text = fixed(name, text)
             with open(name, 'w', encoding='utf-8', newline='') as f:
-                f.write(fixed(name, text))
+                f.write(text)
             continue
         for place in wrong(name, text):
             line = text.count('\n', 0, place) + 1

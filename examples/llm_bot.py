@@ -6,7 +6,7 @@
     python examples/llm_bot.py                          # 用自己的 config.ini；长的回答、图片要 secret 和 agentid
 
 本机的 ollama 也行（先 ``ollama pull qwen2.5``）：OPENAI_BASE_URL=http://127.0.0.1:11434/v1，密钥随便写。
-也可以写在 config.ini 里，没写的才看环境变量（在模拟器里要 ``simulator.py --with llm``）::
+也可以写在 config.ini 里，没写的才看环境变量（在模拟器里要 ``simulator.py --with llm``）：
 
     [llm]
     api_key = sk-…
@@ -38,7 +38,7 @@ import easywechat  # noqa: E402
 import nas_monitor  # noqa: E402
 
 SYSTEM = '你在企业微信里和人聊天。用纯文本回答，不用 Markdown，能短就短。'
-#: 模型可以用的工具，都没有参数：名字 → (给模型的说明, 函数)。
+#: 模型可以用的工具，都没有参数：名字 →（给模型的说明，函数）。
 TOOLS = {'machine_state': ('运行你的这台机器：开机多久，负载、内存、磁盘、温度、RAID', nas_monitor.report)}
 
 logger = easywechat.logger
@@ -160,7 +160,7 @@ class Chat:
         self._system = {'role': 'system', 'content': system}
         self._tools = tools or {}
         self._trusted = set(server.settings['touser'].lower().split('|')) - {''}    # 可以用工具的
-        self._talks = collections.OrderedDict()     # 谁 → {'at': 时刻, 'messages': []}，最近的在后面
+        self._talks = collections.OrderedDict()     # 谁 → {'at': 时刻，'messages': []}，最近的在后面
         self._busy = set()
         self._lock = threading.Lock()
 
@@ -242,7 +242,7 @@ class Chat:
 # ---- 设置 --------------------------------------------------------------------------------------
 
 def find_settings():
-    """[llm] 和环境变量 OPENAI_… → (密钥, 模型, 地址, 用不用工具)；缺了、不对的抛 `ConfigError`。"""
+    """[llm] 和环境变量 OPENAI_… →（密钥，模型，地址，用不用工具）；缺了、不对的抛 `ConfigError`。"""
     section, values = easywechat.get_section('llm'), []
     for key, form, default in (('api_key', '[A-Za-z0-9_.+/=~:-]+', ''), ('model', '.+', ''),
                                ('base_url', 'https?://[!-~]+', 'https://api.openai.com/v1'), ('tools', 'yes|no', 'no')):

@@ -61,7 +61,7 @@ NEEDS = 'corpid', 'secret', 'agentid', 'touser'
 
 # ---- 配置 -------------------------------------------------------------------------------------
 
-#: 键 → (怎样写, 一句话)；别的键是一个数。
+#: 键 →（怎样写，一句话）；别的键是一个数。
 FORMS = {'report': ('([01]?[0-9]|2[0-3])?', '写 0 到 23 的一个钟点，空着就不发日报'),
          'interval': ('[1-9][0-9]{0,5}', '写隔多少秒，1 以上')}
 
@@ -83,7 +83,7 @@ def thresholds():
 
 
 # ---- 看一遍 -----------------------------------------------------------------------------------
-# 每个 find_… 是一个生成器，给出 (名字, 一句话, 坏不坏)：True 坏，False 好，
+# 每个 find_… 是一个生成器，给出（名字，一句话，坏不坏）：True 坏，False 好，
 # None 说不准（在两个阈值之间，或没有读到），原来怎样就还怎样。
 
 def read(path):
@@ -96,7 +96,7 @@ def read(path):
 
 
 def output_of(program, *arguments):
-    """跑一个程序 → (退出码, 输出)；没有装、超时是 (None, '')。"""
+    """跑一个程序 →（退出码，输出）；没有装、超时是 (None, '')。"""
     path = os.pathsep.join([os.environ.get('PATH', '')] + [os.path.join(ROOT, p) for p in PROGRAMS])
     command = shutil.which(program, path=path)
     if command:
@@ -188,7 +188,7 @@ def find_raid(settings):
         yield 'RAID ' + block.split()[0], ' '.join(filter(None, words)), bad
 
 
-#: ups.status 里不好的几种：(标志, 说的是什么, 坏的时候, 好的时候)。
+#: ups.status 里不好的几种：（标志，说的是什么，坏的时候，好的时候）。
 UPS_FLAGS = (('OB', '市电', '停了', '有'), ('LB', '电量', '快没了', '够'), ('RB', '电池', '要换', '好'))
 
 
@@ -218,7 +218,7 @@ def find_smart(settings):
 
 
 def look(settings, smart=True):
-    """所有的 (名字, 一句话, 坏不坏)；``smart`` 为假时没有 SMART。"""
+    """所有的（名字，一句话，坏不坏）；``smart`` 为假时没有 SMART。"""
     finders = [find_memory, find_load, find_disks, find_temperature, find_raid, find_ups] + [find_smart] * smart
     return [finding for find in finders for finding in find(settings)]
 

@@ -12,7 +12,7 @@
 只有 --with 说出的几节抄进去。机器人退出了，聊天页上有它的最后几行；改了它的文件（它、旁边的 .py、easywechat.py）就重新
 启动，不要的话加 --no-reload，在聊天页上点「重新启动」。
 
-程序里::
+程序里：
 
     wecom = WeCom()
     url = wecom.start()                     # 端口由系统挑；easywechat 的 api_base 写它
@@ -86,7 +86,7 @@ def size(value):
 # 最多多长、几项，什么不能少，都在下面的表里，路径 (a.b.c) 穿过的列表看每一项；此外的规矩，一种类型一个函数，不合就
 # Refused。``robot`` 是群机器人的 (path/91770)：它的素材是自己的，卡片的字少一些。
 
-#: 类型 → {路径: (最多几个字，群机器人的若不同，错误码)}；列表自己的是项数。
+#: 类型 → {路径：（最多几个字，群机器人的若不同，错误码）}；列表自己的是项数。
 TEXTS = {
     'textcard': {'btntxt': (4, 45002)}, 'news': {'articles': (8, 45008)}, 'mpnews': {'articles': (8, 45008)},
     'miniprogram_notice': {
@@ -118,7 +118,7 @@ BYTES = {
     'template_card': {'button_list.key': (1024, 42017), 'action_menu.action_list.key': (1024, 42039),
                       'submit_button.key': (1024, 42046)},
 }
-#: 类型 → {路径: 没有它的错误码}；路径上前面的没有，就不要。
+#: 类型 → {路径：没有它的错误码}；路径上前面的没有，就不要。
 NEEDED = {
     'text': {'content': 44004}, 'markdown': {'content': 44004}, 'markdown_v2': {'content': 44004},
     'textcard': {'title': 41016, 'description': 41033}, 'news': {'articles': 44004, 'articles.title': 41016},
@@ -1188,7 +1188,7 @@ class Bot(Callbacks):
 
     def __init__(self, corp):
         super().__init__(corp)
-        self._entered = set()       # （成员，哪一天）
+        self._entered = set()       #（成员，哪一天）
 
     def state(self):
         """聊天页要知道的。"""
@@ -1201,7 +1201,7 @@ class Bot(Callbacks):
         """``user`` 对机器人说一句 → 投递的那一帧 (dict)，机器人收不到是 None。
 
         ``chat`` 不写是单聊，'group' 或 chatid 是群；群里的文字前面加上 @名字，``mention=False`` 不加。不是 ``text``
-        的：image、file、video（bytes 或 (文件名, bytes)），voice（转写的文字），mixed（[文字，图片或 (文件名, bytes)，
+        的：image、file、video（bytes 或（文件名，bytes）），voice（转写的文字），mixed（[文字，图片或（名字，bytes），
         …]）。``quote`` 是引用的：一句话、一个气泡，或正文的 dict。
         """
         (kind, value), = dict(media, **{'text': text} if text is not None else {}).items()
@@ -1512,7 +1512,7 @@ class Corp:
         self.hosts = set()          # 除了本机的几个名字，API 还认的 Host，例如中转的
         self.run = '%x' % int.from_bytes(os.urandom(8), 'big')     # 换了一个，聊天页从头画
         self._serial = self._count = 0
-        self._codes = {}            # response_code → （到什么时候，{成员：他的那张卡片是哪件事}）
+        self._codes = {}            # response_code →（到什么时候，{成员：他的那张卡片是哪件事}）
         self._asked = {}            # 成员 → 他上一次说话的时候
         self._times = collections.defaultdict(list)
         self._lock = threading.RLock()
@@ -1942,7 +1942,7 @@ class Deliveries(Sending):
         return self._unwrapped(answer)[1]
 
     def _exchange(self, url, query, body=None, seconds=None, kind='text/xml'):
-        """一个请求，一共等 ``seconds`` 秒（照常是 ``patience``） →（状态，正文）。"""
+        """一个请求，一共等 ``seconds`` 秒（照常是 ``patience``）→（状态，正文）。"""
         until = time.monotonic() + (seconds or self.patience)
         time.sleep(min(self.delay, seconds or self.patience))
         left = until - time.monotonic()

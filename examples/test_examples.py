@@ -53,7 +53,7 @@ VOTE = {'card_type': 'vote_interaction', 'main_title': {'title': 't'}, 'task_id'
 
 
 def app_message(kind='text', body=None, **fields):
-    """一条应用消息的 JSON;没写的是一条没有毛病的文本。"""
+    """一条应用消息的 JSON；没写的是一条没有毛病的文本。"""
     message = {'touser': 'zhangsan', 'agentid': 1000002, 'msgtype': kind,
                kind: {'content': 'x'} if body is None else body}
     message.update(fields)
@@ -68,7 +68,7 @@ def article(**fields):
     return {'articles': [dict({'title': 't', 'url': 'https://e.x'}, **fields)]}
 
 
-#: message/send 不收的,和它的错误码。
+#: message/send 不收的，和它的错误码。
 WRONG_MESSAGES = [
     (41011, app_message(agentid=None)), (40056, app_message(agentid='1000002')), (301002, app_message(agentid=1000003)),
     (40008, app_message('poem', {})), (40035, app_message('text', 'x')), (44004, app_message('text', {'content': ''})),
@@ -147,10 +147,10 @@ WRONG_ROBOT = [
 
 
 class SimulatorCase(ClientCase):
-    """企业微信的一次次请求,不经过 easywechat:它自己会先看一遍。"""
+    """企业微信的一次次请求，不经过 easywechat：它自己会先看一遍。"""
 
     def http(self, method, target, body=None, token=None, **headers):
-        """→ (状态, 头部, 正文)。聊天页的请求带着它的 token。"""
+        """→（状态，头部，正文）。聊天页的请求带着它的 token。"""
         if target[:1] == '/' and '/cgi-bin/' not in target:
             token = self.wecom.page_token if token is None else token
             target += '%stoken=%s' % ('&' if '?' in target else '?', token)
@@ -583,7 +583,7 @@ class Program:
         self.sock.sendall(bytes([final | opcode]) + length + mask + data)
 
     def frame(self):
-        """→ (最后的片段吗, 类型, 加了掩码吗, 内容)；断了是 None。"""
+        """→（最后的片段吗，类型，加了掩码吗，内容）；断了是 None。"""
         head = self.reader.read(2)
         if len(head) < 2:
             return None
@@ -1187,7 +1187,7 @@ class SimulatorCommandTests(SimulatorCase):
         path = os.path.join(self.folder, name)
         with open(path, 'w', encoding='utf-8') as f:
             f.write(code)
-        with open(os.path.join(self.folder, 'config.ini'), 'w') as f:       # 真的那个:不许用
+        with open(os.path.join(self.folder, 'config.ini'), 'w') as f:       # 真的那个：不许用
             f.write('[shop]\ncorpid = wwreal\nsecret = x\ntoken = t\nencoding_aes_key = %s\n'
                     '[nas]\ndisk = 9%%0\n[llm]\nmodel = m\n n\n' % ('k' * 43))
             os.chmod(f.name, 0o600)
@@ -1210,7 +1210,7 @@ class SimulatorCommandTests(SimulatorCase):
         return process
 
     def end(self, process):
-        """停下 → (stdout 余下的, stderr)，str。"""
+        """停下 → (stdout 余下的，stderr)，str。"""
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)
         self.assertEqual(process.returncode, 0)
@@ -1254,7 +1254,7 @@ class SimulatorCommandTests(SimulatorCase):
         self.assertFalse(os.path.exists(os.path.dirname(config)))
 
     def told(self, say, text, last):
-        """说一句 → (它那件事, 到回调结束、回复都看到为止的各件事)。"""
+        """说一句 →（它那件事，到回调结束、回复都看到为止的各件事）。"""
         self.assertEqual(say(text), {})
         asked = self.until(lambda event: event['kind'] in ('in', 'said'), last)
         seen, results = [], 9
@@ -1487,7 +1487,7 @@ fall()
 
 
 def png_size(data):
-    """一张 PNG (bytes) → (宽, 高);每块的校验和像素的个数都对。"""
+    """一张 PNG (bytes) →（宽，高）；每块的校验和像素的个数都对。"""
     chunks, rest = [], data[8:]
     while rest:
         length, = struct.unpack('>I', rest[:4])
@@ -1564,12 +1564,12 @@ class ExampleCase(ClientCase):
         return False
 
     def see(self, count):
-        """等 zhangsan 看到 ``count`` 条 → [(类型, 内容)]。"""
+        """等 zhangsan 看到 ``count`` 条 → [（类型，内容）]。"""
         self.until(lambda: len(self.wecom.inbox['zhangsan']) >= count)
         return self.wecom.inbox['zhangsan']
 
     def run_main(self, main, *args, **env):
-        """→ (退出码, stderr)。"""
+        """→（退出码，stderr）。"""
         err, argv = io.StringIO(), [sys.modules[main.__module__].__file__]
         with environment(**dict(os.environ, **env)), contextlib.redirect_stderr(err), swapped(sys, 'argv', argv), \
                 contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as end:
@@ -1791,7 +1791,7 @@ class NasTests(ExampleCase):
             f.write(text)
 
     def once(self, **env):
-        """→ (退出码, stderr)。"""
+        """→（退出码，stderr）。"""
         return self.run_main(nas_monitor.main, '--once', **env)
 
     def sent(self):

@@ -61,7 +61,7 @@ FOLD.update({0x3001: ',', 0x3002: '.', ord('的'): ' '})
 DAY = re.compile(
     '(?<![0-9A-Za-z])(?:(?:([0-9]{4})[-/.年])?([0-9]{1,2})[-/.月]([0-9]{1,2})[日号]?'   # 2026-12-31、12/31、12月31号
     '|([0-9]{8})|([0-9]{1,2})[日号])(?![-/.]?[0-9])'                                   # 20261231、31号
-    '|(今天|明天|后天|大后天)|(下*|这|本)(?:周|星期|礼拜)([一二三四五六日天])')        # 周五、下周五
+    r'|(今天|明天|后天|大后天)|(下*|这|本)(?:周|星期|礼拜)([一二三四五六日天])')        # 周五、下周五
 #: 车次还可以这样说。
 KINDS = {'高铁': 'G', '动车': 'D', '城际': 'C'}
 
@@ -77,13 +77,13 @@ class Refused(Exception):
 
 
 def parse_stations(text):
-    """station_name.js → {站名: (电报码, 城市)}。"""
+    """station_name.js → {站名：（电报码，城市）}。"""
     rows = [row.split('|') for row in text.split('@')[1:]]
     return {row[1]: (row[2], row[7] if len(row) > 7 else row[1]) for row in rows if len(row) > 5}
 
 
 def parse_train(row, names):
-    """余票的一行 → `Train`；``seats`` 是有票的 {席别: '有' 或张数}。看不懂的是 None。"""
+    """余票的一行 → `Train`；``seats`` 是有票的 {席别：'有' 或张数}。看不懂的是 None。"""
     cells = row.split('|') if isinstance(row, str) else []
     if len(cells) <= max(SEATS.values()):
         return None
@@ -195,10 +195,10 @@ class Railway:
 
 # ---- 监控 --------------------------------------------------------------------------------------
 # 一个监控是一个 dict：user；start、end（站名），codes（电报码），exact（上下车是不是就要这个站），date；trains、seats
-#（只看这些，空的是都看）；seen（上次有票的 [车次, 席别]），note（上次看到什么，不存）。
+#（只看这些，空的是都看）；seen（上次有票的 [车次，席别]），note（上次看到什么，不存）。
 
 def find_station(stations, name):
-    """→ (站名, 电报码, 是不是就要这个站)；没有抛 `ValueError`，带着像的。"""
+    """→（站名，电报码，是不是就要这个站）；没有抛 `ValueError`，带着像的。"""
     name = name if name in stations else name.rstrip('站')
     if name not in stations:
         close = [n for n in stations if name in n][:5] if name else []
@@ -293,7 +293,7 @@ def as_text(watches):
 
 
 def open_state():
-    """→ (存储, 里面的监控)；读不懂的另外留着，从头来；读写不了的现在就说 (`ConfigError`)。"""
+    """→（存储，里面的监控）；读不懂的另外留着，从头来；读写不了的现在就说 (`ConfigError`)。"""
     try:
         store = easywechat.FileStore(easywechat.state_folder())
         data = store.get(NAME) or b'{"watches": []}'
@@ -324,7 +324,7 @@ class Watcher:
 
     def __init__(self, railway, send, store, watches):
         self.railway = railway
-        self.send = send            # send(文本, 用户)，不成抛 APIError
+        self.send = send            # send（文本，用户），不成抛 APIError
         self.store = store          # 里面是 watches
         self.watches = watches
         self._saved = as_text(watches)

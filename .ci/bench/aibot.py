@@ -1,4 +1,4 @@
-"""Our long connection beside the SDKs of 智能机器人, in one run: aibot.py [ROUNDS [SECONDS [STREAM_SECONDS [chart]]]].
+"""Our long connection beside other SDKs of it, in one run: aibot.py [ROUNDS [SECONDS [STREAM_SECONDS [chart]]]].
 
 Each is a process of its own on core 0 that answers every text with itself, as one finished stream frame; the server,
 one for all, is this process on core 1: TLS, no compression, every frame acked at once. Medians of ROUNDS (3) rounds of

@@ -1,6 +1,6 @@
 """A browser on the simulator's page: browser.py [--keep] [FOLDER]. Debian's chromium, headless, and a bot of its own.
 
-It says 你好, sends a picture, presses a menu's button and a card's, waits for a callback of seven seconds and loses
+It says `你好`, sends a picture, presses a menu's button and a card's, waits for a callback of seven seconds and loses
 answers. Then a scripted 智能机器人 lets bubbles grow in a single chat and a group. No error on the console, no request
 to another host. Pictures of the page, light, dark and 360 pixels wide, of every kind of message, the menus, the panel
 and the raw text go into FOLDER; --keep writes the one that the README shows, examples/simulator.png.
