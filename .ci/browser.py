@@ -398,7 +398,7 @@ def timeline(page, folder):
     yield 'the day is written once', len(days) == 1 and days[0].startswith(time.strftime('%Y年%-m月%-d日'))
     page.click('#steps summary', '加密、签名后的请求')
     page.click('.passive .meta button')
-    yield 'an answer belongs to the same exchange', page.steps() == steps
+    yield 'an answer belongs to the same exchange', page.steps() == steps and page.texts('#trace p') == ['张三：你好']
 
 
 def keyboard(page):
