@@ -220,7 +220,7 @@ class Page:
             options.add_argument(argument)
         options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService('/usr/bin/chromedriver'))
-        self.look(1000, 760)
+        self.driver.execute_cdp_cmd('Page.setInterceptFileChooserDialog', {'enabled': True})
         self.driver.get(url)
         self.wait(lambda: self.texts('#bot')[0] != '连接中…')
 
@@ -257,6 +257,10 @@ class Page:
 
     def choose(self, css, value):
         Select(self.driver.find_element(By.CSS_SELECTOR, css)).select_by_value(value)
+
+    def pick(self, kind, path):
+        self.click('#tools button', kind)
+        self.driver.find_element(By.ID, 'chosen').send_keys(path)
 
     def keys(self, *keys):
         ActionChains(self.driver).send_keys(*keys).perform()
@@ -329,7 +333,7 @@ def checks(page, folder):
     yield from timeline(page, folder)
     yield from keyboard(page)
     page.click('#more')
-    page.driver.find_element(By.NAME, 'image').send_keys(os.path.join(folder, '照片.png'))
+    page.pick('图片', os.path.join(folder, '照片.png'))
     shown = 'return [...document.querySelectorAll(".passive img")].map(node => node.naturalWidth)'
     page.wait(lambda: page.js(shown) == [240])
     yield 'a picture comes back', page.count('.me img') == 1
@@ -485,7 +489,7 @@ def life(page, folder):
 def kinds(page, folder):
     """Every kind of message to lisi, sub-menus and the panel, wide and narrow."""
     page.click('#more')
-    page.driver.find_element(By.NAME, 'image').send_keys(os.path.join(folder, '照片.png'))
+    page.pick('图片', os.path.join(folder, '照片.png'))
     page.click('#more')
     page.wait(lambda: page.count('.passive a', '这里'))
     links = page.driver.execute_script('return [...document.querySelectorAll(".passive a")].map(node => node.href)')
@@ -558,8 +562,8 @@ def talk(page, folder, bot, program):
     yield "a card's button and choice arrive", (pressed['EventKey'], pressed['SelectedItems']['SelectedItem']) == (
         'again', [{'QuestionKey': 'disk', 'OptionIds': {'OptionId': ['b']}}])
     page.click('#more')
-    for kind in 'image', 'file':
-        page.driver.find_element(By.NAME, kind).send_keys(os.path.join(folder, '照片.png'))
+    for name, kind in ('图片', 'image'), ('文件', 'file'):
+        page.pick(name, os.path.join(folder, '照片.png'))
         page.heard('听到 ' + kind)
     page.picture(folder, 'bot-files.png')
     page.click('#more')
