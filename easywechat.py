@@ -62,7 +62,11 @@ import threading
 import time
 import urllib.parse
 import weakref
-import xml.etree.ElementTree as ET
+
+try:
+    import xml.etree.ElementTree as ET
+except ImportError:             # OpenWrt 没装 python3-xml：只发消息、只连长连接，用不着它
+    ET = None                   # type: ignore[assignment]
 
 try:
     import logging
@@ -490,6 +494,11 @@ class _DictBuilder:
         return root if isinstance(root, dict) else {}
 
 
+def _need_xml():
+    if ET is None:
+        raise ImportError('收应用的消息要读 XML，这个 Python 没有：opkg install python3-xml')
+
+
 def _parse_xml(text):
     """解析一次；不以根元素开头的抛 `ValueError`。"""
     text = text.lstrip('\ufeff \t\r\n')
@@ -509,6 +518,7 @@ def xml_to_dict(text: 'Union[str, bytes]') -> 'Message':
     最多 1 MiB、16 层、20000 个元素，不许有 DTD；读不懂的抛 `FormatException`
     (-40002)。
     """
+    _need_xml()
     try:
         if isinstance(text, bytes):
             text = text.decode('utf-8')
@@ -3869,6 +3879,8 @@ class Dispatcher:
         self.debug = False
         #: 认领过的消息放在哪里。
         self.store = MemoryStore() if store is None else _steady(store, self)
+        if any(self._crypts):
+            _need_xml()
         # 写错的 api_base 现在就报，不等到第一个慢的回调
         self._client = WeChatClient(self.settings, store=None if store is None else self.store) \
             if self.settings['secret'] else None
@@ -6964,7 +6976,7 @@ def _check_dns(host):
         return True
     try:
         found = socket.getaddrinfo(host.hostname, host.port or 443, 0, socket.SOCK_STREAM)
-        yield True, 'DNS:%s 是 %s' % (host.hostname, found[0][4][0])
+        yield True, 'DNS：%s 是 %s' % (host.hostname, found[0][4][0])
         return True
     except OSError as e:
         yield False, 'DNS 查不到 %s (%s)：看网络，或配置里的地址' % (host.hostname, e)

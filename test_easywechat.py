@@ -7390,6 +7390,22 @@ class PromiseTests(unittest.TestCase):
                     self.assertIn(b'expected /weixin', err)
         self.assertEqual(sorted(m['text']['content'] for m in wecom.messages), sorted(names for names, _ in rows))
 
+    def test_without_xml_it_still_sends(self):
+        wecom = simulator.WeCom()
+        settings = dict(wecom.settings, api_base=wecom.start())
+        self.addCleanup(wecom.stop)
+        code = ("import sys; sys.modules.update(dict.fromkeys(['xml', 'xml.etree', 'xml.etree.ElementTree']))\n"
+                "import easywechat\nassert easywechat.main(['--send', 'x']) == 0\n"
+                "easywechat.WeChatServer('demo', corpid='', secret='', bot_id='a', bot_secret='s')\n"
+                "easywechat.command(lambda: easywechat.WeChatServer('demo'))")
+        with tempfile.TemporaryDirectory() as folder:
+            env = dict(os.environ, XDG_CACHE_HOME=folder, PYTHONIOENCODING='utf-8', **{
+                'EASYWECHAT_' + key.upper(): value for key, value in settings.items()})
+            done = subprocess.run([sys.executable, '-c', code], cwd=HERE, env=env, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, len(wecom.messages)), (2, 1), done.stderr)
+        self.assertEqual(done.stderr.decode().strip(),
+                         '-c: 收应用的消息要读 XML，这个 Python 没有：opkg install python3-xml')
+
     def test_without_aes_the_error_says_how_to_get_it(self):
         code = ("import sys, types; pycrypto = types.ModuleType('Crypto'); "
                 "sys.modules['Crypto'] = sys.modules['Crypto.Cipher.AES'] = pycrypto; "
