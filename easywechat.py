@@ -3834,12 +3834,8 @@ def _answer(status, kind, body=b'', *more):
 class Dispatcher:
     """一个应用的回调：注册函数，把 HTTP 请求变成回答。
 
-    ``appname``、``ini_name``、``needs`` 和设置同 `get_config`；缺少 corpid、
-    token 或 encoding_aes_key，抛 `ConfigError`。``only_touser`` 为真，就只听
-    touser 里的人（``@all`` 是所有人），回调看不到别人的消息，他们得到一句
-    ``refusal``。本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
-
-    时限和上限在 `WeChatServer` 的说明里，从 answer_within 到 store_within。
+    参数、时限和上限（从 answer_within 到 store_within）在 `WeChatServer` 的说明里。
+    本身是 WSGI 可调用对象 (PEP 3333)；别的框架用 `handle`。
     """
 
     max_body: int = 1 << 20
@@ -6389,6 +6385,11 @@ class WeChatServer(Dispatcher):
         server.register_callback('text', lambda msg: msg)
         server.run(port=8000)
 
+    ``appname``、``ini_name``、``needs`` 和设置同 `get_config`；回调 URL 缺少
+    corpid、token 或 encoding_aes_key，抛 `ConfigError`。``store`` 放认领和
+    token，几个进程时要大家都看得见的。``only_touser`` 为真，就只听 touser 里的
+    人（``@all`` 是所有人），回调看不到别人的消息，他们得到一句 ``refusal``。
+
     没有 TLS：那是反向代理的事。时限和上限，在子类里改，或在开始服务以前给实
     例；单位是秒和字节；时限都是总数，走一个字节不会重新计时：
 
@@ -6742,7 +6743,7 @@ def _run_echo(args):
         print('▶ 发去（加密前）：%s\n◀ 收到（解密后）：%s' % (message, dict_to_xml(reply)))
         print('在另一个终端试试：' + _command('--probe', '你好', *(['--url', url] if port != 8000 else [])))
     else:
-        print('后台「接收消息 → 设置API接收」的 URL:http://<公网地址>:%d/%s' % (port, server.route))
+        print('后台「接收消息 → 设置API接收」的 URL：http://<公网地址>:%d/%s' % (port, server.route))
     print('在监听 %s ，按 Ctrl-C 停止。' % url, flush=True)
     return server._wait()
 
