@@ -3861,7 +3861,7 @@ class Dispatcher:
                  needs: 'Who' = (), only_touser: bool = False, **settings: 'Union[None, str, int]') -> None:
         self.appname = appname
         self.settings = get_config(appname, ini_name, needs, **settings)
-        self._only = set(self.settings['touser'].lower().split('|')) - {''} if only_touser else {'@all'}
+        self._only = set(self.settings['touser'].lower().split('|')) if only_touser else {'@all'}
         # receiveid → 加解密
         self._crypts = {receive_id: WXBizMsgCrypt(self.settings['token'], self.settings['encoding_aes_key'], receive_id)
                         for receive_id in self._receive_ids()}
@@ -3939,9 +3939,10 @@ class Dispatcher:
 
     def _callback_for(self, msg):
         """→（函数，没有是 None；附加的参数）。"""
-        if self._only & {str(msg.get('FromUserName')).lower(), '@all'}:
+        user, event = str(msg.get('FromUserName') or '').lower(), msg.get('MsgType') == 'event'
+        if self._only & {user, '@all'} if user else event:      # 断开了的事件没有人
             return self._callbacks.find(msg)
-        return None if msg.get('MsgType') == 'event' or not self.refusal else self._refuse, ()
+        return None if event or not self.refusal else self._refuse, ()
 
     def _refuse(self, msg):
         user = msg['FromUserName']

@@ -2264,6 +2264,9 @@ class CallbackTests(unittest.TestCase):
                 self.assertEqual([msg['FromUserName'] for msg in seen], [user for user in heard for _ in range(2)])
         self.assertEqual([r.getMessage() for r in log.records if r.levelname == 'WARNING'], [
             'refused %s：不在 touser 里' % user for user in ('w', 'zhangsan', 'lisi', 'w')])
+        for kind, found in ('event', True), ('text', False):        # 没有人的：智能机器人断开了
+            func = server._callback_for({'MsgType': kind, 'Event': 'disconnected_event', 'FromUserName': ''})[0]
+            self.assertEqual(func == seen.append, found)
         server.refusal = ''
         self.assertEqual(server.handle(*delivery(message(Content='x')))[2], b'')
         seen = []
