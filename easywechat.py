@@ -3940,7 +3940,7 @@ class Dispatcher:
     def _callback_for(self, msg):
         """→（函数，没有是 None；附加的参数）。"""
         user, event = str(msg.get('FromUserName') or '').lower(), msg.get('MsgType') == 'event'
-        if self._only & {user, '@all'} if user else event:      # 断开了的事件没有人
+        if '@all' in self._only or (user in self._only if user else event):     # 断开了的事件没有人
             return self._callbacks.find(msg)
         return None if event or not self.refusal else self._refuse, ()
 
@@ -7063,8 +7063,9 @@ def _misused(message):
 
 def _parser():
     from argparse import ArgumentParser
-    parser = ArgumentParser(prog='easywechat.py', add_help=False, description='企业微信机器人，一个 Python 文件。')
-    parser.error = _misused
+    parser = ArgumentParser(prog='easywechat.py', usage='python easywechat.py 做什么 [选项]', add_help=False,
+                            description='企业微信机器人，一个 Python 文件。做什么是选项里到 --help 为止的一个。')
+    parser.error, parser._optionals.title = _misused, '选项'
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--echo', action='store_const', dest='run', const=_run_echo, help='启动一个原样回话的机器人')
     what.add_argument('--probe', metavar='TEXT', nargs='?', const='', help='扮演企业微信：校验、投递 TEXT、打印回复')
@@ -7125,6 +7126,8 @@ def _arguments(argv):
         raise _CommandError(2, '-- 写在 %s 后面，再后面是文字' % '、'.join(_TEXTS))
     if not 0 <= args.port <= 65535:
         raise _CommandError(2, '没有 %d 这个端口：0 到 65535' % args.port)
+    if not 0 <= args.retry < float('inf'):
+        raise _CommandError(2, '--retry 后面应该是秒数，例如 600')
     return args
 
 

@@ -162,7 +162,7 @@ MUTATIONS = [
     ('ConfigTests', "if not values['bot_secret'] or key not in ('corpid', 'secret', 'agentid')))", "))"),
     ('ConfigTests', "wrong = set(settings).union(needed) - set(_APP_KEYS + _SYSTEM_KEYS)",
      "wrong = set(settings) - set(_APP_KEYS + _SYSTEM_KEYS)"),
-    ('CallbackTests', "if self._only & {user, '@all'} if user else event:", "if self._only & {user, '@all'}:"),
+    ('CallbackTests', "(user in self._only if user else event):", "user in self._only:"),
     ('CallbackTests', "set(self.settings['touser'].lower().split('|'))", "set(self.settings['touser'].split('|'))"),
     ('CallbackTests', "return None if event or not self.refusal else self._refuse, ()",
      "return self._refuse, ()"),

@@ -12,7 +12,7 @@ def reply_func(param_dict: Dict[str, Any]) -> Dict[str, Any]:
     return param_dict
 
 
-server = easywechat.WeChatServer('demo')
+server = easywechat.WeChatServer('demo', needs=('secret', 'touser'), only_touser=True)
 assert_type(server.register_callback('text', reply_func)(dict()), Dict[str, Any])
 
 
@@ -104,5 +104,9 @@ try:
     easywechat.WeChatRobot('key').send('x', mention='@all')
 except easywechat.NetworkError as e:
     assert_type((e.errcode, e.errmsg, e.hint, e.maybe_sent), Tuple[int, str, str, bool])
+def main() -> None:
+    server.run(host='0.0.0.0', port=8000, debug=False)
+
+
 if __name__ == '__main__':
-    server.run(host='0.0.0.0', port=6000, debug=False)
+    easywechat.command(main)

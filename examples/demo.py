@@ -55,7 +55,8 @@ def register(server):
     on('text', lambda msg: {'msgtype': 'template_card', 'template_card': card('今天吃什么？', os.urandom(8).hex())},
        pattern='按钮')
     on('event:template_card_event', lambda msg: {
-        'response_type': 'update_template_card', 'template_card': card('今天吃' + msg['EventKey'], msg['TaskId'])})
+        'response_type': 'update_template_card',
+        'template_card': dict(card('今天吃' + msg['EventKey'], msg['TaskId']), replace_text='选好了')})
     on('event:click', lambda msg: '你点了菜单里的「%s」' % msg['EventKey'])
     on('location', lambda msg: '你在%s（%s，%s）' % (msg['Label'], msg['Location_X'], msg['Location_Y']))
     for msg_type in 'image', 'voice', 'video', 'file':
