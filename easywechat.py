@@ -6146,7 +6146,7 @@ class _PollReplies(_BotResults):
     def __init__(self, owner, bot):
         super().__init__(owner)
         self._bot = bot
-        _fresh(self, _live=dict, _under_way=set)        # 在跑的：stream 的 id → _Poll
+        _fresh(self, _live=dict, _under_way=set)        # 在跑的、开了气泡的：stream 的 id → _Poll
 
     slow = property(lambda self: self._owner.answer_within * 2 / 3)
     hold_within = property(lambda self: 2 * self._owner.hold_within)    # 到 answer_within 一定答：看时间的来得晚，也答
@@ -6176,6 +6176,8 @@ class _PollReplies(_BotResults):
             try:
                 if run.reply is None:
                     poll.open = not poll.event
+                    if poll.open:           # 还没有轮到跑，也有人来问
+                        self._live[poll.stream] = poll
                     run.conclude(poll.frame() if poll.open else b'{}')
             finally:
                 poll.lock.release()
@@ -7073,10 +7075,9 @@ def _parser():
                       help="发一条文本；- 是从标准输入读，空的就不发。要换行：printf '一\\n二' | … --send -。"
                       '别人起的名字要写在 -- 后面：--send -- TEXT …')
     what.add_argument('--send-file', metavar='PATH', nargs='?', const='', help='发一个文件（图片、语音、视频按后缀）')
-    what.add_argument('--mail', action='store_const', dest='run', const=_run_mail,
-                      help='把标准输入的一封信 (RFC 5322) 发出去；叫 sendmail 的链接也是这个')
     what.add_argument('--explain', metavar='CODE', nargs='+', type=int, help='一个错误码是什么意思，怎么办')
-    for name, run, text in (('--check', _run_check, '配置和网络哪里不对，到哪里改'),
+    for name, run, text in (('--mail', _run_mail, '把标准输入的一封信 (RFC 5322) 发出去；叫 sendmail 的链接也是这个'),
+                            ('--check', _run_check, '配置和网络哪里不对，到哪里改'),
                             ('--init', _run_init, '写一个 config.ini，其中有新的 Token 和 EncodingAESKey'),
                             ('--version', _run_version, '打印版本、日期和这个文件的 SHA-256')):
         what.add_argument(name, action='store_const', dest='run', const=run, help=text)
@@ -7087,8 +7088,8 @@ def _parser():
     parser.add_argument('--config', metavar='FILE', help='config.ini 的路径')
     parser.add_argument('--url', help='--probe 的目标（默认本机）')
     parser.add_argument('--to', metavar='USER', help='发给谁，几个用 | 隔开（默认配置里的 touser）；--robot 时是 @ 谁')
-    parser.add_argument('--party', help='发给哪些部门，几个用 | 隔开')
-    parser.add_argument('--tag', help='发给哪些标签，几个用 | 隔开')
+    for name, text in ('--party', '部门'), ('--tag', '标签'):
+        parser.add_argument(name, help='发给哪些%s，几个用 | 隔开' % text)
     parser.add_argument('--markdown', action='store_true', help='TEXT 是 markdown')
     parser.add_argument('--robot', action='store_true', help='用群机器人发；key 在配置的 robot 里')
     parser.add_argument('--retry', metavar='SECONDS', type=float, default=0, help='连不上时一直试到这么多秒')

@@ -6829,6 +6829,7 @@ class JsonBotTests(unittest.TestCase):
             first, second = (self.post(server, self.message(content))['stream'] for content in ('a 慢', 'b'))
             self.assertFalse(second['finish'])
             time.sleep(2 * server.lease)        # 租期也一直续着
+            self.assertFalse(self.poll(server, second['id'])['finish'])
             self.assertEqual(self.runs, ['a'])
             self.go.set()
             self.until(server, first['id'])
@@ -7181,7 +7182,8 @@ class SendCommandTests(ClientCase):
                 (['--send', 'x', '--to'], 2, '--to 后面少了一个值'),
                 (['--explain', 'x'], 2, '--explain 后面应该是数字'),
                 (['--send-file', SOURCE, '--markdown'], 2, '不能和 --send-file 一起用'),
-                (['--echo', '--init'], 2, '不能一起用'), (['--send', 'x', '--retry', 'nan'], 2, '应该是秒数'), (['--send', 'x', 'y'], 2, '不认得 y；有哪些：')):
+                (['--echo', '--init'], 2, '不能一起用'),
+                (['--send', 'x', '--retry', 'nan'], 2, '应该是秒数'), (['--send', 'x', 'y'], 2, '不认得 y；有哪些：')):
             got, out, err = self.run_cli(*args)
             self.assertEqual((got, out), (code, ''), err)
             self.assertRegex(err, r'^easywechat: [^\n]+\n$')
