@@ -3421,8 +3421,8 @@ class AsyncTests(HastyCase):
                 "async def callback(msg): pass\n"
                 "try: server.register_callback('text', callback)\n"
                 "except ImportError as e: print(e)\n")
-        out = subprocess.check_output([sys.executable, '-c', code], cwd=HERE,
-                                      env=dict(os.environ, EASYWECHAT_CONFIG='none'))
+        out = subprocess.check_output([sys.executable, '-c', code], cwd=HERE, env=dict(
+            os.environ, EASYWECHAT_CONFIG='none', PYTHONIOENCODING='utf-8'))
         self.assertIn(b'opkg install python3-asyncio', out)
 
 
