@@ -3574,14 +3574,15 @@ class _Results:
         """跑回调，它给的一条一条收下。出错记日志；企业微信得到空的 200，否则它会再投递。"""
         parcel = run.parcel
         func, args = self._owner._callback_for(run.message)
-        where = (_name_of(func),) + tuple(map(_Shown, (parcel.kind, parcel.id, parcel.user)))
-        if func:
+        traced = func and logging and logger.isEnabledFor(logging.DEBUG)
+        if traced:
+            where = (_name_of(func),) + tuple(map(_Shown, (parcel.kind, parcel.id, parcel.user)))
             logger.debug('callback %s begins on %s %s from %s', *where)
         try:
             self._take(parcel, func, func(run.message, *args) if func else None)
         except BaseException as e:      # 用户的代码，连 sys.exit() 也在内
             self._failed(parcel, func, e)
-        if func:
+        if traced:
             logger.debug('callback %s ended on %s %s from %s: %d results', *where, run.given)
         run.stage = _PUSHING
         self._over(parcel)
