@@ -2025,9 +2025,9 @@ class Deliveries(Sending):
         except (WeChatError, Refused) as e:
             error = '回答读不懂：%s' % (e.args[-1],)
         again = not status and n < deliveries
-        self._log('answer', status=status, error=error, raw=raw, again=again, seconds=time.monotonic() - begin, **which)
         if status not in (0, 200) or error == '连不上' and not again:
             self.diary.forget(said)
+        self._log('answer', status=status, error=error, raw=raw, again=again, seconds=time.monotonic() - begin, **which)
         if status == 200 and not (opened or error or self.process) and said.get('message', {}).get('MsgId'):
             self._log('silent', of=said['id'], user=said['user'], text='没有被动回复')
         return reply if status else None, raw
