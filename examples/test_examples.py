@@ -1296,13 +1296,14 @@ class SimulatorCommandTests(SimulatorCase):
             (none, 'zhangsan', ''), (none, 'zhangsan', 'zhangsan'), (none, 'zhangsan', 'zhangsan'),
             ('没有登记 event:click 的回调', 'zhangsan', ''),
             ('没有登记 event:enter_chat 的回调', 'zhangsan', 'zhangsan')])
-        last = before = max(last, silent[-1]['id'])
-        for wrong in True, False:       # 被拒绝了的，回调不会开始
-            self.post('/switch', wrong_token=wrong)
-            self.say('', MsgType='event', Event='click', EventKey=str(wrong))
-            told = self.events('answer' if wrong else 'silent', last=last)
-            last = told[-1]['id']
-        self.until(lambda event: event['kind'] == 'log' and 'signature differs' in event['text'], before)
+        last = max(last, silent[-1]['id'])
+        self.post('/switch', wrong_token=True)          # 被拒绝了的，回调不会开始
+        self.say('', MsgType='event', Event='click', EventKey='1')
+        self.until(lambda event: event['kind'] == 'log' and 'signature differs' in event['text'], last)
+        last = self.until(lambda event: event['kind'] == 'answer' and event['status'] == 403, last)['id']
+        self.post('/switch', wrong_token=False)
+        self.say('', MsgType='event', Event='click', EventKey='2')
+        told = self.events('silent', last=last)
         self.assertEqual(told[-1]['of'], [e for e in told if e['kind'] == 'in'][0]['id'])
         err = self.end(process)[1]
         failed = re.findall('ERROR callback mood failed：回调出错了，text 消息 \\S+，来自 zhangsan\n    Traceback', err)
