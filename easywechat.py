@@ -1697,7 +1697,8 @@ class FileStore:
     def _set(self, name, value, ex, nx, claim=False):
         path = self._path(name)
         self._sweep()
-        with self.lock(name, 1) if nx else contextlib.ExitStack() as mine:
+        # 等不到的，是停在里面的进程的：没有认领到，过会儿再来。要比 store_within 短，不然就当存储坏了，各跑各的
+        with self.lock(name, 0.4) if nx else contextlib.ExitStack() as mine:
             if nx and (not mine or self._read(path) is not None):
                 return None
             self._write(path, value, ex, claim)

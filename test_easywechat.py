@@ -1062,6 +1062,20 @@ class StoreTests(unittest.TestCase):
 class CallTests(unittest.TestCase):
     """别的线程上的一次调用。"""
 
+    @unittest.skipUnless(os.name == 'posix', 'fcntl')
+    def test_a_process_that_stopped_while_it_claimed_breaks_no_store(self):
+        code = ('import sys, easywechat\nwith easywechat.FileStore(sys.argv[1]).lock("x"):\n'
+                '    print(flush=True)\n    sys.stdin.read()')
+        with tempfile.TemporaryDirectory() as folder:
+            child = subprocess.Popen([sys.executable, '-c', code, folder], cwd=HERE, stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE)
+            child.stdout.readline()
+            store = easywechat._steady(FileStore(folder), make_server())
+            self.assertIsNone(store.claim('x', 3))
+            self.assertEqual((store._until, store.get('x')), (0, None))
+            child.communicate()
+            self.assertTrue(store.claim('x', 3))
+
     def test_whoever_got_a_thread_late_gets_time_to_answer(self):
         threads, go = easywechat._Threads(1), threading.Event()
         threads.submit(0, go.wait)
