@@ -2951,7 +2951,7 @@ class ReplyTests(ClientCase):
             yield '二\n\n三\n\n' + '四' * 650 + '\n\n五'
             go.set()
         server = self.server(lambda msg: Stream(pieces()))
-        send = server.client._authorized
+        send, server.client.trusted = server.client._authorized, True
 
         def slow(path, *args, **kwargs):
             first.set()
