@@ -5532,7 +5532,6 @@ class _Session:
         return media_id
 
 
-
 def _bot_download(caller, handle, folder):
     """``网址#aeskey`` → 下载、解密了的 `pathlib.Path`。"""
     url, _, aeskey = str(handle or '').rpartition('#')
@@ -6676,7 +6675,8 @@ def _visit(url, query, body=None):
         with fetch(asked, body, {'Content-Type': 'text/xml'}, _PATIENCE, proxies={}) as answer:
             status, body = answer.status, answer.read() if answer.status == 200 else b''
     except NetworkError as e:
-        then = '机器人没有在运行，或端口不对：先执行 ' + _command('--echo') if 'refused' in e.errmsg else \
+        port = ['--port', str(parts.port)] if parts.port not in (None, 8000) else []
+        then = '机器人没有在运行，或端口不对：先执行 ' + _command('--echo', *port) if 'refused' in e.errmsg else \
             '机器人没有答完：回调太慢了，或那里不是机器人' if e.errcode == 504 else e.hint
         raise _CommandError(3, '%s（%s）' % (then, e.errmsg)) from None
     if status != 200:
@@ -6890,7 +6890,6 @@ def _run_mail(args):
         busy = isinstance(e, NetworkError) or getattr(e, 'errcode', 0) in (-1, 45009, 45033)
         code = 75 if busy else 69 if isinstance(e, (APIError, CryptoError)) else 78
         raise _CommandError(code, _sentence(e)) from None
-
 
 
 def _run_version(args):

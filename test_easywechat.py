@@ -7005,8 +7005,10 @@ class CommandTests(unittest.TestCase):
     def test_exit_codes(self):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
-            code, out, err = run_cli('--probe', 'x', '--port', str(free.getsockname()[1]))
+            port = str(free.getsockname()[1])
+            code, out, err = run_cli('--probe', 'x', '--port', port)
         self.assertEqual((code, out), (3, ''))
+        self.assertIn('easywechat.py --echo --port %s\uff08' % port, err)
         self.assertEqual(run_cli()[0], 2)
         self.assertEqual(run_cli('--probe', 'x', '--config', 'no.ini')[0], 2)
         for url in ('http://[::1/x', 'ftp://x/', 'http://127.0.0.1:99999/', 'http://127.0.0.1/微信', 'x'):
